@@ -1,0 +1,375 @@
+"""What both batchers share: taking requests, answering them, and the five things a loop is made of.
+
+`plan`, `fill`, `launch`, `wait` and `commit` each leave a span on the timeline's host lane. In which order, and on how
+many slots at once, is the batcher's own `step` (see `batcher.py`). There is no thread behind it: whoever waits for a
+result (`run`, `stream`, `Handle.result`) turns the loop, and serves everybody else's requests with it.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+from .kv_cache import KVCache, blocks_for
+from .models import check_model
+from .request import Completion, Request, RequestError, check_request, contains_stop_string
+from .runner import Runner, TimedRunner
+from .scheduler import BatchPlan, RunState, Scheduler
+from .slot import Slot, StepShape, host_buffers
+from .streams import DeviceError, open_device
+from .timeline import LANES, Timeline
+
+
+class Handle:
+    """A submitted request. `token_ids` grows as steps are committed; `completion` is None until it has ended."""
+
+    def __init__(self, batcher: BatcherBase, state: RunState):
+        self._batcher, self._state = batcher, state
+        self.submitted_s, self.first_token_s = time.perf_counter(), None
+        self.completion: Completion | None = None
+
+    @property
+    def token_ids(self) -> list[int]:
+        return list(self._state.generated)
+
+    def result(self) -> Completion:
+        """Serve until this request has ended."""
+        while self.completion is None:
+            self._batcher._turn()
+        return self.completion
+
+
+def _host_span(method):
+    """Record the method's time on the host lane, under its name and the step of its plan or slot."""
+
+    @functools.wraps(method)
+    def timed(self, *args):
+        start = time.perf_counter()
+        result = method(self, *args)
+        subject = args[0] if args else result
+        if subject is not None:
+            self.timeline.add("host", method.__name__, subject.step, start, time.perf_counter())
+        return result
+
+    return timed
+
+
+class BatcherBase:
+    """Continuous batching for a causal language model of transformers.
+
+    model: on a CPU (the device is then a worker process) or on CUDA. It is not changed.
+    max_batch_size: the most requests in one step.
+    tokenizer: only needed for stop strings.
+    num_slots: how many steps can be under way at once.
+    block_size, num_blocks: tokens in a block of the KV cache, and blocks in its pool (default: enough for a full batch
+        of the longest requests).
+    max_length: the most tokens, prompt and output together, of one request (default: the model's limit, at most 2048).
+    prefill_tokens: the most prompt tokens computed in one step, and where long prompts are cut.
+    host_work_s: burn this many seconds of Python in each step's plan. For lessons: it stands for a busier host.
+    step_s: the device waits this long instead of computing. For lessons and benchmarks: the tokens are then
+        no language.
+
+    Raises ModelError for a model that cannot be served, ValueError for limits that make no sense.
+    """
+
+    mode = ""
+    default_slots = 1
+
+    def __init__(
+        self,
+        model,
+        *,
+        max_batch_size: int = 8,
+        tokenizer=None,
+        num_slots: int | None = None,
+        block_size: int = 16,
+        num_blocks: int | None = None,
+        max_length: int | None = None,
+        prefill_tokens: int = 64,
+        host_work_s: float = 0.0,
+        step_s: float | None = None,
+    ):
+        check_model(model)
+        config = model.config.get_text_config()
+        num_slots = self.default_slots if num_slots is None else num_slots
+        model_length = getattr(config, "max_position_embeddings", None) or 2048
+        max_length = min(model_length, 2048) if max_length is None else max_length
+        if num_blocks is None and max_batch_size > 0 and block_size > 0:
+            num_blocks = max_batch_size * blocks_for(max_length, block_size)
+        for name, value in (
+            ("max_batch_size", max_batch_size),
+            ("num_slots", num_slots),
+            ("block_size", block_size),
+            ("num_blocks", num_blocks),
+            ("max_length", max_length),
+            ("prefill_tokens", prefill_tokens),
+        ):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}: allowed are whole numbers from 1")
+        if max_length > model_length:
+            raise ValueError(f"max_length is {max_length}: the model allows at most {model_length} tokens")
+        for name, seconds in (("host_work_s", host_work_s), ("step_s", step_s or 0.0)):
+            if not 0 <= seconds < float("inf"):
+                raise ValueError(f"{name} is {seconds!r}: allowed are seconds from 0")
+
+        self.model, self.tokenizer, self.host_work_s, self.step_s = model, tokenizer, host_work_s, step_s
+        self.vocab_size = config.vocab_size
+        self.shape = StepShape(max_batch_size, num_slots, block_size, num_blocks, max_length, prefill_tokens)
+        # More owners than rows: a request whose last token is under way keeps its blocks while its row is given on.
+        self.kv = KVCache(num_blocks, block_size, self.shape.max_blocks, max_batch_size * (num_slots + 1))
+        self.scheduler = Scheduler(self.kv, max_batch_size, prefill_tokens, self._stops_on_text)
+
+        buffers = host_buffers(self.shape, on_cuda=next(model.parameters()).is_cuda)
+        program, arguments = (Runner, {}) if step_s is None else (TimedRunner, {"step_s": step_s})
+        self.device = open_device(model, program, num_slots, shape=self.shape, host=buffers, **arguments)
+        self.slots = [Slot(index, self.shape, pair, self.device) for index, pair in enumerate(buffers)]
+        self.timeline = self._new_timeline()
+
+        self._numbers = itertools.count()
+        self._handles: dict[int, Handle] = {}
+        self._inbox: deque[tuple[str, RunState]] = deque()  # from any thread; emptied before each step
+        self._lock = threading.RLock()
+        self._closed = ""
+
+    # ---- for callers -----------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> Handle:
+        """Queue a request, from any thread. RequestError if it cannot be served; then nothing has been queued."""
+        self._check_open()
+        most = self.kv.num_blocks * self.kv.block_size
+        limited_by = f"max_length={self.shape.max_length}"
+        if most < self.shape.max_length:
+            limited_by = f"the pool: {self.kv.num_blocks} blocks of {self.kv.block_size} tokens"
+        check_request(
+            request,
+            vocab_size=self.vocab_size,
+            max_length=min(most, self.shape.max_length),
+            limited_by=limited_by,
+            tokenizer=self.tokenizer,
+        )
+        stop = self._model_stop_tokens() if request.stop_token_ids is None else request.stop_token_ids
+        state = RunState(next(self._numbers), request, frozenset(int(token) for token in stop))
+        handle = self._handles[state.number] = Handle(self, state)
+        self._inbox.append(("add", state))
+        return handle
+
+    def cancel(self, handle: Handle) -> bool:
+        """End a request early, from any thread; it keeps what it has generated. False if it had already ended."""
+        if not isinstance(handle, Handle) or handle._batcher is not self:
+            raise RequestError(f"cancel takes a handle that this batcher's submit gave, not {handle!r}")
+        if handle.completion is not None:
+            return False
+        self._inbox.append(("cancel", handle._state))
+        return True
+
+    def run(self, requests: Iterable[Request], progress: bool = False) -> list[Completion]:
+        """Serve all requests and return their completions in the order given. One that cannot be served has
+        finish_reason "error" and the reason in `error`; the others finish. On an idle batcher this starts a new
+        `timeline`. Interrupted (Ctrl-C), everything under way ends as "cancelled" and the batcher is empty again."""
+        self._check_open()
+        if not self._handles:
+            self.timeline = self._new_timeline()
+        answers: list[Handle | Completion] = []
+        for request in requests:
+            try:
+                answers.append(self.submit(request))
+            except RequestError as error:
+                now = time.perf_counter()
+                answers.append(Completion([], "error", error, submitted_s=now, finished_s=now))
+        pending = [answer for answer in answers if isinstance(answer, Handle)]
+        with _progress_bar(pending, progress) as update:
+            for handle in pending:
+                while handle.completion is None:
+                    self._turn()
+                    update()
+        return [answer.completion if isinstance(answer, Handle) else answer for answer in answers]  # type: ignore[misc]
+
+    def stream(self, request: Request) -> Iterator[int]:
+        """Give the request's tokens as they are committed. Leaving the loop early cancels the request. An error in the
+        request itself is raised here, an error while serving it after its last good token."""
+        handle = self.submit(request)
+        return self._tokens_of(handle)
+
+    def _tokens_of(self, handle: Handle) -> Iterator[int]:
+        given = 0
+        try:
+            while True:
+                for token in handle._state.generated[given:]:
+                    given += 1
+                    yield token
+                if handle.completion is not None:
+                    break
+                self._turn()
+        finally:
+            if handle.completion is None:
+                self.cancel(handle)
+        if handle.completion.error is not None:
+            raise handle.completion.error
+
+    def close(self) -> None:
+        """Cancel what is under way and free the device's memory. A closed batcher takes no more requests."""
+        with self._lock:
+            if not self._closed:
+                self._abort("cancelled", None)
+                self._closed = "the batcher is closed"
+                self.device.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    # ---- the five parts of a step ----------------------------------------------------------------------------
+
+    def step(self) -> bool:
+        """One turn of the loop: launch and commit at most one step each. False if there was nothing to do."""
+        raise NotImplementedError
+
+    @_host_span
+    def plan(self) -> BatchPlan | None:
+        """Pick the rows of the next step; None if there are none."""
+        plan = self.scheduler.plan()
+        if plan is not None and self.host_work_s:
+            end = time.perf_counter() + self.host_work_s
+            while time.perf_counter() < end:
+                pass
+        return plan
+
+    @_host_span
+    def fill(self, plan: BatchPlan) -> Slot:
+        """Write the step's inputs into the next slot's host buffers."""
+        slot = self.slots[plan.step % len(self.slots)]
+        slot.fill(plan, self.kv)
+        return slot
+
+    @_host_span
+    def launch(self, slot: Slot) -> None:
+        """Tell the three streams what to do, and in which order. The host waits for none of it."""
+        h2d, compute, d2h = self.device.streams
+        h2d.launch("copy_in", slot.index)
+        h2d.record_event(slot.inputs_ready)
+        compute.wait_event(slot.inputs_ready)
+        compute.launch(slot.command, slot.index)
+        compute.record_event(slot.step_done)
+        d2h.wait_event(slot.step_done)
+        d2h.launch("copy_out", slot.index)
+        d2h.record_event(slot.outputs_ready)
+
+    @_host_span
+    def wait(self, slot: Slot) -> None:
+        """Until the slot's output ids have arrived. The only place where the host waits for the device."""
+        slot.outputs_ready.synchronize()
+
+    @_host_span
+    def commit(self, slot: Slot) -> None:
+        """Take the results of the slot's step: append tokens, end requests, prune their blocks, free the slot."""
+        plan = slot.plan
+        slot.plan = None
+        failure = self.device.failure(slot.index)
+        if failure:
+            for row in plan.rows:
+                self.scheduler.finish(row.state, "error", DeviceError(failure))
+            new, wasted = [], 0
+        else:
+            new, wasted = self.scheduler.commit(plan, slot.output_ids.tolist())
+            for lane, name, (start, end) in zip(
+                LANES[1:], ("copy_in", "step", "copy_out"), self.device.spans(slot.index).tolist(), strict=True
+            ):
+                self.timeline.add(lane, name, plan.step, start, end)
+        self.timeline.add_step(plan.step, "decode" if plan.passes == "decode" else "prefill", len(new), wasted)
+        now = time.perf_counter()
+        for state, _ in new:
+            handle = self._handles[state.number]
+            handle.first_token_s = handle.first_token_s or now
+        self._answer(now)
+
+    # ---- behind them -----------------------------------------------------------------------------------------
+
+    def _turn(self) -> None:
+        with self._lock:
+            self._check_open()
+            try:
+                self._take_inbox()
+                if not self.step() and self._handles:
+                    raise AssertionError("no request can go on, though some have not ended: a fault of the scheduler")
+            except DeviceError as error:
+                self._closed = f"the batcher lost its device: {error}"
+                self._abort("error", error)
+            except BaseException:
+                self._abort("cancelled", None)
+                raise
+
+    def _take_inbox(self) -> None:
+        while self._inbox:
+            operation, state = self._inbox.popleft()
+            if operation == "add":
+                self.scheduler.add(state)
+            else:
+                self.scheduler.finish(state, "cancelled")
+        self._answer(time.perf_counter())
+
+    def _answer(self, now: float) -> None:
+        for state in self.scheduler.finished:
+            handle = self._handles.pop(state.number)
+            handle.completion = Completion(
+                state.generated, state.finish_reason, state.error, handle.submitted_s, handle.first_token_s, now
+            )
+        self.scheduler.finished.clear()
+
+    def _abort(self, reason: str, error: Exception | None) -> None:
+        """End every request and empty every slot. What the device still does is waited for, if it answers."""
+        self._take_inbox()
+        for handle in list(self._handles.values()):
+            self.scheduler.finish(handle._state, reason, error)
+        self._answer(time.perf_counter())
+        if not isinstance(error, DeviceError):
+            for stream in self.device.streams:
+                stream.synchronize()
+        for slot in self.slots:
+            slot.plan = None
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RequestError(self._closed)
+
+    def _model_stop_tokens(self) -> tuple[int, ...]:
+        config = getattr(self.model, "generation_config", None) or self.model.config
+        ids = config.eos_token_id
+        return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
+
+    def _stops_on_text(self, state: RunState) -> bool:
+        strings = state.request.stop_strings
+        return bool(strings) and contains_stop_string(state.generated, strings, self.tokenizer)
+
+    def _new_timeline(self) -> Timeline:
+        return Timeline(self.mode, self.device.clock if self.step_s is None else f"{self.device.clock}, timed device")
+
+
+class _progress_bar:
+    """A tqdm bar on standard error that counts generated tokens, or nothing."""
+
+    def __init__(self, handles: list[Handle], wanted: bool):
+        self.handles, self.wanted = handles, wanted
+
+    def __enter__(self):
+        if not self.wanted:
+            return lambda: None
+        from tqdm import tqdm
+
+        total = sum(handle._state.request.max_new_tokens for handle in self.handles)
+        self.bar = tqdm(total=total, unit=" tokens", leave=False)
+
+        def update() -> None:
+            done = sum(len(handle._state.generated) for handle in self.handles)
+            self.bar.update(done - self.bar.n)
+
+        return update
+
+    def __exit__(self, *_) -> None:
+        if self.wanted:
+            self.bar.close()

@@ -1,0 +1,86 @@
+"""The KV cache, seen from the host: which block of the pool belongs to whom.
+
+Attention reads the keys and values of every earlier token of a request. They lie on the device in a pool of blocks of
+`block_size` tokens. A request's *block table* lists its blocks in order: its token p is in block
+`table[p // block_size]` at place `p % block_size` (Kwon et al. 2023, "PagedAttention"). This class only keeps the
+books, in NumPy on the host: the keys and values themselves never leave the device.
+
+`allocate` grows a table, `prune` gives all blocks of a finished request back. Block 0 belongs to nobody: rows of a
+batch that are only padding write there.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+NOBODY = -1
+
+
+def blocks_for(num_tokens: int, block_size: int) -> int:
+    """How many blocks `num_tokens` tokens need: the quotient, rounded up."""
+    return -(-num_tokens // block_size)
+
+
+class KVCache:
+    """Books of a pool of `num_blocks` blocks (numbered from 1) for owners that are any ints from 0, such as request
+    numbers. Every block is either free or in exactly one owner's table."""
+
+    def __init__(self, num_blocks: int, block_size: int, max_blocks_per_owner: int, max_owners: int):
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self.owner_of = np.full(num_blocks + 1, NOBODY, np.int64)
+        self._free = list(range(num_blocks, 0, -1))  # a stack: the block given back last is handed out first
+        # Tables are rows of one array, so that a batch's tables are one NumPy gather and not a Python loop.
+        self._tables = np.zeros((max_owners, max_blocks_per_owner), np.int32)
+        self._free_rows = list(range(max_owners - 1, -1, -1))
+        self._row: dict[int, int] = {}
+        self._used: dict[int, int] = {}
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def capacity(self, owner: int) -> int:
+        """How many tokens the owner's blocks hold."""
+        return self._used.get(owner, 0) * self.block_size
+
+    def allocate(self, owner: int, num_tokens: int) -> bool:
+        """Grow the owner's table until it holds `num_tokens` tokens. All or nothing: False if the pool has too few
+        free blocks, and then nothing has changed."""
+        used = self._used.get(owner, 0)
+        need = blocks_for(num_tokens, self.block_size) - used
+        if need <= 0:
+            return True
+        if need > len(self._free):
+            return False
+        if owner not in self._row:
+            self._row[owner] = self._free_rows.pop()
+        blocks = self._free[-need:][::-1]
+        del self._free[-need:]
+        self._tables[self._row[owner], used : used + need] = blocks
+        self.owner_of[blocks] = owner
+        self._used[owner] = used + need
+        return True
+
+    def prune(self, owner: int) -> int:
+        """Give all blocks of `owner` back and return how many. An owner without blocks has nothing to give: 0.
+
+        A block may be handed on at once, even while a step that still writes it is in flight: the next owner's step
+        comes after that one on the same compute stream, so its writes come later too.
+        """
+        used = self._used.pop(owner, 0)
+        if used:
+            row = self._row.pop(owner)
+            blocks = self._tables[row, :used]
+            self.owner_of[blocks] = NOBODY
+            self._free.extend(blocks[::-1].tolist())
+            self._tables[row, :used] = 0
+            self._free_rows.append(row)
+        return used
+
+    def table(self, owner: int) -> list[int]:
+        """The owner's blocks, in order of the tokens."""
+        return self._tables[self._row[owner], : self._used[owner]].tolist() if owner in self._row else []
+
+    def tables(self, owners: list[int]) -> np.ndarray:
+        """The tables of several owners: int32 [len(owners), max_blocks_per_owner], 0 beyond each one's end."""
+        return self._tables[[self._row[owner] for owner in owners]]

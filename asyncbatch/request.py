@@ -1,0 +1,156 @@
+"""What a caller asks for and gets back: `Request`, `SamplingParams`, `Completion`, and the rules that end a request.
+
+Nothing here knows about batches or devices. A request is checked once, when it is submitted: a bad one gets a
+`RequestError` that says what was given and what is allowed, and no other request notices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+
+import numpy as np
+
+
+class RequestError(ValueError):
+    """A request that cannot be served. The message says what was given and what is allowed."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen from the logits.
+
+    temperature: 0 takes the most likely token (greedy); above 0 divides the logits before the softmax.
+    top_k: keep only the k most likely tokens; 0 keeps all.
+    top_p: keep the smallest set of most likely tokens whose probability reaches top_p (Holtzman et al. 2019,
+        "The Curious Case of Neural Text Degeneration"); 1.0 keeps all.
+    seed: the random number of a token depends on this seed and the token's position and on nothing else, so the
+        same request gives the same tokens in any batch.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to be continued.
+
+    token_ids: the prompt, one int for each token, at least one.
+    max_new_tokens: the most tokens to generate, at least 1.
+    stop_token_ids: a generated token among them ends the request (it stays in the result). None means the model's
+        own end-of-sequence tokens; () means none, so that only the length limit ends the request.
+    stop_strings: the request ends when the generated text contains one of them. The batcher needs a tokenizer for it.
+    """
+
+    token_ids: Sequence[int]
+    max_new_tokens: int = 64
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop_token_ids: Collection[int] | None = None
+    stop_strings: Sequence[str] = ()
+
+
+@dataclass
+class Completion:
+    """What became of a request. Times are seconds on the host's clock (`time.perf_counter`).
+
+    finish_reason: "stop" (a stop token or stop string), "length" (max_new_tokens), "cancelled", or "error", and then
+        `error` holds the exception. `token_ids` has what was generated until then.
+    """
+
+    token_ids: list[int]
+    finish_reason: str
+    error: Exception | None = None
+    submitted_s: float = 0.0
+    first_token_s: float | None = None
+    finished_s: float = 0.0
+
+
+def finish_reason(token_ids: Sequence[int], max_new_tokens: int, stop_token_ids: Collection[int]) -> str | None:
+    """Why a request that has generated `token_ids` so far is finished, or None if it goes on.
+
+    A stop token on the very last place counts as "stop": the model ended by itself.
+    """
+    if token_ids and token_ids[-1] in stop_token_ids:
+        return "stop"
+    return "length" if len(token_ids) >= max_new_tokens else None
+
+
+def contains_stop_string(token_ids: Sequence[int], stop_strings: Sequence[str], tokenizer) -> bool:
+    """True if the text of the generated tokens ends in a token that completes one of `stop_strings`.
+
+    Only the tail that a stop string can reach is decoded: a token is at least one byte of text, so a stop string of
+    n bytes spans at most n tokens. Two more tokens guard against tokenizers that trim the first word's space.
+    """
+    tail = max(len(text.encode()) for text in stop_strings) + 2
+    text = tokenizer.decode(token_ids[-tail:])
+    return any(stop in text for stop in stop_strings)
+
+
+def uniforms(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """One random number in [0, 1) for each (seed, position) pair: float32, the shape of the inputs.
+
+    A counter-based generator (the SplitMix64 finalizer, Steele et al. 2014): no state that could run ahead or fall
+    behind when steps are repeated, reordered or thrown away.
+    """
+    with np.errstate(over="ignore"):
+        x = seeds.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        x = x ^ ((positions.astype(np.uint64) + np.uint64(1)) * np.uint64(0xD1B54A32D192ED03))
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+        x ^= x >> np.uint64(31)
+    return (x >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
+
+
+def check_request(request: Request, *, vocab_size: int, max_length: int, limited_by: str, tokenizer=None) -> None:
+    """Raise RequestError unless `request` can be served. `max_length` tokens is the most for prompt and output
+    together, and `limited_by` says in words where that limit comes from."""
+    if not isinstance(request, Request):
+        raise RequestError(f"a request must be a Request, not {type(request).__name__}")
+    ids = request.token_ids
+    if isinstance(ids, str | bytes) or not isinstance(ids, Sequence | np.ndarray):
+        raise RequestError(
+            f"token_ids must be a list of token numbers, not {type(ids).__name__}: turn text into tokens first, "
+            "tokenizer(text).input_ids"
+        )
+    if len(ids) == 0:
+        raise RequestError("token_ids is empty: a prompt needs at least one token")
+    for index, token in enumerate(ids):
+        if not isinstance(token, Integral) or isinstance(token, bool) or not 0 <= token < vocab_size:
+            raise RequestError(f"token_ids[{index}] is {token!r}: the vocabulary has 0 to {vocab_size - 1}")
+    limit = request.max_new_tokens
+    if not isinstance(limit, Integral) or isinstance(limit, bool) or limit < 1:
+        raise RequestError(f"max_new_tokens is {limit!r}: allowed are whole numbers from 1")
+    if len(ids) + limit > max_length:
+        raise RequestError(
+            f"the prompt has {len(ids)} tokens and max_new_tokens is {limit}, together {len(ids) + limit}: "
+            f"at most {max_length} fit ({limited_by})"
+        )
+    _check_sampling(request.sampling)
+    for token in request.stop_token_ids or ():
+        if not isinstance(token, Integral) or not 0 <= token < vocab_size:
+            raise RequestError(f"stop_token_ids has {token!r}: allowed are whole numbers from 0 to {vocab_size - 1}")
+    if isinstance(request.stop_strings, str):
+        raise RequestError(f"stop_strings must be a list of strings, not one string ({request.stop_strings!r})")
+    for text in request.stop_strings:
+        if not isinstance(text, str) or not text:
+            raise RequestError(f"stop_strings has {text!r}: allowed are strings of at least one character")
+    if request.stop_strings and tokenizer is None:
+        raise RequestError("stop_strings needs the text of the tokens: give the batcher a tokenizer=...")
+
+
+def _check_sampling(sampling: SamplingParams) -> None:
+    def number(name: str, value, kind, allowed: str, is_allowed) -> None:
+        if not isinstance(value, kind) or isinstance(value, bool) or not is_allowed(value):
+            raise RequestError(f"sampling.{name} is {value!r}: allowed {allowed}")
+
+    if not isinstance(sampling, SamplingParams):
+        raise RequestError(f"sampling must be a SamplingParams, not {type(sampling).__name__}")
+    number("temperature", sampling.temperature, Real, "is 0 (greedy) or more", lambda t: math.isfinite(t) and t >= 0)
+    number("top_k", sampling.top_k, Integral, "is 0 (all) or more", lambda k: 0 <= k < 2**31)
+    number("top_p", sampling.top_p, Real, "is above 0 and at most 1", lambda p: 0 < p <= 1)
+    number("seed", sampling.seed, Integral, "are whole numbers from 0 to 2**63 - 1", lambda s: 0 <= s < 2**63)

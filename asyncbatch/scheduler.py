@@ -1,0 +1,241 @@
+"""The scheduler: which requests are in the next step, and what becomes of its results.
+
+Plain Python, no tensors. `plan` picks the rows of the next step *without knowing the results of steps still in
+flight*; `commit` takes the results of one step, in the order of the steps. The synchronous loop commits step N before
+it plans N+1, the asynchronous loop plans N+1 (or further) first. That this makes no difference to the tokens rests on
+three rules:
+
+- A row whose input token is still on the device names the step and row that sampled it (its *carry-over*).
+- A request is computed in the same pieces every time: its prompt in chunks cut at multiples of `prefill_tokens`, each
+  generated token as one decode row. So a preempted request is replayed exactly as it ran first, and no chunk depends on
+  who else is in the batch.
+- A length limit is known ahead, so nothing is planned beyond it. Only a stop token or a cancellation is found late, and
+  what was computed for that request meanwhile is a *wasted token*.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
+
+from .request import Request, finish_reason
+
+
+def fit_budget(chunk_sizes: Sequence[int], free_rows: int, budget: int) -> int:
+    """How many of the waiting prefill chunks go into this step, first come, first served: each takes one row and its
+    tokens from the budget. A chunk that does not fit is not cut, and nobody behind it goes ahead of it."""
+    fitting = 0
+    for size in chunk_sizes:
+        if fitting == free_rows or size > budget:
+            break
+        budget -= size
+        fitting += 1
+    return fitting
+
+
+class RunState:
+    """One request while it is served. Written by the scheduler only.
+
+    prompt, generated: the tokens that the host knows: given, and committed so far.
+    placed: how many tokens have their keys and values in the cache, counting steps still in flight.
+    carry: (step, row) of the launched step that samples token number `carry_token`, the newest one.
+    """
+
+    def __init__(self, number: int, request: Request, stop_token_ids: frozenset[int]):
+        self.number, self.request, self.stop_token_ids = number, request, stop_token_ids
+        self.prompt = [int(token) for token in request.token_ids]
+        self.generated: list[int] = []
+        self.num_prompt = len(self.prompt)
+        self.max_tokens = self.num_prompt + int(request.max_new_tokens)
+        self.placed = 0
+        self.carry: tuple[int, int] | None = None
+        self.carry_token = -1
+        self.finish_reason: str | None = None
+        self.error: Exception | None = None
+        self.num_preemptions = 0
+
+    @property
+    def num_known(self) -> int:
+        return self.num_prompt + len(self.generated)
+
+    def known_tokens(self, start: int, count: int) -> list[int]:
+        """Tokens number start to start + count - 1; a row never spans the prompt's end."""
+        if start < self.num_prompt:
+            return self.prompt[start : start + count]
+        return self.generated[start - self.num_prompt : start - self.num_prompt + count]
+
+    @property
+    def fully_launched(self) -> bool:
+        """True if the step that samples the last allowed token is launched: there is nothing left to plan."""
+        return self.placed >= self.max_tokens - 1 and self.carry_token >= self.max_tokens - 1
+
+
+class Row(NamedTuple):
+    """One row of a step: `count` tokens of a request from `position` on (1 for decode, a chunk for prefill).
+
+    carry: (step, row) that samples the input token, or None if the host knows it.
+    samples: whether the row's output is the request's next token (a chunk in the middle of a prompt has none).
+    """
+
+    state: RunState
+    position: int
+    count: int
+    carry: tuple[int, int] | None
+    samples: bool
+
+
+@dataclass
+class BatchPlan:
+    """The rows of one step: first `num_decode` decode rows, then the prefill rows."""
+
+    step: int
+    rows: list[Row]
+    num_decode: int
+
+    @property
+    def passes(self) -> str:
+        """Which forward passes the step runs: "decode", "prefill" or "mixed" (both)."""
+        if self.num_decode == len(self.rows):
+            return "decode"
+        return "mixed" if self.num_decode else "prefill"
+
+
+class Scheduler:
+    """Continuous batching (Yu et al. 2022, "Orca"): requests join and leave the batch at any step.
+
+    kv: the books of the block pool (`KVCache`).
+    max_batch_size: rows of a step. prefill_tokens: prompt tokens of a step, for all its prefill rows together.
+    stops_on_text: called with a RunState after each of its tokens; True ends the request (stop strings).
+    """
+
+    def __init__(
+        self, kv, max_batch_size: int, prefill_tokens: int, stops_on_text: Callable[[RunState], bool] | None = None
+    ):
+        self.kv, self.max_batch_size, self.prefill_tokens = kv, max_batch_size, prefill_tokens
+        self.stops_on_text = stops_on_text
+        self.waiting: deque[RunState] = deque()
+        self.running: list[RunState] = []  # in the order of admission: the last one is preempted first
+        self.finished: list[RunState] = []  # for the batcher to collect
+        self.num_steps = 0
+
+    def add(self, state: RunState) -> None:
+        self.waiting.append(state)
+
+    # ---- plan -------------------------------------------------------------------------------------------------
+
+    def plan(self) -> BatchPlan | None:
+        """The next step, or None if no request can go on before another step is committed."""
+        rows = self._decode_rows()
+        num_decode = len(rows)
+        rows += self._prefill_rows(free_rows=self.max_batch_size - num_decode)
+        if not rows:
+            return None
+        plan = BatchPlan(self.num_steps, rows, num_decode)
+        for index, row in enumerate(rows):
+            state = row.state
+            state.placed = row.position + row.count
+            if row.samples and state.placed > state.carry_token:
+                state.carry, state.carry_token = (plan.step, index), state.placed
+        self.num_steps += 1
+        return plan
+
+    def _decode_rows(self) -> list[Row]:
+        rows = []
+        for state in list(self.running):
+            position = state.placed
+            if position < state.num_prompt or state.fully_launched:
+                continue
+            carry = None
+            if position >= state.num_known:  # its input token is still on the device
+                if position != state.carry_token:
+                    continue  # being replayed, and the token is in a step further back: it will be committed soon
+                carry = state.carry
+            if not self._make_room(state, position + 1):
+                continue
+            rows.append(Row(state, position, 1, carry, True))
+        return rows
+
+    def _make_room(self, state: RunState, num_tokens: int) -> bool:
+        """Grow the state's table, preempting the newest running requests if the pool is full. False if `state` was
+        itself the newest, and so was preempted."""
+        while not self.kv.allocate(state.number, num_tokens):
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is state:
+                return False
+        return True
+
+    def _preempt(self, state: RunState) -> None:
+        self.running.remove(state)
+        self.kv.prune(state.number)
+        if state.fully_launched:  # it only waits for its last result: no need of its blocks, nothing to compute again
+            self.running.insert(0, state)
+            return
+        state.placed = 0
+        state.num_preemptions += 1
+        self.waiting.appendleft(state)
+
+    def _prefill_rows(self, free_rows: int) -> list[Row]:
+        started = [state for state in self.running if state.placed < state.num_prompt]
+        places = self.max_batch_size - sum(not state.fully_launched for state in self.running)
+        candidates = started + list(islice(self.waiting, max(places, 0)))
+        chunks = [min(self.prefill_tokens, state.num_prompt - state.placed) for state in candidates]
+        rows = []
+        for state, size in zip(candidates[: fit_budget(chunks, free_rows, self.prefill_tokens)], chunks, strict=False):
+            if state.placed == 0 and not self._admit(state):
+                break
+            samples = state.placed + size == state.num_prompt
+            rows.append(Row(state, state.placed, size, None, samples))
+        return rows
+
+    def _admit(self, state: RunState) -> bool:
+        """Move the first waiting request to the running ones, with blocks for every token that it has so far."""
+        if state in self.running:
+            return True
+        if not self.kv.allocate(state.number, state.num_known):
+            return False
+        self.waiting.remove(state)
+        self.running.append(state)
+        return True
+
+    # ---- commit -----------------------------------------------------------------------------------------------
+
+    def commit(self, plan: BatchPlan, token_ids: Sequence[int]) -> tuple[list[tuple[RunState, int]], int]:
+        """Take the results of a step: `token_ids[i]` is what row i sampled. Append, stop, prune.
+
+        Returns the new (request, token) pairs, in the order of the rows, and the number of wasted tokens.
+        """
+        new, wasted = [], 0
+        for row, token in zip(plan.rows, token_ids, strict=False):
+            state = row.state
+            if not row.samples:
+                continue
+            if state.finish_reason:
+                wasted += 1
+                continue
+            if row.position + row.count != state.num_known:
+                continue  # a replayed token: it was committed before
+            state.generated.append(token)
+            new.append((state, token))
+            reason = finish_reason(state.generated, state.request.max_new_tokens, state.stop_token_ids)
+            if reason != "stop" and self.stops_on_text is not None and self.stops_on_text(state):
+                reason = "stop"
+            if reason:
+                self.finish(state, reason)
+        return new, wasted
+
+    def finish(self, state: RunState, reason: str, error: Exception | None = None) -> bool:
+        """End a request, wherever it is, and prune its blocks. False if it had ended before."""
+        if state.finish_reason:
+            return False
+        state.finish_reason, state.error = reason, error
+        self.kv.prune(state.number)
+        if state in self.running:
+            self.running.remove(state)
+        else:
+            self.waiting.remove(state)
+        self.finished.append(state)
+        return True

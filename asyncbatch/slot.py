@@ -1,0 +1,142 @@
+"""A slot: one set of input and output buffers, on the host and on the device, and the three events of a step.
+
+A step's inputs are many small arrays. They lie in one int32 buffer, so that one copy brings them all to the device;
+`StepShape.fields` says which part is which, for both sides. Who may write what, and when:
+
+- host inputs: the host, in `fill`, from the moment that it has waited for `outputs_ready` of the slot's step before.
+- device inputs: the H2D stream, in "copy_in". The step that read them before is done: the host has waited for its end.
+- device output ids: the compute stream. Later steps read them too (carry-over), in order on that same stream.
+- host output ids: the D2H stream, in "copy_out", read by the host after `outputs_ready`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .kv_cache import blocks_for
+from .request import uniforms
+from .scheduler import BatchPlan
+from .streams import Device
+
+ROW_FIELDS = ("input_id", "carry", "position", "decodes", "prefill_start", "prefill_count", "top_k")
+FLOAT_FIELDS = ("temperature", "top_p", "uniform")
+PREFILL_FIELDS = ("prefill_id", "prefill_position", "prefill_row")
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """The fixed shape of every step. Fixed, because the number of rows of a matrix product can change the last bits of
+    each row: only with the same shapes does a request get the same tokens whoever else is in the batch."""
+
+    max_batch_size: int
+    num_slots: int
+    block_size: int
+    num_blocks: int
+    max_length: int  # tokens, prompt and output of one request
+    prefill_tokens: int
+
+    @property
+    def max_blocks(self) -> int:
+        return blocks_for(self.max_length, self.block_size)
+
+    def fields(self, buffer):
+        """Name to part of `buffer`, an int32 array or tensor of `num_inputs` elements. Rows beyond the batch are 0.
+
+        input_id, position: [B], the token and its place (decode), or the place of the chunk's first token (prefill).
+        carry: [B], -1, or slot * B + row of the output that is the input token.
+        decodes: [B], 1 for a decode row. prefill_start, prefill_count: [B], the row's chunk within the prefill tokens.
+        temperature, top_p, uniform: [B] float32 in the same bits. top_k: [B].
+        prefill_id, prefill_position, prefill_row: [prefill_tokens]. tables: [B, max_blocks].
+        """
+        batch, parts, start = self.max_batch_size, {}, 0
+        for names, size in ((ROW_FIELDS + FLOAT_FIELDS, batch), (PREFILL_FIELDS, self.prefill_tokens)):
+            for name in names:
+                parts[name] = buffer[start : start + size]
+                start += size
+        for name in FLOAT_FIELDS:
+            parts[name] = parts[name].view(np.float32 if isinstance(buffer, np.ndarray) else torch.float32)
+        parts["tables"] = buffer[start:].reshape(batch, self.max_blocks)
+        return parts
+
+    @property
+    def num_inputs(self) -> int:
+        rows = len(ROW_FIELDS) + len(FLOAT_FIELDS) + self.max_blocks
+        return rows * self.max_batch_size + len(PREFILL_FIELDS) * self.prefill_tokens
+
+
+def host_buffers(shape: StepShape, on_cuda: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(inputs, output ids) for each slot: int32 [num_inputs] and int32 [max_batch_size]. Pinned for CUDA, because a
+    copy from pageable memory makes the host wait; shared with the device process on the host clock."""
+    pairs = []
+    for _ in range(shape.num_slots):
+        pair = (
+            torch.zeros(shape.num_inputs, dtype=torch.int32, pin_memory=on_cuda),
+            torch.zeros(shape.max_batch_size, dtype=torch.int32, pin_memory=on_cuda),
+        )
+        pairs.append(pair if on_cuda else tuple(tensor.share_memory_() for tensor in pair))
+    return pairs
+
+
+class Slot:
+    """The host's side of slot number `index`. `plan` is the step that the slot holds, from fill to commit."""
+
+    def __init__(self, index: int, shape: StepShape, buffers: tuple[torch.Tensor, torch.Tensor], device: Device):
+        self.index, self.shape = index, shape
+        self.inputs, self.output_ids = buffers[0].numpy(), buffers[1].numpy()
+        self.fields = shape.fields(self.inputs)
+        self.plan: BatchPlan | None = None
+        self.step = -1  # number of the newest step
+        self.command = ""
+        self.inputs_ready, self.step_done, self.outputs_ready = device.event(), device.event(), device.event()
+
+    def fill(self, plan: BatchPlan, kv) -> None:
+        """Write the step's inputs into the host buffer. The slot's step before must be committed."""
+        assert self.plan is None, f"slot {self.index} still holds step {self.plan.step}"  # type: ignore[union-attr]
+        self.plan, self.step = plan, plan.step
+        rows, fields = plan.rows, self.fields
+        count, batch = len(rows), self.shape.max_batch_size
+        self.inputs[: -batch * self.shape.max_blocks] = 0
+        fields["tables"][:count] = kv.tables([row.state.number for row in rows])
+        fields["tables"][count:] = 0
+        fields["position"][:count] = [row.position for row in rows]
+        carried = [-1 if row.carry is None else self._place(*row.carry) for row in rows]
+        fields["carry"][:] = -1
+        fields["carry"][:count] = carried
+        decode = plan.num_decode
+        fields["decodes"][:decode] = 1
+        fields["input_id"][:decode] = [
+            row.state.known_tokens(row.position, 1)[0] if place < 0 else 0
+            for row, place in zip(rows[:decode], carried, strict=False)
+        ]
+        if decode < count:
+            self._fill_prefill(rows, decode)
+        self._fill_sampling(rows)
+
+    def _place(self, step: int, row: int) -> int:
+        return (step % self.shape.num_slots) * self.shape.max_batch_size + row
+
+    def _fill_prefill(self, rows, first: int) -> None:
+        fields, start = self.fields, 0
+        for index, (state, position, count, *_) in enumerate(rows[first:], first):
+            part = slice(start, start + count)
+            fields["prefill_start"][index], fields["prefill_count"][index] = start, count
+            fields["prefill_id"][part] = state.known_tokens(position, count)
+            fields["prefill_position"][part] = np.arange(position, position + count)
+            fields["prefill_row"][part] = index
+            start += count
+
+    def _fill_sampling(self, rows) -> None:
+        """Parameters and random numbers of the rows that sample; a greedy step needs none of them."""
+        params = [row.state.request.sampling for row in rows]
+        sampled = any(p.temperature > 0 for p in params)
+        self.command = f"{self.plan.passes}/{'sampled' if sampled else 'greedy'}"  # type: ignore[union-attr]
+        if sampled:
+            count, fields = len(rows), self.fields
+            for name in ("temperature", "top_k", "top_p"):
+                fields[name][:count] = [getattr(p, name) for p in params]
+            # The token that a row samples stands right after the row's last one: its position seeds its random number.
+            positions = np.array([row.position + row.count for row in rows])
+            fields["uniform"][:count] = uniforms(np.array([p.seed for p in params], np.uint64), positions)
