@@ -112,10 +112,11 @@ def check_request(request: Request, *, vocab_size: int, max_length: int, limited
     if not isinstance(request, Request):
         raise RequestError(f"a request must be a Request, not {type(request).__name__}")
     ids = request.token_ids
-    if isinstance(ids, str | bytes) or not isinstance(ids, Sequence | np.ndarray):
+    is_list = isinstance(ids, (Sequence, np.ndarray)) and not isinstance(ids, (str, bytes))
+    if not is_list or getattr(ids, "ndim", 1) != 1:
         raise RequestError(
-            f"token_ids must be a list of token numbers, not {type(ids).__name__}: turn text into tokens first, "
-            "tokenizer(text).input_ids"
+            f"token_ids must be a list of token numbers, not {type(ids).__name__} {str(ids)[:40]!r}: turn text into "
+            "tokens first, tokenizer(text).input_ids, and a tensor into a list, tensor.tolist()"
         )
     if len(ids) == 0:
         raise RequestError("token_ids is empty: a prompt needs at least one token")

@@ -157,6 +157,7 @@ def sample(logits: torch.Tensor, fields) -> torch.Tensor:
     total = torch.where(kept, probabilities, 0).cumsum(-1)
     # The first token whose cumulated probability exceeds the number. Rounding can leave none: then the last one kept.
     pick = (total <= fields["uniform"][:, None] * total[:, -1:]).sum(-1)
-    pick = torch.minimum(pick, kept.sum(-1) - 1)
+    # (A row of padding keeps none at all.)
+    pick = torch.minimum(pick, kept.sum(-1) - 1).clamp(min=0)
     sampled = order.gather(1, pick[:, None])[:, 0]
     return torch.where(temperature > 0, sampled, logits.argmax(-1)).to(torch.int32)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
+from .kv_cache import blocks_for
 from .request import Request, finish_reason
 
 
@@ -41,7 +42,7 @@ class RunState:
 
     prompt, generated: the tokens that the host knows: given, and committed so far.
     placed: how many tokens have their keys and values in the cache, counting steps still in flight.
-    carry: (step, row) of the launched step that samples token number `carry_token`, the newest one.
+    carry: (step, row) of its newest launched row, which samples token number `placed`.
     """
 
     def __init__(self, number: int, request: Request, stop_token_ids: frozenset[int]):
@@ -52,7 +53,6 @@ class RunState:
         self.max_tokens = self.num_prompt + int(request.max_new_tokens)
         self.placed = 0
         self.carry: tuple[int, int] | None = None
-        self.carry_token = -1
         self.finish_reason: str | None = None
         self.error: Exception | None = None
         self.num_preemptions = 0
@@ -70,7 +70,7 @@ class RunState:
     @property
     def fully_launched(self) -> bool:
         """True if the step that samples the last allowed token is launched: there is nothing left to plan."""
-        return self.placed >= self.max_tokens - 1 and self.carry_token >= self.max_tokens - 1
+        return self.placed >= self.max_tokens - 1
 
 
 class Row(NamedTuple):
@@ -137,8 +137,7 @@ class Scheduler:
         for index, row in enumerate(rows):
             state = row.state
             state.placed = row.position + row.count
-            if row.samples and state.placed > state.carry_token:
-                state.carry, state.carry_token = (plan.step, index), state.placed
+            state.carry = (plan.step, index)
         self.num_steps += 1
         return plan
 
@@ -148,11 +147,8 @@ class Scheduler:
             position = state.placed
             if position < state.num_prompt or state.fully_launched:
                 continue
-            carry = None
-            if position >= state.num_known:  # its input token is still on the device
-                if position != state.carry_token:
-                    continue  # being replayed, and the token is in a step further back: it will be committed soon
-                carry = state.carry
+            # A token that the host does not know yet is an output of the request's row before, still on the device.
+            carry = None if position < state.num_known else state.carry
             if not self._make_room(state, position + 1):
                 continue
             rows.append(Row(state, position, 1, carry, True))
@@ -192,10 +188,12 @@ class Scheduler:
         return rows
 
     def _admit(self, state: RunState) -> bool:
-        """Move the first waiting request to the running ones, with blocks for every token that it has so far."""
+        """Move the first waiting request to the running ones, with blocks for every token that it has so far. The
+        running ones keep room for a block each: otherwise a newcomer would often be preempted right away."""
         if state in self.running:
             return True
-        if not self.kv.allocate(state.number, state.num_known):
+        need = blocks_for(state.num_known, self.kv.block_size)
+        if need + len(self.running) > self.kv.num_free or not self.kv.allocate(state.number, state.num_known):
             return False
         self.waiting.remove(state)
         self.running.append(state)

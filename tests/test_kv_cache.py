@@ -1,0 +1,59 @@
+"""The books of the block pool: nothing is lost, nothing is given out twice."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asyncbatch.kv_cache import NOBODY, KVCache, blocks_for
+
+
+@given(st.integers(0, 10_000), st.integers(1, 64))
+def test_blocks_for_is_just_enough(tokens, block_size):
+    blocks = blocks_for(tokens, block_size)
+    assert blocks * block_size >= tokens
+    assert (blocks - 1) * block_size < tokens or blocks == 0
+
+
+@given(st.integers(1, 12), st.integers(1, 4), st.lists(st.tuples(st.integers(0, 4), st.integers(0, 40)), max_size=60))
+def test_every_block_is_free_or_in_exactly_one_table(num_blocks, block_size, operations):
+    """Random growing and pruning (0 tokens stands for prune) against a model that only counts."""
+    kv = KVCache(num_blocks, block_size, max_blocks_per_owner=40, max_owners=5)
+    held = dict.fromkeys(range(5), 0)
+    for owner, tokens in operations:
+        before = {o: kv.table(o) for o in held}
+        if tokens == 0:
+            assert kv.prune(owner) == held[owner]
+            held[owner] = 0
+        else:
+            need = max(blocks_for(tokens, block_size), held[owner])
+            fits = need - held[owner] <= num_blocks - sum(held.values())
+            assert kv.allocate(owner, tokens) == fits
+            if fits:
+                held[owner] = need
+                assert kv.table(owner)[: len(before[owner])] == before[owner]  # a table only grows at its end
+            else:
+                assert kv.table(owner) == before[owner]  # all or nothing
+        tables = {o: kv.table(o) for o in held}
+        blocks = [block for table in tables.values() for block in table]
+        assert {o: len(table) for o, table in tables.items()} == held
+        assert len(set(blocks)) == len(blocks)
+        assert all(1 <= block <= num_blocks for block in blocks)
+        assert kv.num_free == num_blocks - len(blocks)
+        for block in range(1, num_blocks + 1):
+            owners = [o for o, table in tables.items() if block in table]
+            assert [kv.owner_of[block]] == (owners or [NOBODY])
+        assert all(kv.capacity(o) == held[o] * block_size for o in held)
+
+
+def test_tables_of_a_batch_come_as_one_array_that_ends_in_zeros():
+    kv = KVCache(num_blocks=6, block_size=2, max_blocks_per_owner=3, max_owners=3)
+    kv.allocate(7, 5)
+    kv.allocate(3, 1)
+    tables = kv.tables([3, 7])
+    assert tables.dtype == np.int32
+    assert tables.tolist() == [[*kv.table(3), 0, 0], kv.table(7)]
+    kv.prune(7)
+    kv.allocate(9, 1)
+    assert kv.tables([9]).tolist() == [[*kv.table(9), 0, 0]]  # nothing of the pruned owner is left in its row

@@ -1,0 +1,170 @@
+"""Streams and events of the host clock: order within a stream, by events, none without, and a device that dies."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from programs import Log
+from tiny import tiny_model
+
+from asyncbatch.streams import DeviceError, DeviceProcess, HostDevice, open_device
+
+
+@pytest.fixture
+def shared():
+    return {
+        "count": torch.zeros((), dtype=torch.int64).share_memory_(),
+        "log": torch.zeros(200, 2, dtype=torch.int64).share_memory_(),
+        "value": torch.zeros((), dtype=torch.int64).share_memory_(),
+        "seen": torch.zeros((), dtype=torch.int64).share_memory_(),
+    }
+
+
+@pytest.fixture
+def device(shared):
+    device = open_device(tiny_model(), Log, num_slots=8, **shared)
+    yield device
+    device.close()
+
+
+def log(shared):
+    return [tuple(entry) for entry in shared["log"][: int(shared["count"])].tolist()]
+
+
+def test_a_stream_runs_in_order_and_launching_does_not_wait(device, shared):
+    stream = device.streams[1]
+    start = time.perf_counter()
+    for slot in range(4):
+        stream.launch("sleep:0.05", slot)
+    launched = time.perf_counter() - start
+    assert not stream.query()
+    stream.synchronize()
+    assert stream.query()
+    assert log(shared) == [(slot, what) for slot in range(4) for what in (0, 1)]
+    spans = np.array([device.spans(slot)[1] for slot in range(4)])
+    assert (spans[:, 1] - spans[:, 0] >= 0.05).all()
+    assert (spans[1:, 0] >= spans[:-1, 1]).all()
+    assert start <= spans[0, 0]  # one clock for host and device
+    assert spans[-1, 1] <= time.perf_counter()
+    assert launched < spans[-1, 1] - start
+
+
+def test_two_streams_overlap_without_an_event(device):
+    a, b, _ = device.streams
+    a.launch("sleep:0.2", 0)
+    b.launch("sleep:0.2", 1)
+    a.synchronize()
+    b.synchronize()
+    first, second = device.spans(0)[0], device.spans(1)[1]
+    assert first[0] < second[1]
+    assert second[0] < first[1]
+
+
+def test_an_event_orders_two_streams(device, shared):
+    a, b, _ = device.streams
+    event = device.event()
+    a.launch("sleep:0.1", 0)
+    a.launch("put:5", 0)
+    a.record_event(event)
+    b.wait_event(event)
+    b.launch("get", 1)
+    b.synchronize()
+    assert int(shared["seen"]) == 5
+    assert event.query()
+
+
+def test_a_wait_means_the_newest_record_before_it(device, shared):
+    """As in CUDA: a wait on an event that was never recorded does nothing, and a later record does not move a wait."""
+    a, b, _ = device.streams
+    event = device.event()
+    assert event.query()
+    b.wait_event(event)
+    b.launch("put:1", 0)
+    b.synchronize()
+    a.record_event(event)
+    b.wait_event(event)
+    a.launch("sleep:0.3", 1)
+    a.record_event(event)
+    b.launch("get", 2)
+    b.synchronize()
+    assert not event.query()  # the second record is still to come, and b did not wait for it
+    event.synchronize()
+    assert event.query()
+    assert device.spans(1)[0][1] > device.spans(2)[1][1]
+
+
+def test_a_failing_command_is_reported_and_skips_the_rest_of_its_step_only(device, shared):
+    a, b, _ = device.streams
+    for slot, command in ((3, "fail"), (4, "put:2")):
+        event = device.event()
+        a.launch(command, slot)
+        a.record_event(event)
+        b.wait_event(event)
+        b.launch("get", slot)
+    b.synchronize()
+    assert "ValueError: planted in slot 3" in device.failure(3)
+    assert device.failure(4) is None
+    assert int(shared["seen"]) == 2
+    assert (3, 1) not in log(shared)
+    a.launch("put:9", 3)
+    a.synchronize()
+    assert device.failure(3) is None  # a new step in the slot begins clean
+
+
+def test_events_come_back_when_a_device_closes(shared):
+    process = DeviceProcess.of(tiny_model())
+    free = len(process.free_events)
+    for _ in range(3):
+        device = open_device(tiny_model(), Log, num_slots=1, **shared)
+        device.event()
+        device.close()
+        device.close()
+    assert sorted(process.free_events) == sorted(set(process.free_events))
+    assert len(process.free_events) == free
+
+
+def test_a_device_that_dies_is_an_error_and_not_a_hang(shared):
+    process = DeviceProcess(tiny_model())
+    device = HostDevice(process, Log, 1, shared)
+    device.streams[1].launch("die", 0)
+    with pytest.raises(DeviceError, match="device process ended"):
+        device.streams[1].synchronize()
+    process.process.join(timeout=10)
+    with pytest.raises(DeviceError, match=r"exit code 3"):
+        process.ask("close", device.session)
+    device.close()
+
+
+def test_a_program_that_cannot_start_says_why(shared):
+    with pytest.raises(DeviceError, match="unexpected keyword argument 'nonsense'"):
+        open_device(tiny_model(), Log, num_slots=1, nonsense=1)
+
+
+SCRIPT = """
+import sys
+sys.path[:0] = [{tests!r}]
+from tiny import tiny_model
+from asyncbatch import AsyncBatcher, Request
+print("once")
+batcher = AsyncBatcher(tiny_model(), max_batch_size=2)
+print(len(batcher.run([Request([1, 2], 3)])[0].token_ids))
+"""
+
+
+def test_a_script_without_a_main_guard_runs_once_and_ends(tmp_path, request):
+    """A plain script must not start itself again in the worker, and leaves no process behind when it ends without
+    closing its batcher."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(tests=str(request.path.parent)))
+    root = request.config.rootpath
+    result = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=120, env={"PYTHONPATH": str(root)}
+    )
+    assert result.stdout.split() == ["once", "3"]
+    assert result.returncode == 0
+    assert "Traceback" not in result.stderr
