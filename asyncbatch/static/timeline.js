@@ -1,0 +1,249 @@
+// The interactive timeline of plot.py: one canvas, drawn like the static picture, to zoom, drag, hover over and read out.
+// It fetches nothing. Spans come as bytes, 24 a span: start and end (float64, seconds), step (int32), name and layer
+// (uint16). Where spans are too small to draw one by one, each pixel column is filled to the share of its time that was busy.
+
+const LEFT = 108, RIGHT = 10, ROW = 30, HEAD = 26, PAUSE = 8, STRIP = 14, GAP = 26, FONT = "12px system-ui, sans-serif";
+
+// How many of the ascending `values` are <= t.
+function upTo(values, t) {
+  let low = 0, high = values.length;
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (values[middle] <= t) low = middle + 1; else high = middle;
+  }
+  return low;
+}
+
+// The function t -> busy seconds before t, for spans in order of their starts; overlaps count once.
+function busyCurve(starts, ends) {
+  const from = [], to = [], before = [0];
+  for (let i = 0; i < starts.length; i++) {
+    const last = to.length - 1;
+    if (last >= 0 && starts[i] <= to[last]) to[last] = Math.max(to[last], ends[i]);
+    else { from.push(starts[i]); to.push(ends[i]); }
+  }
+  for (let i = 0; i < from.length; i++) before.push(before[i] + to[i] - from[i]);
+  return (t) => { const k = upTo(from, t) - 1; return k < 0 ? 0 : before[k] + Math.min(t, to[k]) - from[k]; };
+}
+
+function unpack(view, about) {
+  const layers = about.tracks.flatMap((_, track) => about.layers.map((layer) => (
+    { ...layer, track, starts: [], ends: [], steps: [], names: [] })));
+  for (let at = 0; at < view.byteLength; at += 24) {
+    const layer = layers[view.getUint16(at + 22, true)];
+    layer.starts.push(view.getFloat64(at, true));
+    layer.ends.push(view.getFloat64(at + 8, true));
+    layer.steps.push(view.getInt32(at + 16, true));
+    layer.names.push(about.names[view.getUint16(at + 20, true)]);
+  }
+  for (const layer of layers) layer.busy = busyCurve(layer.starts, layer.ends);
+  return layers;
+}
+
+function seconds(value, digits = 4, scale = value || 2) {  // in the unit that suits `scale`
+  const [factor, unit] = scale >= 2 ? [1, "s"] : scale >= 2e-3 ? [1e3, "ms"] : [1e6, "µs"];
+  return `${Number((value * factor).toPrecision(digits))} ${unit}`;
+}
+
+function render({ model, el }) {
+  const about = model.get("about"), layers = unpack(model.get("spans"), about), end = about.end;
+  const lanes = about.tracks.flatMap((_, track) => about.lanes.map((lane, i) => (
+    { ...lane, track, index: i, layers: layers.filter((layer) => layer.track === track && layer.lane === i) })));
+  const [canvas, tip, live, help] = ["canvas", "div", "div", "div"].map((tag) => document.createElement(tag));
+  const root = document.createElement("div"), ctx = canvas.getContext("2d");
+  let [from, to] = about.window, width = 800, height = 0, drag = null, queued = 0;
+
+  root.style.cssText = "position:relative;color:var(--jp-content-font-color1,var(--vscode-foreground,CanvasText));" + `font:${FONT}`;
+  canvas.style.cssText = "display:block;width:100%;outline-offset:-2px;touch-action:none;cursor:grab";
+  canvas.tabIndex = 0;
+  canvas.setAttribute("role", "img");
+  canvas.setAttribute("aria-label", `Timeline of ${about.tracks.map((t) => `${t.name}: ${t.caption}`).join("; ")}. ` +
+    "Plus and minus zoom, arrow keys move, 0 goes back.");
+  canvas.onfocus = () => { canvas.style.outline = "2px solid #0072B2"; };
+  canvas.onblur = () => { canvas.style.outline = "none"; };
+  tip.className = "asyncbatch-tip";
+  tip.style.cssText = "position:absolute;display:none;pointer-events:none;padding:3px 7px;border-radius:3px;background:#222;color:#fff";
+  live.className = "asyncbatch-live";
+  live.setAttribute("aria-live", "polite");
+  help.textContent = "Click the picture, then: wheel or + and - zoom, drag or arrow keys move, 0 goes back.";
+  // The fill of a layer, or of "idle", as a small canvas: its colour, with a hatch where a hatch tells it from another.
+  function tile(key) {
+    const made = document.createElement("canvas"), pen = made.getContext("2d");
+    const { face, line } = key === "idle" ? about.idle : about.layers.find((layer) => layer.key === key);
+    made.width = made.height = 8;
+    pen.fillStyle = face; pen.fillRect(0, 0, 8, 8);
+    pen.strokeStyle = line; pen.lineWidth = 1.5;
+    for (const x of [-8, 0, 8]) { pen.moveTo(x, 0); pen.lineTo(x + 8, 8); }
+    if (line) pen.stroke();
+    return made;
+  }
+  const fills = Object.fromEntries([...about.layers, { key: "idle" }].map(({ key }) => [key, ctx.createPattern(tile(key), "repeat")]));
+
+  const legend = document.createElement("div");
+  for (const [words, key] of [...about.layers.map((layer) => [layer.words, layer.key]), ["device idle", "idle"]]) {
+    const swatch = document.createElement("img"), item = document.createElement("span");
+    swatch.src = tile(key).toDataURL(); swatch.alt = "";
+    swatch.style.cssText = "width:16px;height:10px;margin-right:5px;object-fit:cover";
+    item.style.cssText = "display:inline-block;margin:2px 14px 2px 0";
+    item.append(swatch, words);
+    legend.append(item);
+  }
+  root.append(canvas, tip, legend, live, help);
+  el.append(root);
+
+  // Fill lane layers between times a and b over [x, x + w] by the busy share of each pixel of the screen.
+  function columns(parts, a, b, x, y, w, h) {
+    const n = Math.round(w * devicePixelRatio), base = new Float64Array(n);
+    for (const layer of parts) {
+      ctx.fillStyle = fills[layer.key];
+      for (let i = 0, low = layer.busy(a); i < n; i++) {
+        const high = layer.busy(a + (b - a) * (i + 1) / n), share = (high - low) / (b - a) * n;
+        if (share > 0) ctx.fillRect(x + i * w / n, y + h * (1 - base[i] - share), w / n, h * share);
+        base[i] += share; low = high;
+      }
+    }
+  }
+
+  function idleBand(parts, a, b, x, y, w, h) {
+    const first = Math.min(...parts.map((p) => p.starts[0] ?? Infinity)), last = Math.max(...parts.map((p) => p.ends.at(-1) ?? -Infinity));
+    const low = Math.max(a, first), high = Math.min(b, last);
+    ctx.fillStyle = fills.idle;
+    if (low < high) ctx.fillRect(x + (low - a) / (b - a) * w, y, (high - low) / (b - a) * w, h);
+  }
+
+  function spansOf(lane, a, b) {  // [layer, index] of the spans that touch [a, b]
+    return lane.layers.flatMap((layer) => {
+      const first = Math.max(0, upTo(layer.starts, a) - 1), last = upTo(layer.starts, b), found = [];
+      for (let i = first; i < last && found.length < width; i++) if (layer.ends[i] > a) found.push([layer, i]);
+      return found;
+    }).reverse();  // waits first, so that work lies on top
+  }
+
+  // Between steps drawn one by one: the word "idle" where it fits, a line where not even the hatch does.
+  function gaps(found, toX, y, h, w) {
+    const steps = found.map(([layer, i]) => [toX(layer.starts[i]), toX(layer.ends[i])]).sort((one, two) => one[0] - two[0]);
+    for (let i = 1; i < steps.length; i++) {
+      const a = steps[i - 1][1], b = steps[i][0];
+      if (b - a > 26) write("idle", (a + b) / 2, y + h / 2, "#8A3B00", "center", `bold ${FONT}`);
+      else if (b - a < 5) { ctx.fillStyle = b - a <= 0.3 ? "#fff" : about.idle.line; ctx.fillRect(a, y, Math.max(0.5, b - a), h); }
+    }
+  }
+
+  function write(text, x, y, fill, align = "left", font = FONT, room = undefined) {
+    ctx.font = font; ctx.fillStyle = fill; ctx.textAlign = align; ctx.fillText(text, x, y, room);
+  }
+
+  function draw() {
+    queued = 0;
+    const began = performance.now(), w = width - LEFT - RIGHT, color = getComputedStyle(root).color;
+    canvas.width = width * devicePixelRatio; canvas.height = height * devicePixelRatio;
+    ctx.scale(devicePixelRatio, devicePixelRatio);
+    ctx.textBaseline = "middle";
+    const toX = (t) => LEFT + (t - from) / (to - from) * w;
+    about.tracks.forEach((track, i) => {  // the whole run, and where in it we are
+      const parts = lanes[i * about.lanes.length + 2].layers, y = i * STRIP + 2;
+      write(`whole run, ${track.name}`, LEFT - 6, y + STRIP / 2, color, "right", FONT, LEFT - 8);
+      idleBand(parts, 0, end, LEFT, y, w, STRIP - 3);
+      columns(parts, 0, end, LEFT, y, w, STRIP - 3);
+    });
+    const strip = STRIP * about.tracks.length;
+    ctx.strokeStyle = color; ctx.lineWidth = 1.5;
+    ctx.strokeRect(LEFT + from / end * w, 1, Math.max(2, (to - from) / end * w), strip);
+    let y = strip + 6;
+    for (const lane of lanes) {
+      if (lane.index === 0) {
+        const track = about.tracks[lane.track];
+        y += HEAD;
+        write(track.name, LEFT, y - 10, color, "left", "bold 14px system-ui, sans-serif");
+        const after = LEFT + ctx.measureText(track.name).width + 12;
+        write(track.caption, after, y - 10, color);
+      }
+      const h = lane.height * ROW, found = spansOf(lane, from, to), few = found.length <= w / 8;
+      lane.y = y; lane.h = h;
+      write(lane.words, LEFT - 6, y + h / 2, color, "right");
+      ctx.fillStyle = color; ctx.globalAlpha = 0.3; ctx.fillRect(LEFT, y + h, w, 0.5); ctx.globalAlpha = 1;
+      if (lane.index === 2) idleBand(lane.layers, from, to, LEFT, y, w, h);
+      if (!few) columns(lane.layers, from, to, LEFT, y, w, h);
+      else for (const [layer, i] of found) {
+        const a = Math.max(LEFT, toX(layer.starts[i])), b = Math.min(LEFT + w, toX(layer.ends[i]));
+        ctx.fillStyle = fills[layer.key];
+        ctx.fillRect(a, y, Math.max(b - a, lane.index === 2 ? 0 : 1), h);  // a short copy is never lost
+        const step = layer.steps[i], texts = lane.index === 2 ? [`step ${step}`, `${step}`] : [`${layer.names[i]} ${step}`, layer.names[i]];
+        ctx.font = FONT;
+        const text = lane.height > 0.6 && texts.find((t) => ctx.measureText(t).width < b - a - 6);
+        if (text && layer.line) {  // a quiet rim, to be read on a hatch
+          Object.assign(ctx, { strokeStyle: layer.face, lineWidth: 3, textAlign: "center" });
+          ctx.strokeText(text, (a + b) / 2, y + h / 2);
+        }
+        if (text) write(text, (a + b) / 2, y + h / 2, layer.text, "center");
+      }
+      if (lane.index === 2 && few) gaps(found, toX, y, h, w);
+      y += h + PAUSE;
+    }
+    const rough = (to - from) / (w / 110), power = 10 ** Math.floor(Math.log10(rough)), digits = Math.ceil(Math.log10(to / power)) + 1;
+    const tick = power * [1, 2, 5, 10].find((m) => m * power >= rough);
+    for (let k = Math.ceil(from / tick); k * tick <= to; k++) {
+      ctx.fillStyle = color; ctx.fillRect(toX(k * tick), y - 4, 1, 5);
+      write(seconds(k * tick, Math.max(1, digits), to), Math.min(toX(k * tick), width - 28), y + 9, color, "center");
+    }
+    const digitsShown = Math.max(4, digits), text = `Showing ${seconds(from, digitsShown, to)} to ${seconds(to, digitsShown)} of ${seconds(end)}.`;
+    if (live.textContent !== text) live.textContent = text;
+    canvas.dataset.view = `${from} ${to}`;
+    canvas.dataset.drawMs = performance.now() - began;
+  }
+
+  function show(a, b) {
+    const long = Math.min(end, Math.max(b - a, 1e-6, end * 1e-9));
+    from = Math.min(Math.max(0, a), end - long); to = from + long;
+    queued ||= requestAnimationFrame(draw);
+  }
+  const zoom = (by, at = (from + to) / 2) => show(at - (at - from) * by, at + (to - at) * by);
+  const timeAt = (event) => from + (event.offsetX - LEFT) / (width - LEFT - RIGHT) * (to - from);
+
+  canvas.addEventListener("wheel", (event) => {
+    if (document.activeElement !== canvas && !event.ctrlKey) return;  // the page scrolls until the picture is clicked
+    event.preventDefault();
+    zoom(Math.exp(event.deltaY * 0.002), timeAt(event));
+  }, { passive: false });
+  canvas.addEventListener("keydown", (event) => {
+    const move = (to - from) * 0.2;
+    const action = { "+": () => zoom(0.5), "=": () => zoom(0.5), "-": () => zoom(2), "0": () => show(...about.window),
+      ArrowLeft: () => show(from - move, to - move), ArrowRight: () => show(from + move, to + move) }[event.key];
+    if (!action || event.ctrlKey || event.metaKey || event.altKey) return;
+    event.preventDefault(); event.stopPropagation();  // the notebook has shortcuts of its own
+    action();
+  });
+  canvas.onpointerdown = (event) => {
+    canvas.focus({ preventScroll: true }); canvas.setPointerCapture(event.pointerId);
+    drag = { x: event.offsetX, from, to };
+  };
+  canvas.onpointerup = canvas.onpointercancel = () => { drag = null; };
+  canvas.onpointerleave = () => { tip.style.display = "none"; };
+  canvas.onpointermove = (event) => {
+    const scale = (to - from) / (width - LEFT - RIGHT), t = timeAt(event), near = 3 * scale;
+    if (drag) return show(drag.from - (event.offsetX - drag.x) * scale, drag.to - (event.offsetX - drag.x) * scale);
+    const lane = lanes.find(({ y, h }) => event.offsetY >= y && event.offsetY <= y + h + PAUSE / 2);
+    const found = lane && event.offsetX >= LEFT && spansOf(lane, t - near, t + near);
+    let text = "";
+    if (found && found.length) {
+      const off = ([layer, i]) => Math.max(layer.starts[i] - t, t - layer.ends[i], 0);
+      const [layer, i] = found.reduce((best, span) => (off(span) < off(best) ? span : best));
+      text = `${about.tracks[lane.track].name}, ${lane.words}: ${layer.names[i]}, step ${layer.steps[i]}, ` +
+        `${seconds(layer.ends[i] - layer.starts[i])}, from ${seconds(layer.starts[i], 6)}`;
+    } else if (found && lane.index === 2) text = `${about.tracks[lane.track].name}, ${lane.words}: idle`;
+    tip.textContent = text;
+    tip.style.display = text ? "block" : "none";
+    tip.style.left = `${Math.min(event.offsetX + 12, Math.max(0, width - tip.offsetWidth))}px`;
+    tip.style.top = `${event.offsetY + 16}px`;
+  };
+
+  const last = lanes.length * PAUSE + about.tracks.length * (HEAD + STRIP) + lanes.reduce((sum, lane) => sum + lane.height * ROW, 0);
+  height = last + GAP; canvas.style.height = `${height}px`;
+  const resized = new ResizeObserver(() => { width = Math.max(LEFT + RIGHT + 100, canvas.clientWidth); show(from, to); });
+  const themed = new MutationObserver(() => show(from, to));
+  resized.observe(canvas);
+  themed.observe(document.body, { attributes: true });
+  return () => { resized.disconnect(); themed.disconnect(); cancelAnimationFrame(queued); };
+}
+
+export default { render };
