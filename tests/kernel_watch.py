@@ -1,0 +1,59 @@
+"""Sent into the kernel of every tested notebook: remembers failures that no cell reports.
+
+An exception in a task that nobody awaited, or in a thread, only appears on stderr, if at all. `check()` raises it.
+`conftest.py` sends this file and calls `check()` after each cell. Only the standard library is used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import threading
+import traceback
+
+PENDING_TIMEOUT_S = 2.0
+KERNEL_PACKAGES = ("/ipykernel/", "/IPython/", "/jupyter_client/", "/tornado/", "/zmq/")
+
+_failures: list[str] = []
+
+
+class _Recorder(logging.Handler):
+    """asyncio logs an error when a task is thrown away with an exception nobody asked for, or before it is done."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _failures.append(self.format(record))
+
+
+def install() -> None:
+    """Start remembering. Once, before the first cell."""
+    logging.getLogger("asyncio").addHandler(_Recorder(logging.ERROR))
+    report_thread = threading.excepthook
+
+    def remember_thread(args: threading.ExceptHookArgs) -> None:
+        _failures.append("".join(traceback.format_exception(args.exc_type, args.exc_value, args.exc_traceback)))
+        report_thread(args)
+
+    threading.excepthook = remember_thread
+
+
+def _is_of_the_notebook(task: asyncio.Task) -> bool:
+    """False for the tasks of the kernel itself, which are always pending."""
+    code = getattr(task.get_coro(), "cr_code", None)
+    return code is not None and not any(name in code.co_filename for name in KERNEL_PACKAGES)
+
+
+async def check() -> None:
+    """Raise AssertionError with everything that failed unseen since the last call, or that is still pending."""
+    pending = {task for task in asyncio.all_tasks() if _is_of_the_notebook(task)} - {asyncio.current_task()}
+    if pending:
+        _, pending = await asyncio.wait(pending, timeout=PENDING_TIMEOUT_S)
+    # A failed task that is still referenced has logged nothing yet: asyncio does that when the task is thrown away.
+    for future in [thing for thing in gc.get_objects() if issubclass(type(thing), asyncio.Future)]:
+        if future.done() and getattr(future, "_log_traceback", False):
+            _failures.append("".join(traceback.format_exception(future.exception())))
+    _failures.extend(f"still pending, await it in the cell that made it: {task!r}" for task in pending)
+    if _failures:
+        report = "\n".join(_failures)
+        _failures.clear()
+        raise AssertionError(report)

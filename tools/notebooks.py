@@ -1,0 +1,215 @@
+"""Run the notebooks and save them in their one canonical form; or say what is not canonical.
+
+    python tools/notebooks.py                      run all of notebooks/ and save them
+    python tools/notebooks.py notebooks/00*.ipynb  only these
+    python tools/notebooks.py --keep-outputs       save in canonical form without running (after a change to text)
+    python tools/notebooks.py --check              change nothing, run nothing; exit 1 and say what is wrong
+
+Canonical: executed from top to bottom with counts 1 to n, stable cell ids, no widget state, no times or paths of the
+machine, no errors, nothing on stderr, under 300 KB, JSON with sorted keys. A reader without a kernel, on GitHub say,
+sees every result and picture, and a change of a notebook is a readable change in git.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+from nbformat import NotebookNode
+
+FOLDER = Path(__file__).parent.parent / "notebooks"
+MAX_BYTES = 300_000
+CELL_TIMEOUT_S = 300
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"file_extension": ".py", "mimetype": "text/x-python", "name": "python"},
+}
+WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home|root|work|Users|opt|usr|tmp/ipykernel\w*|var/folders)/|[A-Z]:\\\\?Users")
+RAISES_TAG, RAISES_COMMENT = "raises-exception", "NBVAL_RAISES_EXCEPTION"
+
+
+def canonical(notebook: NotebookNode) -> NotebookNode:
+    """Return the notebook with everything gone that depends on the machine or the day, counts and ids made regular."""
+    book = nbformat.from_dict(notebook)
+    book.nbformat, book.nbformat_minor = 4, 5
+    book.metadata = nbformat.from_dict(METADATA)
+    taken: set[str] = set()
+    count = 0
+    for cell in book.cells:
+        cell.id = _cell_id(cell, taken)
+        taken.add(cell.id)
+        cell.metadata = _kept_metadata(cell.metadata)
+        if cell.cell_type != "code":
+            continue
+        if cell.execution_count is not None:
+            count += 1
+            cell.execution_count = count
+        cell.outputs = _canonical_outputs(cell.outputs, cell.execution_count)
+    return book
+
+
+def _cell_id(cell: NotebookNode, taken: set[str]) -> str:
+    """Keep the id that the cell has; one that has none, or a copy of another's, gets one from its content."""
+    name = cell.get("id")
+    number = 0
+    while not name or name in taken:
+        name = hashlib.sha256(f"{cell.cell_type}\n{cell.source}\n{number}".encode()).hexdigest()[:8]
+        number += 1
+    return name
+
+
+def _kept_metadata(metadata: dict) -> NotebookNode:
+    kept: dict = {}
+    if metadata.get("tags"):
+        kept["tags"] = list(metadata["tags"])
+    folding = {key: True for key in ("source_hidden", "outputs_hidden") if metadata.get("jupyter", {}).get(key)}
+    if folding:
+        kept["jupyter"] = folding
+    return nbformat.from_dict(kept)
+
+
+def _canonical_outputs(outputs: list[NotebookNode], count: int | None) -> list[NotebookNode]:
+    result: list[NotebookNode] = []
+    for output in outputs:
+        if output.output_type == "stream":
+            before = result[-1] if result and result[-1].get("name") == output.name else None
+            if before is not None:  # the kernel cuts one text anywhere
+                before.text += output.text
+                continue
+        if "metadata" in output:
+            output.metadata = NotebookNode()
+        if "data" in output:
+            output.data.pop(WIDGET_VIEW, None)  # a random id; without it, a reader without a kernel sees the picture
+            for kind, value in output.data.items():
+                if kind.startswith("image/") and isinstance(value, str) and kind != "image/svg+xml":
+                    output.data[kind] = value.replace("\n", "")
+            if not output.data:
+                continue
+        if output.output_type == "execute_result":
+            output.execution_count = count
+        result.append(output)
+    for output in result:
+        if output.output_type == "stream":  # a progress bar writes over its own line: keep what stays
+            output.text = re.sub(r"[^\n]*\r(?!\n|$)", "", output.text)
+    return result
+
+
+def text_of(notebook: NotebookNode) -> str:
+    """Return the file's text: indent 1, sorted keys, newline at the end."""
+    return nbformat.writes(notebook, version=4).rstrip("\n") + "\n"
+
+
+def faults(path: Path) -> list[str]:
+    """Return what keeps the file from being canonical, one line each (cells counted from 0); empty when it is."""
+    text = path.read_text(encoding="utf-8")
+    try:
+        book = nbformat.reads(text, as_version=nbformat.NO_CONVERT)
+        nbformat.validate(book)
+    except Exception as error:  # whatever is wrong with the JSON, the reader needs its first line
+        return [f"is not a valid notebook: {str(error).splitlines()[0]}"]
+    found: list[str] = []
+    in_cells: dict[str, list[str]] = {}  # fault -> numbers of the cells that have it
+    if len(text.encode()) >= MAX_BYTES:
+        found.append(f"has {len(text.encode()):,} bytes, {MAX_BYTES:,} or more")
+    if "widgets" in book.metadata:
+        found.append("holds widget state (metadata.widgets)")
+    count = 0
+    for number, cell in enumerate(book.cells):
+        for fault in _cell_faults(cell):
+            in_cells.setdefault(fault, []).append(str(number))
+        if cell.cell_type == "code":
+            count += 1
+            if cell.execution_count is None:
+                in_cells.setdefault("not executed", []).append(str(number))
+            elif cell.execution_count != count:
+                in_cells.setdefault("execution counts are not 1 to n", []).append(str(number))
+    found += [f"{fault} (cell {', '.join(numbers)})" for fault, numbers in in_cells.items()]
+    if not found:
+        wanted = text_of(canonical(book))
+        if wanted != text:
+            lines = zip(text.splitlines(), wanted.splitlines(), strict=False)
+            line = next((i for i, (is_, should) in enumerate(lines, 1) if is_ != should), "last")
+            found.append(f"is not in canonical form (first difference in line {line})")
+    return found
+
+
+def _cell_faults(cell: NotebookNode) -> list[str]:
+    found = []
+    extra = sorted(set(cell.metadata) - {"tags", "jupyter"})
+    if extra:
+        found.append(f"metadata of one session: {', '.join(extra)}")
+    texts = [cell.source]
+    may_raise = RAISES_TAG in cell.metadata.get("tags", []) or RAISES_COMMENT in cell.source
+    for output in cell.get("outputs", []):
+        if output.output_type == "error" and not may_raise:
+            found.append(f"ended with an error: {output.ename}")
+        if output.output_type == "stream" and output.name == "stderr" and not may_raise:
+            found.append(f"wrote to stderr: {output.text.strip().splitlines()[0] if output.text.strip() else ''!r}")
+        data = output.get("data", {})
+        if WIDGET_VIEW in data:
+            found.append("a widget's id, which hides the picture")
+        texts += [str(value) for kind, value in data.items() if not kind.startswith("image/")]
+        texts += [output.get("text", ""), "\n".join(output.get("traceback", []))]
+    match = next((match for text in texts if (match := MACHINE_PATH.search(text))), None)
+    if match:
+        found.append(f"path of one machine: {match.string[match.start() :].split(None, 1)[0][:60]}")
+    return found
+
+
+def run(path: Path, notebook: NotebookNode) -> None:
+    """Execute the notebook in place, in its own folder, with this interpreter's kernel. Raises at the first error."""
+    from nbclient import NotebookClient  # not needed, and slow, for a check
+
+    # IPython colours and line widths must not depend on the terminal this runs in.
+    os.environ.update(COLUMNS="100", LINES="40")
+    NotebookClient(
+        notebook,
+        timeout=CELL_TIMEOUT_S,
+        kernel_name="python3",
+        record_timing=False,
+        resources={"metadata": {"path": str(path.parent)}},
+    ).execute()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Run the notebooks and save them in canonical form.")
+    parser.add_argument("paths", nargs="*", type=Path, help="notebooks (all of notebooks/ when left out)")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--check", action="store_true", help="change nothing; exit 1 and say what is not canonical")
+    mode.add_argument("--keep-outputs", action="store_true", help="do not run, only save in canonical form")
+    options = parser.parse_args(arguments)
+    paths = [path.resolve() for path in options.paths or sorted(FOLDER.glob("*.ipynb"))]
+    bad = 0
+    for path in paths:
+        if not options.check:
+            print(f"{path.name}: {'saving' if options.keep_outputs else 'running'}", flush=True)
+            book = nbformat.reads(path.read_text(encoding="utf-8"), as_version=4)
+            if not options.keep_outputs:
+                try:
+                    run(path, book)
+                except Exception as error:  # any failure: say which notebook, leave the file as it was, go on
+                    print(f"{path.name}: failed and not saved\n{error}", file=sys.stderr)
+                    bad += 1
+                    continue
+            path.write_text(text_of(canonical(book)), encoding="utf-8", newline="\n")
+        problems = faults(path)
+        for problem in problems:
+            print(f"{path.name}: {problem}", file=sys.stderr)
+        bad += bool(problems)
+    if bad:
+        print(
+            f"{bad} of {len(paths)} notebooks are not canonical; `make notebooks` runs and saves them", file=sys.stderr
+        )
+    else:
+        print(f"{len(paths)} notebooks are canonical")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
