@@ -29,7 +29,8 @@ class Handle:
 
     def __init__(self, batcher: BatcherBase, state: RunState):
         self._batcher, self._state = batcher, state
-        self.submitted_s, self.first_token_s = time.perf_counter(), None
+        self.submitted_s = time.perf_counter()
+        self.first_token_s: float | None = None
         self.completion: Completion | None = None
 
     @property
@@ -98,18 +99,17 @@ class BatcherBase:
         num_slots = self.default_slots if num_slots is None else num_slots
         model_length = getattr(config, "max_position_embeddings", None) or 2048
         max_length = min(model_length, 2048) if max_length is None else max_length
-        if num_blocks is None and max_batch_size > 0 and block_size > 0:
-            num_blocks = max_batch_size * blocks_for(max_length, block_size)
         for name, value in (
             ("max_batch_size", max_batch_size),
             ("num_slots", num_slots),
             ("block_size", block_size),
-            ("num_blocks", num_blocks),
+            ("num_blocks", 1 if num_blocks is None else num_blocks),
             ("max_length", max_length),
             ("prefill_tokens", prefill_tokens),
         ):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}: allowed are whole numbers from 1")
+        num_blocks = num_blocks or max_batch_size * blocks_for(max_length, block_size)
         if max_length > model_length:
             raise ValueError(f"max_length is {max_length}: the model allows at most {model_length} tokens")
         for name, seconds in (("host_work_s", host_work_s), ("step_s", step_s or 0.0)):
@@ -171,8 +171,9 @@ class BatcherBase:
         finish_reason "error" and the reason in `error`; the others finish. On an idle batcher this starts a new
         `timeline`. Interrupted (Ctrl-C), everything under way ends as "cancelled" and the batcher is empty again."""
         self._check_open()
+        self._drain()
         if not self._handles:
-            self.timeline = self._new_timeline()
+            self.timeline, self.scheduler.num_steps = self._new_timeline(), 0
         answers: list[Handle | Completion] = []
         for request in requests:
             try:
@@ -186,6 +187,7 @@ class BatcherBase:
                 while handle.completion is None:
                     self._turn()
                     update()
+        self._drain()
         return [answer.completion if isinstance(answer, Handle) else answer for answer in answers]  # type: ignore[misc]
 
     def stream(self, request: Request) -> Iterator[int]:
@@ -268,8 +270,8 @@ class BatcherBase:
     @_host_span
     def commit(self, slot: Slot) -> None:
         """Take the results of the slot's step: append tokens, end requests, prune their blocks, free the slot."""
-        plan = slot.plan
-        slot.plan = None
+        plan, slot.plan = slot.plan, None
+        assert plan is not None, f"slot {slot.index} holds no step"
         failure = self.device.failure(slot.index)
         if failure:
             for row in plan.rows:
@@ -304,6 +306,12 @@ class BatcherBase:
                 self._abort("cancelled", None)
                 raise
 
+    def _drain(self) -> None:
+        """Commit steps that are still under way for nobody: all their tokens are wasted, and are counted."""
+        with self._lock:
+            while not self._handles and self.step():
+                pass
+
     def _take_inbox(self) -> None:
         while self._inbox:
             operation, state = self._inbox.popleft()
@@ -317,7 +325,7 @@ class BatcherBase:
         for state in self.scheduler.finished:
             handle = self._handles.pop(state.number)
             handle.completion = Completion(
-                state.generated, state.finish_reason, state.error, handle.submitted_s, handle.first_token_s, now
+                state.generated, str(state.finish_reason), state.error, handle.submitted_s, handle.first_token_s, now
             )
         self.scheduler.finished.clear()
 

@@ -63,12 +63,12 @@ class Runner:
         fields = self.shape.fields(self.inputs[slot])
         tables = fields["tables"].long()
         decodes = fields["decodes"].bool()
-        logits = None
-        if passes != "prefill":
+        if passes == "decode":
             logits = self._decode(fields, tables, decodes)
-        if passes != "decode":
-            first = self._prefill(fields, tables)
-            logits = first if logits is None else torch.where(decodes[:, None], logits, first)
+        elif passes == "prefill":
+            logits = self._prefill(fields, tables)
+        else:
+            logits = torch.where(decodes[:, None], self._decode(fields, tables, decodes), self._prefill(fields, tables))
         self.outputs[slot] = sample(logits, fields) if sampled else logits.argmax(-1).to(torch.int32)
 
     def _decode(self, fields, tables, decodes) -> torch.Tensor:

@@ -74,7 +74,7 @@ class RunState:
 
 
 class Row(NamedTuple):
-    """One row of a step: `count` tokens of a request from `position` on (1 for decode, a chunk for prefill).
+    """One row of a step: `num_tokens` tokens of a request from `position` on (1 for decode, a chunk for prefill).
 
     carry: (step, row) that samples the input token, or None if the host knows it.
     samples: whether the row's output is the request's next token (a chunk in the middle of a prompt has none).
@@ -82,7 +82,7 @@ class Row(NamedTuple):
 
     state: RunState
     position: int
-    count: int
+    num_tokens: int
     carry: tuple[int, int] | None
     samples: bool
 
@@ -136,7 +136,7 @@ class Scheduler:
         plan = BatchPlan(self.num_steps, rows, num_decode)
         for index, row in enumerate(rows):
             state = row.state
-            state.placed = row.position + row.count
+            state.placed = row.position + row.num_tokens
             state.carry = (plan.step, index)
         self.num_steps += 1
         return plan
@@ -214,7 +214,7 @@ class Scheduler:
             if state.finish_reason:
                 wasted += 1
                 continue
-            if row.position + row.count != state.num_known:
+            if row.position + row.num_tokens != state.num_known:
                 continue  # a replayed token: it was committed before
             state.generated.append(token)
             new.append((state, token))

@@ -138,5 +138,5 @@ class Slot:
             for name in ("temperature", "top_k", "top_p"):
                 fields[name][:count] = [getattr(p, name) for p in params]
             # The token that a row samples stands right after the row's last one: its position seeds its random number.
-            positions = np.array([row.position + row.count for row in rows])
+            positions = np.array([row.position + row.num_tokens for row in rows])
             fields["uniform"][:count] = uniforms(np.array([p.seed for p in params], np.uint64), positions)

@@ -68,8 +68,9 @@ class Device(Protocol):
     the text of the error in the slot's newest commands, or None."""
 
     clock: str
-    streams: tuple[Stream, Stream, Stream]
 
+    @property
+    def streams(self) -> tuple[Stream, Stream, Stream]: ...
     def event(self) -> Event: ...
     def spans(self, slot: int) -> np.ndarray: ...
     def failure(self, slot: int) -> str | None: ...
@@ -220,7 +221,7 @@ class HostDevice:
         self.times = torch.zeros(num_slots, len(STREAMS), 2, dtype=torch.float64).share_memory_()
         self.failed = torch.zeros(num_slots, dtype=torch.int32).share_memory_()
         self._events: list[HostEvent] = []
-        self.streams = tuple(HostStream(self, number) for number in range(len(STREAMS)))
+        self.streams = (HostStream(self, 0), HostStream(self, 1), HostStream(self, 2))
         self._events += [stream._end for stream in self.streams]
         process.ask("open", self.session, program, arguments, self.times, self.failed)
 
@@ -383,7 +384,7 @@ class CudaDevice:
         self.errors: list[str | None] = [None] * num_slots
         new = torch.cuda.Event
         self.timing = [[(new(enable_timing=True), new(enable_timing=True)) for _ in STREAMS] for _ in range(num_slots)]
-        self.streams = tuple(CudaStream(self, number) for number in range(len(STREAMS)))
+        self.streams = (CudaStream(self, 0), CudaStream(self, 1), CudaStream(self, 2))
         # One moment on both clocks: event times are relative to each other, and this ties them to the host's.
         torch.cuda.synchronize(where)
         self.origin_event = new(enable_timing=True)

@@ -48,7 +48,7 @@ class Device:
                 tokens = [self.outputs[step][source]]
             for place, token in enumerate(tokens, row.position):
                 self.cache[table[place // BLOCK], place % BLOCK] = token
-            history = [self.cache[table[p // BLOCK], p % BLOCK] for p in range(row.position + row.count)]
+            history = [self.cache[table[p // BLOCK], p % BLOCK] for p in range(row.position + row.num_tokens)]
             outputs.append(next_token(history))
         self.outputs[plan.step] = outputs
 
@@ -70,8 +70,8 @@ def serve(requests, depth, *, batch, pool, prefill, cancel=None, arrivals=None):
         if plan is not None:
             assert 0 < len(plan.rows) <= batch
             assert len({row.state.number for row in plan.rows}) == len(plan.rows)
-            assert sum(row.count for row in plan.rows[plan.num_decode :]) <= prefill
-            known = [row.state.known_tokens(row.position, row.count) for row in plan.rows]
+            assert sum(row.num_tokens for row in plan.rows[plan.num_decode :]) <= prefill
+            known = [row.state.known_tokens(row.position, row.num_tokens) for row in plan.rows]
             device.step(plan, [kv.table(row.state.number) for row in plan.rows], known)
             in_flight.append(plan)
         if in_flight and (len(in_flight) == depth or plan is None):
@@ -170,6 +170,6 @@ def test_a_prompt_is_cut_at_the_same_places_whoever_else_is_there(prompt, chunks
             plan = scheduler.plan()
             if plan is None:
                 break
-            seen += [row.count for row in plan.rows if row.state.number == 9 and row.position < prompt]
+            seen += [row.num_tokens for row in plan.rows if row.state.number == 9 and row.position < prompt]
             scheduler.commit(plan, [0] * len(plan.rows))
         assert seen == chunks
