@@ -85,4 +85,5 @@ def _attend_together(query, keys, values, tables, positions, scaling):
     v = values[tables].view(tokens, -1, kv_heads, dim).transpose(1, 2)
     seen = torch.arange(k.shape[2], device=k.device)[None] <= positions[:, None]
     q = query.view(tokens, kv_heads, heads // kv_heads, dim)
-    return scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None], scale=scaling).view(tokens, heads, dim)
+    output = scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None], scale=scaling)
+    return output.reshape(tokens, heads, dim)  # its layout depends on the kernel that torch has chosen

@@ -116,6 +116,10 @@ class BatcherBase:
             if not 0 <= seconds < float("inf"):
                 raise ValueError(f"{name} is {seconds!r}: allowed are seconds from 0")
 
+        on_cuda = next(model.parameters()).is_cuda
+        if step_s is not None and on_cuda:
+            raise ValueError("step_s stands for a device that is not there: it needs the model on the CPU, not on CUDA")
+
         self.model, self.tokenizer, self.host_work_s, self.step_s = model, tokenizer, host_work_s, step_s
         self.vocab_size = config.vocab_size
         self.shape = StepShape(max_batch_size, num_slots, block_size, num_blocks, max_length, prefill_tokens)
@@ -123,7 +127,7 @@ class BatcherBase:
         self.kv = KVCache(num_blocks, block_size, self.shape.max_blocks, max_batch_size * (num_slots + 1))
         self.scheduler = Scheduler(self.kv, max_batch_size, prefill_tokens, self._stops_on_text)
 
-        buffers = host_buffers(self.shape, on_cuda=next(model.parameters()).is_cuda)
+        buffers = host_buffers(self.shape, on_cuda=on_cuda)
         program, arguments = (Runner, {}) if step_s is None else (TimedRunner, {"step_s": step_s})
         self.device = open_device(model, program, num_slots, shape=self.shape, host=buffers, **arguments)
         self.slots = [Slot(index, self.shape, pair, self.device) for index, pair in enumerate(buffers)]

@@ -6,18 +6,21 @@ all that the host must decide about it: which forward passes it has and whether 
 on a value that only the device knows, so on CUDA nothing here waits.
 
 A step has up to two forward passes, each of a fixed shape: [max_batch_size, 1] for decode and [1, prefill_tokens] for
-chunks of prompts.
+chunks of prompts. On CUDA each kind of step is captured once for each slot as a graph, and a launch is its replay.
 """
 
 from __future__ import annotations
 
 import copy
 import time
+import warnings
 
 import torch
 
 from .attention import NAME, Batch
 from .slot import StepShape
+
+STEPS = [f"{passes}/{sampling}" for passes in ("decode", "prefill", "mixed") for sampling in ("greedy", "sampled")]
 
 
 class Runner:
@@ -38,6 +41,7 @@ class Runner:
         self.inputs = [torch.zeros(shape.num_inputs, dtype=torch.int32, device=self.device) for _ in host]
         self.outputs = torch.zeros(shape.num_slots, shape.max_batch_size, dtype=torch.int32, device=self.device)
         self.keys, self.values = self._pool(), self._pool()
+        self.graphs = self._capture() if self.device.type == "cuda" else {}
 
     def _pool(self) -> list[torch.Tensor]:
         config = self.model.config.get_text_config()
@@ -55,11 +59,35 @@ class Runner:
             self.inputs[slot].copy_(self.host[slot][0], non_blocking=True)
         elif command == "copy_out":
             self.host[slot][1].copy_(self.outputs[slot], non_blocking=True)
+        elif (slot, command) in self.graphs:
+            self.graphs[slot, command].replay()
+        elif command in STEPS:
+            self._step(slot, *command.split("/"))
         else:
-            passes, sampling = command.split("/")
-            self._step(slot, passes, sampling == "sampled")
+            raise ValueError(f"command {command!r}: a runner knows copy_in, copy_out, {', '.join(STEPS)}")
 
-    def _step(self, slot: int, passes: str, sampled: bool) -> None:
+    def _capture(self) -> dict[tuple[int, str], torch.cuda.CUDAGraph]:
+        """A graph of every kind of step for each slot: one launch instead of a thousand, which eagerly cost the host
+        more time than the device needs. They share one memory pool, since they run one after the other on one stream.
+        The rows are all padding here, so nothing is written but block 0."""
+        graphs, pool = {}, torch.cuda.graph_pool_handle()
+        try:
+            with torch.inference_mode(), torch.cuda.device(self.device):
+                for command in STEPS:
+                    self._step(0, *command.split("/"))  # kernels are loaded now: not possible during a capture
+                for slot in range(self.shape.num_slots):
+                    for command in STEPS:
+                        graphs[slot, command] = torch.cuda.CUDAGraph()
+                        with torch.cuda.graph(graphs[slot, command], pool=pool):
+                            self._step(slot, *command.split("/"))
+        except RuntimeError as error:
+            reason = str(error).strip().split("\n")[0]
+            warnings.warn(f"no CUDA graphs for this model, its steps are launched eagerly ({reason})", stacklevel=2)
+            graphs = {}
+        torch.cuda.synchronize(self.device)
+        return graphs
+
+    def _step(self, slot: int, passes: str, sampling: str) -> None:
         fields = self.shape.fields(self.inputs[slot])
         tables = fields["tables"].long()
         decodes = fields["decodes"].bool()
@@ -69,7 +97,7 @@ class Runner:
             logits = self._prefill(fields, tables)
         else:
             logits = torch.where(decodes[:, None], self._decode(fields, tables, decodes), self._prefill(fields, tables))
-        self.outputs[slot] = sample(logits, fields) if sampled else logits.argmax(-1).to(torch.int32)
+        self.outputs[slot] = sample(logits, fields) if sampling == "sampled" else logits.argmax(-1).to(torch.int32)
 
     def _decode(self, fields, tables, decodes) -> torch.Tensor:
         """One token a row. Returns logits [B, vocabulary]; those of rows that do not decode mean nothing."""
@@ -128,11 +156,12 @@ class TimedRunner(Runner):
 
     def __init__(self, model, *, shape: StepShape, host, step_s: float):
         self.shape, self.host, self.step_s, self.device = shape, host, step_s, torch.device("cpu")
+        self.graphs = {}
         self.inputs = [torch.zeros(shape.num_inputs, dtype=torch.int32) for _ in host]
         self.outputs = torch.zeros(shape.num_slots, shape.max_batch_size, dtype=torch.int32)
         self.vocab_size = model.config.get_text_config().vocab_size
 
-    def _step(self, slot: int, passes: str, sampled: bool) -> None:
+    def _step(self, slot: int, passes: str, sampling: str) -> None:
         fields = self.shape.fields(self.inputs[slot])
         last = fields["prefill_id"][(fields["prefill_start"] + fields["prefill_count"] - 1).clamp(min=0)]
         previous = torch.where(fields["decodes"].bool(), self._input_ids(fields), last)

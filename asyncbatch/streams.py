@@ -188,26 +188,34 @@ class HostEvent:
 class HostStream:
     def __init__(self, device: HostDevice, number: int):
         self.process, self.session, self.number, self.name = device.process, device.session, number, STREAMS[number]
-        self._end = HostEvent(self.process)
+        self._end, self._has_new = HostEvent(self.process), False
 
     def launch(self, command: str, slot: int) -> None:
-        self.process.send(self.number, ("launch", self.session, command, slot))
+        self._send("launch", self.session, command, slot)
 
     def wait_event(self, event: HostEvent) -> None:
-        self.process.send(self.number, ("wait", event.index, event.ticket))
+        self._send("wait", event.index, event.ticket)
 
     def record_event(self, event: HostEvent) -> None:
         event.ticket += 1
-        self.process.send(self.number, ("record", event.index, event.ticket))
+        self._send("record", event.index, event.ticket)
 
     def synchronize(self) -> None:
-        self.record_event(self._end)
+        self._mark_end()
         self._end.synchronize()
 
     def query(self) -> bool:
-        if self._end.query():
-            self.record_event(self._end)
+        self._mark_end()
         return self._end.query()
+
+    def _send(self, *message: Any) -> None:
+        self._has_new = True
+        self.process.send(self.number, message)
+
+    def _mark_end(self) -> None:
+        if self._has_new:
+            self.record_event(self._end)
+            self._has_new = False
 
 
 class HostDevice:
