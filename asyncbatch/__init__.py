@@ -2,7 +2,7 @@
 
 `SyncBatcher` and `AsyncBatcher` serve a language model in turns or overlapped, with the same tokens; their `timeline`
 shows what the host and the device did. The modules, in reading order: request, scheduler, streams, kv_cache, slot,
-attention, runner, base, batcher, timeline.
+attention, runner, base, batcher, timeline; models, plot, profile and teach stand beside them.
 """
 
 from .batcher import AsyncBatcher, SyncBatcher

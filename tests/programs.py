@@ -9,7 +9,7 @@ import torch
 
 
 class Log:
-    """Writes down when each command began and ended: `log` is shared, [entries, 3] of (command, slot, begun or ended).
+    """Writes down in which order commands began and ended: `log` is shared, `count` entries of (slot, 0 or 1).
 
     "sleep:0.1" takes that long; "fail" raises; "die" ends the process; "put:7" writes 7 to `value`; "get" copies
     `value` to `seen`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
 
@@ -273,6 +274,28 @@ def test_a_step_that_fails_on_the_device_fails_its_requests_and_no_others(batche
         else:
             assert completion.token_ids == alone(request).token_ids
     assert batcher.kv.num_free == batcher.kv.num_blocks
+
+
+def test_a_device_that_dies_ends_all_requests_with_the_error_and_the_next_batcher_gets_a_new_one(monkeypatch):
+    model = copy.deepcopy(tiny_model())  # with a device process of its own
+    request = Request([1, 2], 8, stop_token_ids=())
+    batcher = AsyncBatcher(model, **OPTIONS)
+    launch = batcher.launch
+
+    def dying(slot):
+        if slot.step == 3:
+            batcher.device.process.process.kill()
+        launch(slot)
+
+    monkeypatch.setattr(batcher, "launch", dying)
+    completions = batcher.run([request, request])
+    assert [c.finish_reason for c in completions] == ["error", "error"]
+    assert "device process ended" in str(completions[0].error)
+    with pytest.raises(RequestError, match="lost its device"):
+        batcher.submit(request)
+    batcher.close()
+    with SyncBatcher(model, **OPTIONS) as other:
+        assert other.run([request])[0].token_ids == alone(request).token_ids
 
 
 @pytest.mark.parametrize(
