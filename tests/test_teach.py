@@ -1,0 +1,322 @@
+"""The teaching helpers: checks judge rightly, predictions remember, and no text of a caller becomes HTML."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from asyncbatch import teach
+
+NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+
+
+# Wrong answers as learners write them: at least three for each exercise, each with a fault of its own.
+def ratio_to_device(host_s, device_s):
+    return host_s / device_s
+
+
+def share_of_device(host_s, device_s):
+    return device_s / (host_s + device_s)
+
+
+def whole_number(host_s, device_s):
+    return host_s // (host_s + device_s)
+
+
+def percent(host_s, device_s):
+    return 100 * host_s / (host_s + device_s)
+
+
+def length_first(token_ids, max_new_tokens, stop_token_ids):
+    if len(token_ids) >= max_new_tokens:
+        return "length"
+    return "stop" if token_ids and token_ids[-1] in stop_token_ids else None
+
+
+def one_too_many(token_ids, max_new_tokens, stop_token_ids):
+    if token_ids and token_ids[-1] in stop_token_ids:
+        return "stop"
+    return "length" if len(token_ids) > max_new_tokens else None
+
+
+def first_stop_only(token_ids, max_new_tokens, stop_token_ids):
+    if token_ids and stop_token_ids and token_ids[-1] == stop_token_ids[0]:
+        return "stop"
+    return "length" if len(token_ids) >= max_new_tokens else None
+
+
+def forgets_empty(token_ids, max_new_tokens, stop_token_ids):
+    if token_ids[-1] in stop_token_ids:
+        return "stop"
+    return "length" if len(token_ids) >= max_new_tokens else None
+
+
+def two_always_stops(token_ids, max_new_tokens, stop_token_ids):
+    if token_ids and token_ids[-1] in (*stop_token_ids, 2) or 2 in token_ids:
+        return "stop"
+    return "length" if len(token_ids) >= max_new_tokens else None
+
+
+def ignores_rows(chunk_sizes, free_rows, budget):
+    count = total = 0
+    for chunk in chunk_sizes:
+        total += chunk
+        if total > budget:
+            break
+        count += 1
+    return count
+
+
+def ignores_budget(chunk_sizes, free_rows, budget):
+    return min(len(chunk_sizes), free_rows)
+
+
+def strictly_less(chunk_sizes, free_rows, budget):
+    count = total = 0
+    for chunk in chunk_sizes:
+        if count >= free_rows or total + chunk >= budget:
+            break
+        count, total = count + 1, total + chunk
+    return count
+
+
+def lets_overtake(chunk_sizes, free_rows, budget):
+    count = total = 0
+    for chunk in chunk_sizes:
+        if count < free_rows and total + chunk <= budget:
+            count, total = count + 1, total + chunk
+    return count
+
+
+def counts_tokens(chunk_sizes, free_rows, budget):
+    return min(sum(chunk_sizes), budget)
+
+
+def counts_first_step(starts, ends):
+    return sum(e - s for s, e in zip(starts, ends, strict=True)), ends[-1] - starts[0]
+
+
+def period_from_start(starts, ends):
+    return sum(e - s for s, e in zip(starts[1:], ends[1:], strict=True)), ends[-1] - starts[0]
+
+
+def same_length_steps(starts, ends):
+    return (ends[0] - starts[0]) * (len(ends) - 1), ends[-1] - ends[0]
+
+
+def period_from_zero(starts, ends):
+    return sum(e - s for s, e in zip(starts[1:], ends[1:], strict=True)), ends[-1] - 6.0
+
+
+def share_alone(starts, ends):
+    return sum(e - s for s, e in zip(starts[1:], ends[1:], strict=True)) / (ends[-1] - ends[0])
+
+
+WRONG = {
+    "idle_share": (ratio_to_device, share_of_device, whole_number, percent),
+    "finish_reason": (length_first, one_too_many, first_stop_only, forgets_empty, two_always_stops),
+    "fit_budget": (ignores_rows, ignores_budget, strictly_less, lets_overtake, counts_tokens),
+    "device_activity": (counts_first_step, period_from_start, same_length_steps, period_from_zero, share_alone),
+}
+
+
+@pytest.mark.parametrize("name", teach.EXERCISES)
+def test_reference_passes_and_is_returned(name, capsys):
+    reference = teach.EXERCISES[name].reference
+    assert teach.check(name, reference) is reference
+    out = capsys.readouterr().out
+    assert f"{name}: right in all" in out
+    assert "the package's own" in out  # a check cell run twice does not praise a learner who wrote nothing
+
+    def learners(*args):
+        return reference(*args)
+
+    assert teach.check(name, learners) is learners
+    assert f"{name}: right in all" in (out := capsys.readouterr().out)
+    assert "with your function" in out.replace("\n", " ")
+
+
+@pytest.mark.parametrize("name", teach.EXERCISES)
+def test_each_wrong_answer_is_rejected_with_its_own_message(name, capsys):
+    messages = []
+    for wrong in WRONG[name]:
+        assert teach.check(name, wrong) is teach.EXERCISES[name].reference, wrong.__name__
+        messages.append(capsys.readouterr().out.replace("\n", " "))
+        assert f"{name}: not yet" in messages[-1]
+        assert "is right." in messages[-1]
+    lessons = [re.split(r"is right\.", message)[1] for message in messages]
+    assert len(lessons) >= 3
+    assert len(set(lessons)) == len(lessons), "two faults get the same explanation"
+
+
+def stub_that_raises(*args):
+    raise NotImplementedError
+
+
+def stub_with_dots(*args):
+    return ...
+
+
+@pytest.mark.parametrize("stub", [stub_that_raises, stub_with_dots])
+@pytest.mark.parametrize("name", teach.EXERCISES)
+def test_an_untouched_stub_says_so(name, stub, capsys):
+    assert teach.check(name, stub) is teach.EXERCISES[name].reference
+    assert capsys.readouterr().out.startswith(f"{name}: not attempted yet.")
+
+
+def test_the_message_names_the_input_in_the_learners_terms(capsys):
+    teach.check("fit_budget", ignores_rows)
+    out = capsys.readouterr().out.replace("\n", " ")
+    assert "room for 2 requests and a budget of 64 tokens your function admitted 3; 2 is right." in out
+    assert "no third row is free" in out
+
+
+def test_odd_answers_are_wrong_and_never_raise(capsys):
+    def breaks(chunk_sizes, free_rows, budget):
+        return [][1]
+
+    for odd in (lambda *args: None, lambda *args: "2", lambda: 2, breaks):
+        assert teach.check("fit_budget", odd) is teach.EXERCISES["fit_budget"].reference
+    assert "stopped with IndexError" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_known_slips_are_really_wrong():
+    for name, exercise in teach.EXERCISES.items():
+        for args, _, slips in exercise.cases:
+            for value, text in slips:
+                assert not teach._same(value, exercise.reference(*args)), f"{name}{args}: {text}"
+
+
+def test_a_function_that_changes_its_arguments_is_judged_by_its_answers():
+    def empties(chunk_sizes, free_rows, budget):
+        count = teach.EXERCISES["fit_budget"].reference(chunk_sizes, free_rows, budget)
+        chunk_sizes.clear()
+        return count
+
+    assert teach.check("fit_budget", empties) is empties
+    assert teach.check("fit_budget", empties) is empties  # and the cases are as they were
+
+
+def test_hints_and_solution(capsys):
+    for name, exercise in teach.EXERCISES.items():
+        for number in (1, 2):
+            teach.hint(name, number)
+        teach.solution(name)
+        out = capsys.readouterr().out
+        assert inspect.getsource(exercise.reference) in out
+        assert f"# from asyncbatch/{exercise.reference.__module__.split('.')[-1]}.py" in out
+    for bad in (lambda: teach.hint("fit_budget", 3), lambda: teach.hint("fitbudget", 1), lambda: teach.solution("x")):
+        with pytest.raises(ValueError, match="hints 1 and 2|there are"):
+            bad()
+
+
+def test_prediction_without_a_choice_with_the_right_and_with_a_wrong_one(capsys):
+    guess = teach.predict("Which?", ["this", "that"])
+    guess.reveal("B", "Since.")
+    assert capsys.readouterr().out == "You did not choose; the answer is B: that.\nSince.\n"
+    guess.choose("B")
+    guess.reveal("B", "Since.")
+    assert capsys.readouterr().out == "You chose B: that. That is right.\nSince.\n"
+    guess.choose("A")
+    guess.reveal("B", "Since.")
+    assert capsys.readouterr().out == "You chose A: this. The answer is B: that.\nSince.\n"
+    for bad in ("C", "", "b", 1):
+        with pytest.raises(ValueError, match="not one of the options A, B"):
+            guess.choose(bad)
+    for bad in ([], ["one"], "yes", list("abcdefghi")):
+        with pytest.raises(ValueError, match="2 to 8 options"):
+            teach.predict("Which?", bad)
+
+
+def test_the_widget_sets_the_choice_and_shows_text_as_text():
+    pytest.importorskip("ipywidgets")
+    guess = teach.predict("<img src=x onerror=alert(1)> & more?", ["<b>bold</b>", "plain"])
+    bundle = guess._repr_mimebundle_()
+    assert bundle["text/plain"] == repr(guess)
+    assert "application/vnd.jupyter.widget-view+json" in bundle
+    assert set(bundle) <= {"text/plain", "application/vnd.jupyter.widget-view+json"}  # no HTML of ours anywhere
+    title, buttons = guess.widget.children
+    assert "<img" not in title.value
+    assert "&lt;img" in title.value
+    assert guess.choice is None
+    buttons.value = "B"
+    assert guess.choice == "B"
+
+
+def test_without_ipywidgets_the_text_is_shown(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "ipywidgets", None)
+    guess = teach.predict("Which?", ["this", "that"])
+    assert guess._repr_mimebundle_() == {"text/plain": "Predict: Which?\n  A: this\n  B: that"}
+
+
+def test_setup_says_device_and_clock_and_refuses_old_versions(monkeypatch, capsys):
+    assert teach.setup() in ("cpu", "cuda")
+    out = capsys.readouterr().out
+    assert "torch" in out
+    assert re.search(r"Device: \w+.* Clock: (host|cuda)", out)
+    real = teach.importlib.metadata.version
+    monkeypatch.setattr(
+        teach.importlib.metadata, "version", lambda name: "5.9.1" if name == "transformers" else real(name)
+    )
+    with pytest.raises(RuntimeError, match=r"transformers 5\.9\.1 is too old: pip install 'transformers>=5\.17'"):
+        teach.setup()
+
+
+def test_draw_batches_counts_wasted_places():
+    picture = teach.draw_batches({"a": [[0, 0], [1, None]], "b": [[0], [1]]})
+    assert repr(picture) == "<Picture: a: 2 steps, 1 of 4 places wasted; b: 1 steps, 0 of 2 places wasted>"
+    drawn = picture.axes.patches
+    assert [patch.get_hatch() for patch in drawn].count("///") == 1
+    assert len(drawn) == 6
+
+
+def test_the_sliders_move_the_star_and_say_the_idle_share():
+    pytest.importorskip("ipywidgets")
+    law = teach.IdleLaw(host_ms=2.0, device_ms=6.0)
+    assert law.idle == 0.25
+    host, device, image = law.widget.children
+    before = image.value
+    host.children[0].value = 6.0
+    assert law.idle == 0.5
+    assert image.value != before
+    device.children[1].value = 18.0  # the box beside the slider
+    assert device.children[0].value == 18.0
+    assert law.idle == 0.25
+    assert "host 6 ms, device 18 ms: idle 25 %" in [text.get_text() for text in law.axes.get_legend().get_texts()]
+    device.children[1].value = 1e9  # out of bounds: the box takes the nearest value
+    assert law.device_ms == 100.0
+
+
+def test_recorded_servers_follow_the_law():
+    for run in teach.RECORDED:
+        assert abs(teach.timeline.idle_share(run.host_ms, run.async_ms) - run.idle) < 0.025
+
+
+def cells(path):
+    return [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(path.read_text("utf-8"))["cells"]]
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_hold_to_the_form_of_a_lesson(path):
+    markdown = [source for kind, source in cells(path) if kind == "markdown"]
+    code = [source for kind, source in cells(path) if kind == "code"]
+    text, program = "\n".join(markdown), "\n".join(code)
+    assert len(re.sub(r"<[^>]*>", " ", text).split()) <= 1500
+    lengths = sorted(len(source.strip().splitlines()) for source in code)
+    assert lengths[len(lengths) // 2] < 8
+    assert lengths[-1] <= 15
+    assert program.count("teach.predict(") >= 3
+    assert program.count(".reveal(") == program.count("teach.predict(")
+    assert "able to" in markdown[0]
+    assert "minutes" in markdown[0]
+    assert len(re.findall(r"<summary>Answer", text)) == 3
+    exercises = re.findall(r'teach\.check\("(\w+)"', program)
+    assert exercises
+    for name in exercises:
+        assert f'teach.solution("{name}")' in program
+        for hint in teach.EXERCISES[name].hints:
+            assert hint in text, f"{path.name}: a hint of {name} differs from teach.py"
