@@ -359,7 +359,7 @@ class BatcherBase:
         return bool(strings) and contains_stop_string(state.generated, strings, self.tokenizer)
 
     def _new_timeline(self) -> Timeline:
-        return Timeline(self.mode, self.device.clock if self.step_s is None else f"{self.device.clock}, timed device")
+        return Timeline(self.mode, self.device.clock if self.step_s is None else f"timed device, {self.device.clock}")
 
 
 class _progress_bar:

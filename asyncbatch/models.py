@@ -60,7 +60,8 @@ def load_model(
 
     name: "smollm2" (embedded), "random:tiny", "random:llama-1b", "random:llama-8b" (random weights from `seed`: the
         same seed, device and dtype give the same ones), a folder that transformers can read, or a hub id.
-    device: None takes "cuda" where there is one, else "cpu". dtype: None takes bfloat16 on cuda, float32 on the CPU.
+    device: None takes "cuda" where there is one, else "cpu". dtype: None takes bfloat16 on cuda (float16
+        where the GPU has no bfloat16), float32 on the CPU.
     progress: show progress bars. What is fetched, and from where, is said on stderr in any case.
     Returns (model, tokenizer); the tokenizer is None for random weights and for a folder without one.
     Raises ModelError.
@@ -71,7 +72,7 @@ def load_model(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"device {str(place)!r} was asked for, but torch {torch.__version__} sees no CUDA device here")
-    dtype = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
+    dtype = dtype or _default_dtype(place)
     if name.startswith("random:"):
         return _random_model(name, place, dtype, seed), None
     embedded = name == "smollm2"
@@ -83,6 +84,13 @@ def load_model(
         reason = str(error).strip().split("\n")[0]
         hint = "If it is damaged, delete it: the next call makes it anew." if embedded else f"Allowed: {ALLOWED}"
         raise ModelError(f"cannot load {name!r} as a causal language model: {reason}\n{hint}") from error
+
+
+def _default_dtype(place: torch.device) -> torch.dtype:
+    if place.type != "cuda":
+        return torch.float32
+    with torch.cuda.device(place):  # a T4 (compute capability 7.5) only emulates bfloat16, slowly
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def cache_folder() -> Path:

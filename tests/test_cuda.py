@@ -26,7 +26,7 @@ def workload(vocab_size: int, count: int = 11):
     requests = []
     for n in range(count):
         prompt = torch.randint(vocab_size, (1 + 5 * n % 37,), generator=generator).tolist()
-        stop = torch.randint(vocab_size, (vocab_size // 20,), generator=generator).tolist() if n % 2 else ()
+        stop = torch.randint(vocab_size, (vocab_size // 8,), generator=generator).tolist() if n % 2 else ()
         sampling = SamplingParams(temperature=0.9, top_k=40, top_p=0.9, seed=n) if n % 3 else SamplingParams()
         requests.append(Request(prompt, 5 + n, sampling, stop_token_ids=stop))
     return requests
