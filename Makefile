@@ -23,7 +23,7 @@ help:
 	@echo "make run        measure synchronous against asynchronous batching on the embedded model, into out/"
 	@echo "make test       check and test everything, the notebooks too"
 	@echo "make lab        open the notebooks in JupyterLab"
-	@echo "make bench      measure at batch sizes 1, 8 and 32, print only"
+	@echo "make bench      measure this package against its own targets, print only"
 	@echo "make notebooks  run the notebooks and save them in canonical form"
 	@echo "make check      ruff, mypy, and the notebooks' form: no tests"
 	@echo "make format     let ruff format and repair what it can"
@@ -50,7 +50,7 @@ lab: $(STAMP)
 	$(PY) -m jupyter lab notebooks/00_start_here.ipynb
 
 bench: $(STAMP)
-	for size in 1 8 32; do $(PY) -m asyncbatch.profile --batch-size $$size --requests $$((2 * size)) $(ARGS) || exit 1; done
+	$(PY) tools/bench.py
 
 notebooks: $(STAMP)
 	$(PY) -m ruff format notebooks

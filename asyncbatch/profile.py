@@ -131,18 +131,21 @@ def measure(options: argparse.Namespace, model, tokenizer) -> tuple[dict[str, An
         few = [Request(r.token_ids, min(2, r.max_new_tokens)) for r in requests[: options.batch_size]]
         for mode, batcher in batchers.items():
             tell(f"{mode}: warm-up")
-            batcher.run(few)
+            serve(batcher, few)
         for repeat in range(options.repeats):
             # Every second time the other way round, so that neither mode always runs on the warmer machine.
             for mode in options.mode[:: -1 if repeat % 2 else 1]:
-                completions = batchers[mode].run(requests, progress=sys.stderr.isatty())
-                timeline = batchers[mode].timeline
-                runs[mode].append((timeline, completions))
-                tell(f"{mode}: run {repeat + 1} of {options.repeats}: {timeline.summary().wall_s:.2f} s")
-                for completion in completions:
-                    if completion.error is not None:
-                        raise completion.error
+                runs[mode].append(serve(batchers[mode], requests, progress=sys.stderr.isatty()))
+                tell(f"{mode}: run {repeat + 1} of {options.repeats}: {runs[mode][-1][0].summary().wall_s:.2f} s")
     return report(options, runs, device_name(model, options))
+
+
+def serve(batcher: BatcherBase, requests: list[Request], progress: bool = False) -> tuple[Timeline, list[Completion]]:
+    completions = batcher.run(requests, progress)
+    for completion in completions:
+        if completion.error is not None:
+            raise completion.error
+    return batcher.timeline, completions
 
 
 def tell(text: str) -> None:
