@@ -130,7 +130,11 @@ class BatcherBase:
         buffers = host_buffers(self.shape, on_cuda=on_cuda)
         program, arguments = (Runner, {}) if step_s is None else (TimedRunner, {"step_s": step_s})
         self.device = open_device(model, program, num_slots, shape=self.shape, host=buffers, **arguments)
-        self.slots = [Slot(index, self.shape, pair, self.device) for index, pair in enumerate(buffers)]
+        try:
+            self.slots = [Slot(index, self.shape, pair, self.device) for index, pair in enumerate(buffers)]
+        except DeviceError:
+            self.device.close()
+            raise
         self.timeline = self._new_timeline()
 
         self._numbers = itertools.count()

@@ -43,14 +43,14 @@ class KVCache:
         """How many tokens the owner's blocks hold."""
         return self._used.get(owner, 0) * self.block_size
 
-    def allocate(self, owner: int, num_tokens: int) -> bool:
+    def allocate(self, owner: int, num_tokens: int, keep_free: int = 0) -> bool:
         """Grow the owner's table until it holds `num_tokens` tokens. All or nothing: False if the pool has too few
-        free blocks, and then nothing has changed."""
+        free blocks to do that and keep `keep_free` of them, and then nothing has changed."""
         used = self._used.get(owner, 0)
         need = blocks_for(num_tokens, self.block_size) - used
         if need <= 0:
             return True
-        if need > len(self._free):
+        if need > len(self._free) - keep_free:
             return False
         if owner not in self._row:
             self._row[owner] = self._free_rows.pop()

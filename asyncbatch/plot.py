@@ -203,7 +203,7 @@ class _Track:
             names = np.array(names, object)[mask]
             self.layers[key] = (names, steps[mask], starts[mask] - origin, ends[mask] - origin)
         self.steps = lanes["compute"][2] - origin, lanes["compute"][3] - origin
-        factor, unit = _unit(self.end)
+        factor, unit = _unit(2 * self.end)  # one number reads well in seconds from 1 s on
         parts = [f"{self.end * factor:.4g} {unit} in all", f"{timeline.clock} clock"]
         if not math.isnan(summary.idle):
             parts = [f"device active {100 * summary.device_active:.1f} %", f"idle {100 * summary.idle:.1f} %", *parts]

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
-from .kv_cache import blocks_for
 from .request import Request, finish_reason
 
 
@@ -192,8 +191,7 @@ class Scheduler:
         running ones keep room for a block each: otherwise a newcomer would often be preempted right away."""
         if state in self.running:
             return True
-        need = blocks_for(state.num_known, self.kv.block_size)
-        if need + len(self.running) > self.kv.num_free or not self.kv.allocate(state.number, state.num_known):
+        if not self.kv.allocate(state.number, state.num_known, keep_free=len(self.running)):
             return False
         self.waiting.remove(state)
         self.running.append(state)

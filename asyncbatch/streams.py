@@ -175,6 +175,8 @@ class HostEvent:
     only."""
 
     def __init__(self, process: DeviceProcess):
+        if not process.free_events:
+            raise DeviceError(f"all {MAX_EVENTS} events of the device are taken: close some of the model's batchers")
         self.process, self.index, self.ticket = process, process.free_events.pop(), 0
         process.done_view[self.index] = 0
 
@@ -231,7 +233,11 @@ class HostDevice:
         self._events: list[HostEvent] = []
         self.streams = (HostStream(self, 0), HostStream(self, 1), HostStream(self, 2))
         self._events += [stream._end for stream in self.streams]
-        process.ask("open", self.session, program, arguments, self.times, self.failed)
+        try:
+            process.ask("open", self.session, program, arguments, self.times, self.failed)
+        except DeviceError:
+            self._give_events_back()
+            raise
 
     def event(self) -> HostEvent:
         self._events.append(HostEvent(self.process))
@@ -249,7 +255,10 @@ class HostDevice:
             for stream in self.streams:
                 stream.synchronize()
             self.process.ask("close", self.session)
-            self.process.free_events += [event.index for event in self._events]
+            self._give_events_back()
+
+    def _give_events_back(self) -> None:
+        self.process.free_events += [event.index for event in self._events]
         self._events = []
 
 

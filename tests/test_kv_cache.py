@@ -47,6 +47,14 @@ def test_every_block_is_free_or_in_exactly_one_table(num_blocks, block_size, ope
         assert all(kv.capacity(o) == held[o] * block_size for o in held)
 
 
+def test_an_allocation_can_be_told_to_leave_blocks_free():
+    kv = KVCache(num_blocks=4, block_size=2, max_blocks_per_owner=4, max_owners=2)
+    assert not kv.allocate(1, 6, keep_free=2)
+    assert kv.num_free == 4
+    assert kv.allocate(1, 4, keep_free=2)
+    assert kv.allocate(1, 4, keep_free=4)  # nothing more is needed
+
+
 def test_tables_of_a_batch_come_as_one_array_that_ends_in_zeros():
     kv = KVCache(num_blocks=6, block_size=2, max_blocks_per_owner=3, max_owners=3)
     kv.allocate(7, 5)

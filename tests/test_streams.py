@@ -12,6 +12,7 @@ import torch
 from programs import Log
 from tiny import tiny_model
 
+from asyncbatch import AsyncBatcher
 from asyncbatch.streams import DeviceError, DeviceProcess, HostDevice, open_device
 
 
@@ -128,6 +129,20 @@ def test_events_come_back_when_a_device_closes(shared):
     assert len(process.free_events) == free
 
 
+def test_too_many_events_are_a_clear_error_and_none_is_lost(shared):
+    process = DeviceProcess.of(tiny_model())
+    free = len(process.free_events)
+    device = open_device(tiny_model(), Log, num_slots=1, **shared)
+    for _ in range(free - 3):  # each stream has one of its own
+        device.event()
+    with pytest.raises(DeviceError, match="all 1024 events of the device are taken"):
+        device.event()
+    device.close()
+    with pytest.raises(DeviceError, match="all 1024 events"):
+        AsyncBatcher(tiny_model(), num_slots=400, max_length=16)
+    assert len(process.free_events) == free
+
+
 def test_a_device_that_dies_is_an_error_and_not_a_hang(shared):
     process = DeviceProcess(tiny_model())
     device = HostDevice(process, Log, 1, shared)
@@ -141,8 +156,10 @@ def test_a_device_that_dies_is_an_error_and_not_a_hang(shared):
 
 
 def test_a_program_that_cannot_start_says_why(shared):
+    free = len(DeviceProcess.of(tiny_model()).free_events)
     with pytest.raises(DeviceError, match="unexpected keyword argument 'nonsense'"):
         open_device(tiny_model(), Log, num_slots=1, nonsense=1)
+    assert len(DeviceProcess.of(tiny_model()).free_events) == free
 
 
 SCRIPT = """
