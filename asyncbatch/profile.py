@@ -258,11 +258,11 @@ def conclusions(result: dict[str, Any], runs: dict[str, dict[str, Any]]) -> list
         said.append(f"By the law idle = host / (host + device) the synchronous device is idle for {law:.1%} of a step;")
         if law <= 0.5:
             said.append("waking up and copies come on top. Asynchronous batching can save about that much.")
+        else:
+            said.append(f"the host is the slower one, so asynchronous batching can save about {1 - law:.1%}.")
         if law < 0.02:
             said.append("So little is idle because a step takes long beside the host's work. To see more, try")
             said.append("--host-work-ms 30 for a busier host, or --step-ms 10 for a faster device.")
-        else:
-            said.append(f"the host is the slower one, so asynchronous batching can save about {1 - law:.1%}.")
     return said
 
 

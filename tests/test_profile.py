@@ -145,7 +145,11 @@ def test_added_host_work_is_host_work_and_a_timed_device_says_so(call):
 
 def test_where_little_is_idle_it_says_how_to_see_more(call):
     assert "try\n--host-work-ms 30" in call(*TINY, "--step-ms", "200", "--mode", "sync", "--new-tokens", "3")[1]
-    assert "try\n--host-work-ms 30" not in call(*TINY, "--step-ms", "4", "--host-work-ms", "4")[1]
+    busy = call(*TINY, "--step-ms", "40", "--host-work-ms", "15")[1]
+    assert "try\n--host-work-ms 30" not in busy
+    assert busy.count("can save about") == 1
+    assert "the host is the slower one" not in busy
+    assert "the host is the slower one" in call(*TINY, "--step-ms", "4", "--host-work-ms", "15")[1]
 
 
 def test_prompts_are_of_the_length_and_the_seed_given(call, monkeypatch):
