@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
 
 NAME = "asyncbatch_paged"
 
@@ -54,7 +53,11 @@ def paged_attention(module, query, key, value, attention_mask, *, paged: Batch, 
     return output.view(rows, length, heads, dim), None
 
 
-AttentionInterface.register(NAME, paged_attention)
+def register() -> None:
+    """Make `paged_attention` known to transformers, under NAME."""
+    from transformers import AttentionInterface  # takes more than a second: not when asyncbatch is imported
+
+    AttentionInterface.register(NAME, paged_attention)
 
 
 def _attend_one_by_one(query, keys, values, parts, scaling):

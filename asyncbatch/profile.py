@@ -31,7 +31,7 @@ from .base import BatcherBase
 from .batcher import AsyncBatcher, SyncBatcher
 from .models import ALLOWED, load_model
 from .request import Completion, Request
-from .streams import DeviceError
+from .streams import DeviceError, device_threads
 from .timeline import Timeline, idle_share, save_trace
 
 BATCHERS: dict[str, type[BatcherBase]] = {"sync": SyncBatcher, "async": AsyncBatcher}
@@ -158,7 +158,7 @@ def device_name(model, options: argparse.Namespace) -> str:
         return f"timed: {options.step_ms:g} ms a step, nothing computed"
     if where.type == "cuda":
         return torch.cuda.get_device_name(where)
-    threads = max(1, (os.cpu_count() or 2) - 1)
+    threads = device_threads()
     return f"cpu: a worker process, {threads} thread{'s' if threads > 1 else ''}"
 
 
@@ -257,7 +257,8 @@ def conclusions(result: dict[str, Any], runs: dict[str, dict[str, Any]]) -> list
         law = result["law_idle"]
         said.append(f"By the law idle = host / (host + device) the synchronous device is idle for {law:.1%} of a step;")
         if law <= 0.5:
-            said.append("waking up and copies come on top. Asynchronous batching can save about that much.")
+            said.append("waking up and copies add to it, host work after the launch takes from it.")
+            said.append("Asynchronous batching can save about that much.")
         else:
             said.append(f"the host is the slower one, so asynchronous batching can save about {1 - law:.1%}.")
         if law < 0.02:

@@ -17,7 +17,7 @@ import warnings
 
 import torch
 
-from .attention import NAME, Batch
+from .attention import NAME, Batch, register
 from .slot import StepShape
 
 STEPS = [f"{passes}/{sampling}" for passes in ("decode", "prefill", "mixed") for sampling in ("greedy", "sampled")]
@@ -32,6 +32,7 @@ class Runner:
     """
 
     def __init__(self, model, *, shape: StepShape, host: list[tuple[torch.Tensor, torch.Tensor]]):
+        register()
         shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         self.model = copy.deepcopy(model, shared)
         self.model.set_attn_implementation(NAME)

@@ -262,6 +262,13 @@ class HostDevice:
         self._events = []
 
 
+def device_threads() -> int:
+    """How many cores the device process computes on: all that we may use but one. That one stays with the host: with
+    all of them busy the two would take turns and not overlap."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
+    return max(1, cores - 1)
+
+
 @contextlib.contextmanager
 def _no_main_module():
     """Hide the caller's `__main__` while a process is spawned. Otherwise the worker would import the script that
@@ -307,8 +314,7 @@ class _Worker:
         self.done, self.wake = done, wake
         self.reached = threading.Condition()
         self._programs: dict[int, tuple[Any, np.ndarray, np.ndarray, dict[int, str]]] = {}
-        # One core stays with the host: with all of them busy the two would take turns and not overlap.
-        torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))
+        torch.set_num_threads(device_threads())
 
     # Control messages, by name.
 

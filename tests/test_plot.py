@@ -73,7 +73,7 @@ def test_sync_is_above_async_on_one_time_axis_and_lanes_have_words():
     words = [tick.get_text() for tick in main.get_yticklabels()]
     assert words == ["host", "H2D (copy in)", "compute", "D2H (copy out)"] * 2
     captions = [text.get_text() for text in main.texts if "device active" in text.get_text()]
-    assert captions[0] == "device active 80.0 %, idle 20.0 %, 1000 ms in all, virtual clock"
+    assert captions[0] == "device active 80.0 %, idle 20.0 %, 1 s in all, virtual clock"
     assert captions[1].startswith("device active 100.0 %, idle 0.0 %")
     texts = [text.get_text() for text in main.texts]
     assert texts.count("idle") >= 5
