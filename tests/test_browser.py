@@ -240,7 +240,7 @@ def test_the_timeline_is_drawn_and_answers_to_keys_and_mouse(tmp_path):
         screenshot(driver, "timeline", tmp_path)
 
 
-@pytest.mark.parametrize("name", ["00_start_here.ipynb"])
+@pytest.mark.parametrize("name", ["00_start_here.ipynb", "01_the_idle_device.ipynb"])
 def test_a_notebook_runs_from_top_to_bottom(name, tmp_path):
     path = ROOT / "notebooks" / name
     if not path.exists():
