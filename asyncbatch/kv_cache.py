@@ -39,10 +39,6 @@ class KVCache:
     def num_free(self) -> int:
         return len(self._free)
 
-    def capacity(self, owner: int) -> int:
-        """How many tokens the owner's blocks hold."""
-        return self._used.get(owner, 0) * self.block_size
-
     def allocate(self, owner: int, num_tokens: int, keep_free: int = 0) -> bool:
         """Grow the owner's table until it holds `num_tokens` tokens. All or nothing: False if the pool has too few
         free blocks to do that and keep `keep_free` of them, and then nothing has changed."""
