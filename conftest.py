@@ -11,15 +11,23 @@ tests/test_nbval_guard.py shows each of these.
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from pathlib import Path
 from queue import Empty
 
-import nbval.plugin
 import pytest
-from nbval.kernel import RunningKernel
-from nbval.plugin import NbCellError
+
+try:
+    import nbval.plugin
+    from nbval.kernel import RunningKernel
+    from nbval.plugin import NbCellError
+except ImportError:
+    # A GPU machine may have torch, transformers and pytest, and nothing of Jupyter. Its tests run all the same:
+    # `python -m pytest -m cuda`. What needs Jupyter is left out, and the header says so.
+    nbval, RunningKernel, NbCellError = None, object, Exception
+    collect_ignore = ["notebooks", *(f"tests/test_{name}.py" for name in ("browser", "notebooks", "nbval_guard"))]
 
 HERE = Path(__file__).parent
 WATCH_SOURCE = (HERE / "tests" / "kernel_watch.py").read_text(encoding="utf-8")
@@ -34,9 +42,27 @@ WATCH_TIMEOUT_S = 60
 POLL_S = 0.5
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Without nbval, take the options that pyproject.toml gives it, and do nothing with them."""
+    if nbval is None:
+        for name in ("--nbval", "--nbval-current-env"):
+            parser.addoption(name, action="store_true", help="nbval is not installed")
+        for name in ("--nbval-cell-timeout", "--nbval-kernel-startup-timeout"):
+            parser.addoption(name, help="nbval is not installed")
+
+
+def pytest_report_header() -> str:
+    return "" if nbval else "nbval is not installed: notebooks, and the tests of them, are left out"
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Name the sanitizers here, and not in pyproject.toml, so that pytest may be started in any folder."""
+    """Name the sanitizers here, and not in pyproject.toml, so that pytest may be started in any folder. Where there is
+    no GPU, Triton interprets the kernels; it must know before it is imported."""
     config.option.nbval_sanitize_with = str(HERE / "tests" / "nbval_sanitize.cfg")
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -109,12 +135,13 @@ class WatchedKernel(RunningKernel):
         return self.reply or {"status": "error", "evalue": "the kernel does not answer any more"}
 
 
-nbval.plugin.RunningKernel = WatchedKernel
+if nbval:
+    nbval.plugin.RunningKernel = WatchedKernel
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item):
-    if not isinstance(item, nbval.plugin.IPyNbCell):
+    if nbval is None or not isinstance(item, nbval.plugin.IPyNbCell):
         return (yield)
     kernel, failure = item.parent.kernel, None
     try:

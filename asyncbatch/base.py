@@ -12,15 +12,16 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from .kv_cache import KVCache, blocks_for
 from .models import check_model
+from .recording import StepTimes
 from .request import Completion, Request, RequestError, check_request, contains_stop_string
 from .runner import Runner, TimedRunner
 from .scheduler import BatchPlan, RunState, Scheduler
 from .slot import Slot, StepShape, host_buffers
-from .streams import DeviceError, open_device
+from .streams import CudaDevice, DeviceError, open_device
 from .timeline import LANES, Timeline
 
 
@@ -67,14 +68,21 @@ class BatcherBase:
     tokenizer: only needed for stop strings.
     num_slots: how many steps can be under way at once.
     block_size, num_blocks: tokens in a block of the KV cache, and blocks in its pool (default: enough for a full batch
-        of the longest requests).
+        of the longest requests; on CUDA, as many of them as fit beside the weights).
     max_length: the most tokens, prompt and output together, of one request (default: the model's limit, at most 2048).
-    prefill_tokens: the most prompt tokens computed in one step, and where long prompts are cut.
+    prefill_tokens: the most prompt tokens computed in one step, and where long prompts are cut (default: 64, on CUDA
+        256).
+    compile: on CUDA, compile the model for speed (`compile.py`). It takes some seconds. The weights keep their values
+        and move: projections of the same input come to lie in one tensor.
+    batch_sizes: sizes of a step, up to max_batch_size; each step takes the smallest that holds its rows. Default: only
+        max_batch_size, so that the tokens are the same bit for bit whoever shares the batch. With several sizes they
+        are only the same up to rounding, for a gain that is small (README, "Batch sizes").
     host_work_s: burn this many seconds of Python in each step's plan. For lessons: it stands for a busier host.
-    step_s: the device waits this long instead of computing. For lessons and benchmarks: the tokens are then
-        no language.
+    step_s: the device waits this long instead of computing, a number of seconds or the times of a recorded GPU
+        (`Recording.step_times`). For lessons and benchmarks: the tokens are then no language.
 
-    Raises ModelError for a model that cannot be served, ValueError for limits that make no sense.
+    Raises ModelError for a model that cannot be served, ValueError for limits that make no sense, MemoryError, with the
+    numbers, for what does not fit into the GPU.
     """
 
     mode = ""
@@ -90,13 +98,17 @@ class BatcherBase:
         block_size: int = 16,
         num_blocks: int | None = None,
         max_length: int | None = None,
-        prefill_tokens: int = 64,
+        prefill_tokens: int | None = None,
+        compile: bool = False,
+        batch_sizes: Sequence[int] = (),
         host_work_s: float = 0.0,
-        step_s: float | None = None,
+        step_s: float | StepTimes | None = None,
     ):
         check_model(model)
         config = model.config.get_text_config()
+        on_cuda = next(model.parameters()).is_cuda
         num_slots = self.default_slots if num_slots is None else num_slots
+        prefill_tokens = (256 if on_cuda else 64) if prefill_tokens is None else prefill_tokens
         model_length = getattr(config, "max_position_embeddings", None) or 2048
         max_length = min(model_length, 2048) if max_length is None else max_length
         for name, value in (
@@ -109,32 +121,40 @@ class BatcherBase:
         ):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}: allowed are whole numbers from 1")
-        num_blocks = num_blocks or max_batch_size * blocks_for(max_length, block_size)
         if max_length > model_length:
             raise ValueError(f"max_length is {max_length}: the model allows at most {model_length} tokens")
-        for name, seconds in (("host_work_s", host_work_s), ("step_s", step_s or 0.0)):
+        constant_s = 0.0 if step_s is None or isinstance(step_s, StepTimes) else step_s
+        for name, seconds in (("host_work_s", host_work_s), ("step_s", constant_s)):
             if not 0 <= seconds < float("inf"):
                 raise ValueError(f"{name} is {seconds!r}: allowed are seconds from 0")
 
-        on_cuda = next(model.parameters()).is_cuda
+        sizes = tuple(sorted(set(batch_sizes)))
+        if any(not isinstance(size, int) or not 1 <= size <= max_batch_size for size in sizes):
+            raise ValueError(f"batch_sizes is {batch_sizes!r}: allowed are whole numbers from 1 to {max_batch_size=}")
         if step_s is not None and on_cuda:
             raise ValueError("step_s stands for a device that is not there: it needs the model on the CPU, not on CUDA")
+        if compile and not on_cuda:
+            raise ValueError("compile=True needs the model on CUDA: load_model(..., device='cuda')")
 
         self.model, self.tokenizer, self.host_work_s, self.step_s = model, tokenizer, host_work_s, step_s
         self.vocab_size = config.vocab_size
-        self.shape = StepShape(max_batch_size, num_slots, block_size, num_blocks, max_length, prefill_tokens)
-        # More owners than rows: a request whose last token is under way keeps its blocks while its row is given on.
-        self.kv = KVCache(num_blocks, block_size, self.shape.max_blocks, max_batch_size * (num_slots + 1))
-        self.scheduler = Scheduler(self.kv, max_batch_size, prefill_tokens, self._stops_on_text)
-
-        buffers = host_buffers(self.shape, on_cuda=on_cuda)
+        full = max_batch_size * blocks_for(max_length, block_size)
+        shape = StepShape(max_batch_size, num_slots, block_size, num_blocks or full, max_length, prefill_tokens, sizes)
+        buffers = host_buffers(shape, on_cuda=on_cuda)
         program, arguments = (Runner, {}) if step_s is None else (TimedRunner, {"step_s": step_s})
-        self.device = open_device(model, program, num_slots, shape=self.shape, host=buffers, **arguments)
+        if on_cuda:
+            arguments = {"compile": compile, "asked_blocks": num_blocks is not None}
+        self.device = open_device(model, program, num_slots, shape=shape, host=buffers, **arguments)
         try:
-            self.slots = [Slot(index, self.shape, pair, self.device) for index, pair in enumerate(buffers)]
+            self.slots = [Slot(index, shape, pair, self.device) for index, pair in enumerate(buffers)]
         except DeviceError:
             self.device.close()
             raise
+        # On CUDA the number of blocks is what the runner found to fit.
+        self.shape = self.device.program.shape if isinstance(self.device, CudaDevice) else shape
+        # More owners than rows: a request whose last token is under way keeps its blocks while its row is given on.
+        self.kv = KVCache(self.shape.num_blocks, block_size, shape.max_blocks, max_batch_size * (num_slots + 1))
+        self.scheduler = Scheduler(self.kv, max_batch_size, prefill_tokens, self._stops_on_text)
         self.timeline = self._new_timeline()
 
         self._numbers = itertools.count()
@@ -291,7 +311,9 @@ class BatcherBase:
                 LANES[1:], ("copy_in", "step", "copy_out"), self.device.spans(slot.index).tolist(), strict=True
             ):
                 self.timeline.add(lane, name, plan.step, start, end)
-        self.timeline.add_step(plan.step, "decode" if plan.passes == "decode" else "prefill", len(new), wasted)
+        kind = "decode" if plan.passes == "decode" else "prefill"
+        context = sum(row.position + row.num_tokens for row in plan.rows)
+        self.timeline.add_step(plan.step, kind, len(new), wasted, len(plan.rows), context)
         now = time.perf_counter()
         for state, _ in new:
             handle = self._handles[state.number]
@@ -305,19 +327,25 @@ class BatcherBase:
             self._check_open()
             try:
                 self._take_inbox()
-                if not self.step() and self._handles:
+                if not self._step_or_close() and self._handles:
                     raise AssertionError("no request can go on, though some have not ended: a fault of the scheduler")
-            except DeviceError as error:
-                self._closed = f"the batcher lost its device: {error}"
-                self._abort("error", error)
             except BaseException:
                 self._abort("cancelled", None)
                 raise
 
+    def _step_or_close(self) -> bool:
+        """`step`, but where the device is lost, every request ends with that error, and the batcher says so."""
+        try:
+            return self.step()
+        except DeviceError as error:
+            self._closed = f"the batcher lost its device: {error}"
+            self._abort("error", error)
+            return True
+
     def _drain(self) -> None:
         """Commit steps that are still under way for nobody: all their tokens are wasted, and are counted."""
         with self._lock:
-            while not self._handles and self.step():
+            while not self._handles and not self._closed and self._step_or_close():
                 pass
 
     def _take_inbox(self) -> None:
@@ -363,7 +391,12 @@ class BatcherBase:
         return bool(strings) and contains_stop_string(state.generated, strings, self.tokenizer)
 
     def _new_timeline(self) -> Timeline:
-        return Timeline(self.mode, self.device.clock if self.step_s is None else f"timed device, {self.device.clock}")
+        clock = self.device.clock
+        if isinstance(self.step_s, StepTimes):
+            clock = f"emulated {self.step_s.label}, {clock}"
+        elif self.step_s is not None:
+            clock = f"timed device, {clock}"
+        return Timeline(self.mode, clock)
 
 
 class _progress_bar:

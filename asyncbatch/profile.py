@@ -1,26 +1,29 @@
 """The profiling script: how idle is the device, and what does asynchronous batching bring?
 
     python -m asyncbatch.profile --model smollm2 --batch-size 8 --out out
+    python -m asyncbatch.profile --emulate h200-llama-8b --new-tokens 64
+    python -m asyncbatch.profile --preset headline --record h200-llama-8b --out out       (needs a GPU)
 
 It serves the same requests with both batchers, in turns and several times, checks that the tokens are the same, and
-prints a table. `--json` prints the same as JSON (`report` says what is in it), `--out` writes report.json, timeline.png
-and trace.json. Every number is measured here and now; each column of the table is the run of median wall time.
+prints a table. `--json` prints the same as JSON (`report.report` says what is in it), `--out` writes report.json,
+timeline.png and trace.json. Every number is measured here and now, but for the device's times of `--emulate`, which
+come from a recording; each column of the table is the run of median wall time.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
+import gc
 import itertools
 import json
+import math
 import os
-import platform
-import shlex
-import statistics
+import re
+import subprocess
 import sys
 from collections.abc import Sequence
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +32,38 @@ import torch
 
 from .base import BatcherBase
 from .batcher import AsyncBatcher, SyncBatcher
+from .floor import copy_bandwidth, kv_bytes_per_token, weight_bytes
 from .models import ALLOWED, load_model
+from .recording import Recording, steps_from
+from .report import OWN, Measured, report, table
 from .request import Completion, Request
 from .streams import DeviceError, device_threads
-from .timeline import Timeline, idle_share, save_trace
+from .timeline import Timeline, save_trace
 
 BATCHERS: dict[str, type[BatcherBase]] = {"sync": SyncBatcher, "async": AsyncBatcher}
-SCHEMA = 1
+ENGINES = (OWN, "transformers")
+DEFAULTS: dict[str, Any] = dict(
+    model="smollm2", engine=[OWN], batch_size=8, requests=16, prompt_tokens=None, new_tokens=64, repeats=3,
+    prefill_tokens=None, compile=False,
+)  # fmt: skip
+# `workloads` are (model, batch size); as many requests as the batch holds.
+_BOTH: dict[str, Any] = dict(engine=[*ENGINES], prompt_tokens=16, repeats=1, compile=True)
+PRESETS: dict[str, dict[str, Any]] = {
+    "headline": dict(_BOTH, workloads=[("random:llama-8b", 32)], new_tokens=8192),
+    "sweep": dict(
+        _BOTH,
+        workloads=[(f"random:llama-{size}", batch) for size in ("0.6b", "1b", "8b") for batch in (1, 8, 32, 128)],
+        new_tokens=512,
+    ),
+}
+PROBE_TOKENS = 32  # a peer first generates so many: is the rest of it bearable?
 TOPICS = (
     "the sea", "a library", "rain", "old trains", "bread", "a lost key", "the moon", "two cats", "music", "winter",
     "a lighthouse", "gravity", "a market", "prime numbers", "the desert", "a letter",
 )  # fmt: skip
+
+
+# ---- the command line ---------------------------------------------------------------------------------------------
 
 
 def whole(lowest: int, highest: int = 10**9):
@@ -59,14 +83,25 @@ def milliseconds(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} was given; allowed are milliseconds from 0 to 60000")
 
 
-def modes(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    if set(names) - set(BATCHERS) or len(set(names)) != len(names):
-        raise argparse.ArgumentTypeError(f"{text!r} was given; allowed are sync, async, or sync,async")
-    return [name for name in BATCHERS if name in names]
+def some_of(allowed: Sequence[str]):
+    def parse(text: str) -> list[str]:
+        names = [name.strip() for name in text.split(",")]
+        if set(names) - set(allowed) or len(set(names)) != len(names):
+            each = ", ".join(allowed)
+            raise argparse.ArgumentTypeError(f"{text!r} was given; allowed are {each}, or {','.join(allowed)}")
+        return [name for name in allowed if name in names]
+
+    return parse
+
+
+def file_name(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} was given; allowed are small letters, digits, '-', '.' and '_'")
+    return text
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options as they were given; None for those that were not and have no default of their own (see `settle`)."""
     parser = argparse.ArgumentParser(
         prog="asyncbatch.profile",
         usage="python -m asyncbatch.profile [options]",
@@ -74,23 +109,101 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         epilog="Exit status: 0, 1 if the two gave different tokens, 2 if something could not be done.",
     )
     add = parser.add_argument
-    add("--model", default="smollm2", help=f"one of {ALLOWED} (default smollm2)".replace('"', ""))
+    add("--model", help=f"one of {ALLOWED} (default smollm2)".replace('"', ""))
+    modes = some_of([*BATCHERS])
     add("--mode", type=modes, default=[*BATCHERS], metavar="MODES", help="sync,async (default), or one of them")
-    add("--batch-size", type=whole(1, 4096), default=8, metavar="N", help="the most requests in one step (default 8)")
-    add("--requests", type=whole(1), default=16, metavar="N", help="requests in all (default 16)")
+    add("--engine", type=some_of(ENGINES), metavar="ENGINES", help="asyncbatch (default), transformers, or both")
+    add("--batch-size", type=whole(1, 4096), metavar="N", help="the most requests in one step (default 8)")
+    add("--requests", type=whole(1), metavar="N", help="requests in all (default 16)")
     add("--prompt-tokens", type=whole(1), metavar="N", help="random prompts of N tokens (default: short questions)")
-    add("--new-tokens", type=whole(1), default=64, metavar="N", help="the most tokens to generate (default 64)")
+    add("--new-tokens", type=whole(1), metavar="N", help="the most tokens to generate (default 64)")
     add("--seed", type=whole(0), default=0, metavar="N", help="of random prompts and random weights (default 0)")
-    add("--repeats", type=whole(1), default=3, metavar="N", help="runs of each mode, in turns (default 3)")
+    add("--repeats", type=whole(1), metavar="N", help="runs of each mode, in turns (default 3)")
     add("--slots", type=whole(1, 64), default=2, metavar="N", help="slots of the asynchronous batcher (default 2)")
+    add("--prefill-tokens", type=whole(1, 65536), metavar="N", help="the most prompt tokens computed in one step")
+    add("--compile", action=argparse.BooleanOptionalAction, help="compile the step (default: in presets only)")
     add("--host-work-ms", type=milliseconds, default=0.0, metavar="MS", help="burn Python for MS in every step")
     add("--step-ms", type=milliseconds, metavar="MS", help="a timed device: a step takes MS and computes nothing")
+    add("--emulate", metavar="NAME", help="a timed device: steps take what this recording's GPU took")
+    add("--preset", choices=[*PRESETS], help="a set of workloads for a GPU, with both engines")
+    add("--peer-limit-s", type=whole(1), default=600, metavar="S", help="leave out a peer that would take longer")
+    add("--record", type=file_name, metavar="NAME", help="write the recording DIR/NAME.json (GPU, with --out DIR)")
     add("--out", type=Path, metavar="DIR", help="write report.json, timeline.png and trace.json there")
     add("--json", action="store_true", help="print the report as JSON instead of the table")
     add("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(arguments)
     options.given = list(sys.argv[1:] if arguments is None else arguments)
     return options
+
+
+def settle(
+    options: argparse.Namespace, recording: Recording | None = None
+) -> tuple[argparse.Namespace, list[argparse.Namespace]]:
+    """The options with every default filled in, and a copy of them for each workload (model and batch size).
+    ValueError for options that do not go together, or that need a GPU where there is none."""
+    settled = copy.copy(options)
+    if recording is not None:
+        defaults = emulated_defaults(options, recording)
+    else:
+        defaults = {**DEFAULTS, **PRESETS.get(options.preset, {})}
+    of_preset = defaults.pop("workloads", None)
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(settled, name, value)
+    refuse(settled)
+    if of_preset is None:
+        return settled, [copy.copy(settled)]
+    settled.model = options.model or ", ".join(dict.fromkeys(model for model, _ in of_preset))
+    settled.batch_size, settled.requests = options.batch_size, options.requests  # None: each workload's own
+    wanted = ((options.model or model, options.batch_size or batch) for model, batch in of_preset)
+    workloads = []
+    for model, batch in dict.fromkeys(wanted):
+        workloads.append(copy.copy(settled))
+        workloads[-1].model, workloads[-1].batch_size = model, batch
+        workloads[-1].requests = options.requests or batch
+    return settled, workloads
+
+
+def emulated_defaults(options: argparse.Namespace, recording: Recording) -> dict[str, Any]:
+    """The workload of the recording's widest run, of the batch size that was asked for if that was recorded. ValueError
+    for a model that is not in the recording."""
+    run = recording.main_run(options.model)
+    same = (r for r in recording.runs if (r["engine"], r["mode"], r["model"]) == (OWN, "async", run["model"]))
+    run = next((other for other in same if other["batch_size"] == options.batch_size), run)
+    defaults = {key: run[key] for key in ("model", "batch_size", "requests", "prompt_tokens", "new_tokens")}
+    if options.batch_size is not None and run["requests"] == run["batch_size"]:
+        defaults["requests"] = options.batch_size
+    return {**DEFAULTS, **defaults, "prefill_tokens": run["prefill_tokens"], "repeats": 1}
+
+
+def refuse(options: argparse.Namespace) -> None:
+    """ValueError for options that do not go together, or that need a GPU where there is none."""
+    timed = [name for name in ("emulate", "step_ms") if getattr(options, name) is not None]
+    not_together = [(a, b) for a in timed for b in ("preset", "record") if getattr(options, b)]
+    not_together += [("emulate", "step_ms")] if len(timed) == 2 else []
+    others = [engine for engine in options.engine if engine != OWN]
+    ours = [name for name in timed if others] + (["host_work_ms"] if others and options.host_work_ms else [])
+    for a, b in not_together:
+        raise ValueError(f"{_flag(a)} and {_flag(b)} were given: only one of them can be had at a time")
+    for name in ours:
+        raise ValueError(f"{_flag(name)} is for asyncbatch's own batchers: it cannot be had with --engine {others[0]}")
+    if options.record and options.out is None:
+        raise ValueError(f"--record {options.record} needs --out DIR, the folder to write {options.record}.json into")
+    for name in ("preset", "record"):
+        value = getattr(options, name)
+        if value and not torch.cuda.is_available():
+            names = ", ".join(Recording.names()) or "NAME"
+            raise ValueError(
+                f"--{name} {value} needs a CUDA GPU, and torch {torch.__version__} sees none here; "
+                f"--emulate {names} shows a recorded one"
+            )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+# ---- measuring ----------------------------------------------------------------------------------------------------
 
 
 def make_requests(options: argparse.Namespace, model, tokenizer) -> list[Request]:
@@ -113,34 +226,189 @@ def make_requests(options: argparse.Namespace, model, tokenizer) -> list[Request
     return [Request(prompt, options.new_tokens, stop_token_ids=stop) for prompt in cycle]
 
 
-def measure(options: argparse.Namespace, model, tokenizer) -> tuple[dict[str, Any], list[Timeline]]:
-    """Run the modes in turns. Returns the report and the timelines of its runs."""
-    requests = make_requests(options, model, tokenizer)
-    common: dict[str, Any] = {
+class Session:
+    """What has been measured so far, workload by workload: `report` and `table` work at any time."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.recording = None if options.emulate is None else Recording.load(options.emulate)
+        self.options, self.workloads = settle(options, self.recording)
+        self.measured: list[Measured] = []
+        self.failed: list[dict[str, Any]] = []
+        self.models: dict[str, dict[str, Any]] = {}
+        self.loaded: tuple[str, Any, Any] | None = None  # name, model, tokenizer: workloads in a row share them
+        self.device = ""
+        self.gpu: dict[str, Any] | None = None
+        self.bandwidth: float | None = None
+
+    def run(self) -> None:
+        """Measure every workload. In a preset one that fails is noted in `failed`, and the next one follows."""
+        for workload in self.workloads:
+            try:
+                self._run(workload)
+            except (ValueError, RuntimeError, OSError, MemoryError) as error:
+                if not workload.preset:
+                    raise
+                self._note_failure(workload, OWN, ",".join(workload.mode), error)
+            if workload.preset and workload.out is not None:
+                self.write()
+
+    def _run(self, workload: argparse.Namespace) -> None:
+        model, tokenizer = self._load(workload)
+        on_cuda = is_on_cuda(model)
+        if on_cuda:
+            self._look_at_gpu(workload.model, model)
+        self.device = device_name(model, workload, self.recording)
+        requests = make_requests(workload, model, tokenizer)
+        workload.longest_prompt = max(len(request.token_ids) for request in requests)
+        step_s = None if workload.step_ms is None else 1e-3 * workload.step_ms
+        if self.recording is not None:
+            step_s = self.recording.step_times(workload.batch_size, workload.model)
+            most = min(workload.requests, workload.batch_size) * (workload.longest_prompt + workload.new_tokens - 1)
+            if most > step_s.max_context:
+                raise ValueError(
+                    f"the emulated run would reach a context of {most} tokens over all rows of a step, and "
+                    f"{self.recording.name} was recorded up to {step_s.max_context}: take a smaller --new-tokens or "
+                    "--batch-size"
+                )
+        keys = [(engine, mode) for engine in workload.engine for mode in workload.mode]
+        # Each engine takes much of a GPU's memory, so then they follow each other. Else they take turns: what changes
+        # on the machine meanwhile changes for all of them.
+        alone = on_cuda and (len(workload.engine) > 1 or workload.preset)
+        for group in [[key] for key in keys] if alone else [keys]:
+            try:
+                self._serve_group(workload, group, model, requests, step_s)
+            except Exception as error:
+                if not workload.preset:
+                    raise
+                self._note_failure(workload, *group[0], error)  # it could not be closed; go on with the next one
+            if on_cuda:
+                free_memory()
+
+    def _load(self, workload: argparse.Namespace) -> tuple[Any, Any]:
+        if self.loaded is None or self.loaded[0] != workload.model:
+            self.loaded = None
+            free_memory()
+            if self.recording is not None:
+                model, tokenizer = self.recording.stand_in_model(workload.model), None
+            else:
+                # A timed device is the worker process, also beside a GPU.
+                where = None if workload.step_ms is None else "cpu"
+                model, tokenizer = load_model(workload.model, seed=workload.seed, device=where)
+            self.loaded = workload.model, model, tokenizer
+        return self.loaded[1:]
+
+    def _serve_group(self, workload, group, model, requests, step_s) -> None:
+        """Open, warm up and run the batchers of `group`, pairs of engine and mode, in turns, then close them."""
+        few = [Request(r.token_ids, min(2, r.max_new_tokens)) for r in requests[: workload.batch_size]]
+        alive: dict[tuple[str, str], tuple[Any, Measured]] = {}
+
+        @contextlib.contextmanager
+        def noting_failure(engine: str, mode: str):
+            try:
+                yield
+            except Exception as error:
+                if engine == OWN and not workload.preset:
+                    raise
+                _, found = alive.pop((engine, mode), (None, None))
+                if found is not None and found.runs:
+                    self.measured.append(found)
+                self._note_failure(workload, engine, mode, error)
+
+        with contextlib.ExitStack() as stack:
+            for engine, mode in group:
+                with noting_failure(engine, mode):
+                    batcher = stack.enter_context(open_batcher(engine, mode, model, workload, step_s))
+                    shape = getattr(batcher, "shape", None)
+                    found = Measured(workload, engine, mode, getattr(batcher, "setting", None))
+                    found.prefill_tokens = getattr(shape, "prefill_tokens", None)
+                    alive[engine, mode] = batcher, found
+            for (engine, mode), (batcher, _) in list(alive.items()):
+                tell(f"{self._where(workload)}{_who(workload, engine, mode)}: warm-up")
+                with noting_failure(engine, mode):
+                    serve(batcher, few)
+                    if engine != OWN:
+                        check_speed(batcher, requests, workload)
+            for repeat in range(workload.repeats):
+                # Every second time the other way round, so that neither mode always runs on the warmer machine.
+                for engine, mode in list(alive)[:: -1 if repeat % 2 else 1]:
+                    with noting_failure(engine, mode):
+                        batcher, found = alive[engine, mode]
+                        served = serve(batcher, requests, progress=sys.stderr.isatty())
+                        steps_from(served[0])  # a ValueError now is better than a report that cannot be made
+                        found.runs.append(served)
+                        wall_s = served[0].summary().wall_s
+                        count = f"run {repeat + 1} of {workload.repeats}"
+                        tell(f"{self._where(workload)}{_who(workload, engine, mode)}: {count}: {wall_s:.2f} s")
+            # Inside: what was measured stays, even if closing a broken device fails.
+            self.measured += [found for _, found in alive.values()]
+
+    def _where(self, workload) -> str:
+        return f"{workload.model} batch {workload.batch_size} " if len(self.workloads) > 1 else ""
+
+    def _note_failure(self, workload, engine: str, mode: str, error: BaseException) -> None:
+        row = {key: getattr(workload, key) for key in ("model", "batch_size")}
+        self.failed.append({"engine": engine, "mode": mode, **row, "error": one_line(error)})
+        tell(f"{self._where(workload)}{engine} {mode} failed: {one_line(error)}")
+
+    def _look_at_gpu(self, name: str, model) -> None:
+        if self.bandwidth is None:
+            self.gpu, bandwidth = gpu_facts(), copy_bandwidth(next(model.parameters()).device)
+            self.bandwidth = bandwidth
+            tell(f"copy bandwidth: {bandwidth / 1e12:.3f} TB/s")
+        config = model.config.get_text_config()
+        self.models[name] = {
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "weight_bytes": weight_bytes(model),
+            "kv_bytes_per_token": kv_bytes_per_token(config, model.dtype),
+            "vocab_size": config.vocab_size,
+            "max_positions": getattr(config, "max_position_embeddings", None) or 2048,
+        }
+
+    def report(self) -> tuple[dict[str, Any], list[Timeline]]:
+        return report(
+            self.options,
+            self.measured,
+            self.device,
+            failed=self.failed,
+            gpu=self.gpu,
+            bandwidth=self.bandwidth,
+            models=self.models,
+            recording=self.recording,
+        )
+
+    def write(self) -> None:
+        """Write report.json, the recording if asked for, and, but for the long runs of a preset, picture and trace."""
+        folder, (result, timelines) = self.options.out, self.report()
+        (folder / "report.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        if self.options.record and timelines:
+            Recording.from_runs(self.options.record, result, timelines).save(folder / f"{self.options.record}.json")
+        if timelines and not self.options.preset:
+            from .plot import plot  # matplotlib is needed for pictures only
+
+            plot(*timelines, title=f"{result['model']} on {result['device']}").savefig(folder / "timeline.png")
+            save_trace(folder / "trace.json", timelines)
+
+
+def open_batcher(engine: str, mode: str, model, options: argparse.Namespace, step_s):
+    """A batcher for the workload, not yet warm. Whatever the engine raises where it cannot serve the model here."""
+    limits: dict[str, Any] = {
         "max_batch_size": options.batch_size,
-        "max_length": max(len(request.token_ids) for request in requests) + options.new_tokens,
-        "host_work_s": 1e-3 * options.host_work_ms,
-        "step_s": None if options.step_ms is None else 1e-3 * options.step_ms,
+        "max_length": options.longest_prompt + options.new_tokens,
     }
-    runs: dict[str, list[tuple[Timeline, list[Completion]]]] = {mode: [] for mode in options.mode}
-    with contextlib.ExitStack() as stack:
-        batchers = {}
-        for mode in options.mode:
-            slots = options.slots if mode == "async" else 1
-            batchers[mode] = stack.enter_context(BATCHERS[mode](model, num_slots=slots, **common))
-        few = [Request(r.token_ids, min(2, r.max_new_tokens)) for r in requests[: options.batch_size]]
-        for mode, batcher in batchers.items():
-            tell(f"{mode}: warm-up")
-            serve(batcher, few)
-        for repeat in range(options.repeats):
-            # Every second time the other way round, so that neither mode always runs on the warmer machine.
-            for mode in options.mode[:: -1 if repeat % 2 else 1]:
-                runs[mode].append(serve(batchers[mode], requests, progress=sys.stderr.isatty()))
-                tell(f"{mode}: run {repeat + 1} of {options.repeats}: {runs[mode][-1][0].summary().wall_s:.2f} s")
-    return report(options, runs, device_name(model, options))
+    if engine != OWN:
+        from .peers import TransformersBatcher  # only here: what it needs may not be installed
+
+        return TransformersBatcher(model, mode=mode, **limits)
+    if options.compile:
+        limits["compile"] = True
+    if options.prefill_tokens is not None:
+        limits["prefill_tokens"] = options.prefill_tokens
+    slots = options.slots if mode == "async" else 1
+    host_work_s = 1e-3 * options.host_work_ms
+    return BATCHERS[mode](model, num_slots=slots, host_work_s=host_work_s, step_s=step_s, **limits)
 
 
-def serve(batcher: BatcherBase, requests: list[Request], progress: bool = False) -> tuple[Timeline, list[Completion]]:
+def serve(batcher, requests: list[Request], progress: bool = False) -> tuple[Timeline, list[Completion]]:
     completions = batcher.run(requests, progress)
     for completion in completions:
         if completion.error is not None:
@@ -148,12 +416,31 @@ def serve(batcher: BatcherBase, requests: list[Request], progress: bool = False)
     return batcher.timeline, completions
 
 
+def check_speed(batcher, requests: list[Request], options: argparse.Namespace) -> None:
+    """RuntimeError if the workload would take longer than --peer-limit-s, judged by its first tokens."""
+    if options.new_tokens < 2 * PROBE_TOKENS:
+        return
+    short = [Request(r.token_ids, PROBE_TOKENS, stop_token_ids=r.stop_token_ids) for r in requests]
+    expected_s = serve(batcher, short)[0].summary().wall_s * options.new_tokens / PROBE_TOKENS
+    if expected_s > options.peer_limit_s:
+        setting = getattr(batcher, "setting", None) or "its setting"
+        raise RuntimeError(
+            f"it would take about {math.ceil(expected_s)} s, and --peer-limit-s is {options.peer_limit_s} ({setting})"
+        )
+
+
 def tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def device_name(model, options: argparse.Namespace) -> str:
+def _who(options: argparse.Namespace, engine: str, mode: str) -> str:
+    return f"{engine} {mode}" if len(options.engine) > 1 else mode
+
+
+def device_name(model, options: argparse.Namespace, recording: Recording | None = None) -> str:
     where = next(model.parameters()).device
+    if recording is not None:
+        return f"emulated: {recording.gpu['name']}, recording {recording.name}; nothing computed, this machine's host"
     if options.step_ms is not None:
         return f"timed: {options.step_ms:g} ms a step, nothing computed"
     if where.type == "cuda":
@@ -162,144 +449,73 @@ def device_name(model, options: argparse.Namespace) -> str:
     return f"cpu: a worker process, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def report(options, runs: dict[str, list[tuple[Timeline, list[Completion]]]], device: str):
-    """The report as a dict, and the timelines of its runs.
+def is_on_cuda(model) -> bool:
+    return next(model.parameters()).is_cuda
 
-    `runs`: for each mode the run of median wall time, with `wall_s_of_each_run`. Times are seconds, but milliseconds
-    in host_ms_per_step and device_ms_per_step (medians over the decode steps); device_active and idle are shares of the
-    decode steps (see `Timeline`). These four are null where nothing could be measured.
-    `async_speedup`: the median over the repeats of sync wall time / async wall time; null without one of them.
-    `law_idle`: host / (host + device) from the sync run's own medians, what its idle share should be.
-    """
-    tokens = [[c.token_ids for c in completions] for of_mode in runs.values() for _, completions in of_mode]
-    rows: dict[str, dict[str, Any]] = {}
-    timelines = []
-    for mode, of_mode in runs.items():
-        by_wall = sorted((timeline for timeline, _ in of_mode), key=lambda timeline: timeline.summary().wall_s)
-        timelines.append(by_wall[(len(by_wall) - 1) // 2])
-        rows[mode] = {"engine": "asyncbatch", "mode": mode, **timelines[-1].summary().as_dict()}
-        rows[mode]["device_ms_per_step"] = device_ms(timelines[-1])
-        rows[mode]["wall_s_of_each_run"] = [timeline.summary().wall_s for timeline, _ in of_mode]
-    sync, law = rows.get("sync"), None
-    if sync and sync["device_ms_per_step"] is not None:
-        law = idle_share(sync["host_ms_per_step"], sync["device_ms_per_step"])
-    names = ("batch_size", "requests", "prompt_tokens", "new_tokens", "seed", "repeats", "slots", "host_work_ms")
+
+def free_memory() -> None:
+    """Give back what closed batchers and unused models held, compiled code too: it is limited for each function."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.compiler.reset()
+        torch.cuda.empty_cache()
+
+
+def gpu_facts() -> dict[str, Any]:
+    """Name, memory, driver and compute capability of the GPU in use; None for a driver that does not tell its name."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    driver = None
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.split()
+        driver = said[0] if said else None
     return {
-        "schema": SCHEMA,
-        "model": options.model,
-        "device": device,
-        "same_tokens": all(other == tokens[0] for other in tokens),
-        "runs": list(rows.values()),
-        "async_speedup": statistics.median(pairs(rows)) if len(rows) == 2 else None,
-        "law_idle": law,
-        "workload": {name: getattr(options, name) for name in (*names, "step_ms")},
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers")},
-        },
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "asyncbatch.profile", *options.given]),
-    }, timelines
+        "name": properties.name,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "driver": driver,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+    }
 
 
-def pairs(rows: dict[str, dict[str, Any]]) -> list[float]:
-    """Sync wall time / async wall time of each repeat."""
-    each = (rows[mode]["wall_s_of_each_run"] for mode in ("sync", "async"))
-    return [sync / other for sync, other in zip(*each, strict=True)]
-
-
-def device_ms(timeline: Timeline) -> float | None:
-    """Median time of a decode step on the device, in milliseconds."""
-    decode = {step.step for step in timeline.steps if step.kind == "decode"}
-    times = [1e3 * (s.end - s.start) for s in timeline.spans if s.lane == "compute" and s.step in decode]
-    return statistics.median(times) if times else None
-
-
-def table(result: dict[str, Any]) -> str:
-    """The report as text, one column for each mode, and what it means."""
-    rows = (
-        ("wall time", "wall_s", "{:.3f} s", 1),
-        ("tokens", "tokens", "{}", 1),
-        ("tokens per second", "tokens_per_s", "{:.1f}", 1),
-        ("device active", "device_active", "{:.1f} %", 100),
-        ("device idle", "idle", "{:.1f} %", 100),
-        ("host work per step", "host_ms_per_step", "{:.3f} ms", 1),
-        ("device per step", "device_ms_per_step", "{:.3f} ms", 1),
-        ("steps", "steps", "{}", 1),
-        ("wasted tokens", "wasted_tokens", "{}", 1),
-    )
-    runs = {run["mode"]: run for run in result["runs"]}
-    lines = [f"model: {result['model']}", f"device: {result['device']}", ""]
-    lines.append(f"{'':20}" + "".join(f"{mode:>14}" for mode in runs))
-    for label, key, spec, factor in rows:
-        cells = ("-" if run[key] is None else spec.format(run[key] * factor) for run in runs.values())
-        lines.append(f"{label:20}" + "".join(f"{cell:>14}" for cell in cells))
-    if result["async_speedup"] is not None:
-        lines.append(f"{'async / sync speed':34}{result['async_speedup']:>13.3f}x")
-    lines.append(f"{'same tokens':20}" + ("yes" if result["same_tokens"] else "NO").rjust(14 * len(runs)))
-    return "\n".join([*lines, "", *conclusions(result, runs)])
-
-
-def conclusions(result: dict[str, Any], runs: dict[str, dict[str, Any]]) -> list[str]:
-    """What the numbers say, in sentences."""
-    said = [] if result["same_tokens"] else ["The tokens differ: that is a fault, and the comparison is void."]
-    if result["async_speedup"] is not None:
-        each, saved = pairs(runs), 1 - 1 / result["async_speedup"]
-        compared = f"{abs(saved):.1%} {'less' if saved > 0 else 'more'} time than"
-        if min(each) <= 1 <= max(each):
-            compared = "about the same time as"
-        spread = f"pairs of runs: {min(each):.3f}x to {max(each):.3f}x"
-        said.append(f"Asynchronous took {compared} synchronous ({spread}).")
-    if all(run["idle"] is None for run in runs.values()):
-        said.append("No decode step came after another step, so active and idle could not be measured.")
-    elif result["law_idle"] is not None:
-        law = result["law_idle"]
-        said.append(f"By the law idle = host / (host + device) the synchronous device is idle for {law:.1%} of a step;")
-        if law <= 0.5:
-            said.append("waking up and copies add to it, host work after the launch takes from it.")
-            said.append("Asynchronous batching can save about that much.")
-        else:
-            said.append(f"the host is the slower one, so asynchronous batching can save about {1 - law:.1%}.")
-        if law < 0.02:
-            said.append("So little is idle because a step takes long beside the host's work. To see more, try")
-            said.append("--host-work-ms 30 for a busier host, or --step-ms 10 for a faster device.")
-    return said
+def one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if isinstance(error, DeviceError):  # between them is the device's traceback
+        lines = [" ".join(dict.fromkeys([lines[0], lines[-1]]))]
+    return lines[0]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
+    interrupted = False
     try:
+        session = Session(options)
         if options.out is not None:  # before anything is measured: otherwise the results would be lost
             options.out.mkdir(parents=True, exist_ok=True)
             if not os.access(options.out, os.W_OK):
                 raise PermissionError(f"--out {options.out}: this folder cannot be written to")
-        where = None if options.step_ms is None else "cpu"  # a timed device is the worker process, also beside a GPU
-        model, tokenizer = load_model(options.model, seed=options.seed, device=where)
-        result, timelines = measure(options, model, tokenizer)
+        try:
+            session.run()
+        except KeyboardInterrupt:
+            if not (options.preset and session.measured):
+                raise
+            interrupted = True  # hours of a sweep are not thrown away
+        result, _ = session.report()
         print(json.dumps(result, indent=1) if options.json else table(result))
         if options.out is not None:
-            write(options.out, result, timelines)
+            session.write()
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
         if options.debug:
             raise
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        if isinstance(error, DeviceError):  # between them is the device's traceback
-            lines = [" ".join(dict.fromkeys([lines[0], lines[-1]]))]
-        tell("asyncbatch.profile: " + "\n".join(lines))
+        tell("asyncbatch.profile: " + (one_line(error) if isinstance(error, DeviceError) else str(error).strip()))
         return 2
     except KeyboardInterrupt:
+        interrupted = True
+    if interrupted:
         tell("asyncbatch.profile: interrupted")
         return 130
+    if not result["runs"] or any(row["engine"] == OWN for row in result["failed"]):
+        return 2
     return 0 if result["same_tokens"] else 1
-
-
-def write(folder: Path, result: dict[str, Any], timelines: list[Timeline]) -> None:
-    from .plot import plot  # matplotlib is needed for pictures only
-
-    (folder / "report.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    plot(*timelines, title=f"{result['model']} on {result['device']}").savefig(folder / "timeline.png")
-    save_trace(folder / "trace.json", timelines)
 
 
 if __name__ == "__main__":

@@ -37,13 +37,26 @@ class StepShape:
     num_blocks: int
     max_length: int  # tokens, prompt and output of one request
     prefill_tokens: int
+    batch_sizes: tuple[int, ...] = ()  # rising; a step has the smallest that holds its rows; () is (max_batch_size,)
+
+    def rows_for(self, count: int) -> int:
+        """The number of rows, padding included, of a step with `count` requests."""
+        return next(size for size in (*self.batch_sizes, self.max_batch_size) if size >= count)
+
+    @property
+    def steps(self) -> list[str]:
+        """The names of all kinds of step."""
+        sizes = sorted({*self.batch_sizes, self.max_batch_size}, reverse=True)
+        passes, sampling = ("decode", "prefill", "mixed"), ("greedy", "sampled")
+        return [f"{p}/{s}/{size}" for size in sizes for p in passes for s in sampling]
 
     @property
     def max_blocks(self) -> int:
         return blocks_for(self.max_length, self.block_size)
 
-    def fields(self, buffer):
+    def fields(self, buffer, rows: int | None = None):
         """Name to part of `buffer`, an int32 array or tensor of `num_inputs` elements. Rows beyond the batch are 0.
+        `rows`: give only the first so many rows (B) of what has one element a row.
 
         input_id, position: [B], the token and its place (decode), or the place of the chunk's first token (prefill).
         carry: [B], -1, or slot * B + row of the output that is the input token.
@@ -52,13 +65,16 @@ class StepShape:
         prefill_id, prefill_position, prefill_row: [prefill_tokens]. tables: [B, max_blocks].
         """
         batch, parts, start = self.max_batch_size, {}, 0
-        for names, size in ((ROW_FIELDS + FLOAT_FIELDS, batch), (PREFILL_FIELDS, self.prefill_tokens)):
+        for names, size, used in (
+            (ROW_FIELDS + FLOAT_FIELDS, batch, rows),
+            (PREFILL_FIELDS, self.prefill_tokens, None),
+        ):
             for name in names:
-                parts[name] = buffer[start : start + size]
+                parts[name] = buffer[start : start + size][:used]
                 start += size
         for name in FLOAT_FIELDS:
             parts[name] = parts[name].view(np.float32 if isinstance(buffer, np.ndarray) else torch.float32)
-        parts["tables"] = buffer[start:].reshape(batch, self.max_blocks)
+        parts["tables"] = buffer[start:].reshape(batch, self.max_blocks)[:rows]
         return parts
 
     @property
@@ -132,7 +148,8 @@ class Slot:
         """Parameters and random numbers of the rows that sample; a greedy step needs none of them."""
         params = [row.state.request.sampling for row in rows]
         sampled = any(p.temperature > 0 for p in params)
-        self.command = f"{self.plan.passes}/{'sampled' if sampled else 'greedy'}"  # type: ignore[union-attr]
+        sampling = "sampled" if sampled else "greedy"
+        self.command = f"{self.plan.passes}/{sampling}/{self.shape.rows_for(len(rows))}"  # type: ignore[union-attr]
         if sampled:
             count, fields = len(rows), self.fields
             for name in ("temperature", "top_k", "top_p"):

@@ -91,6 +91,7 @@ def open_device(model: torch.nn.Module, program: Callable[..., Any], num_slots: 
 # ---- the host clock: a process is the device --------------------------------------------------------------------
 
 MAX_EVENTS = 1024
+ORIGIN_S = 0.25  # how long times on CUDA are told from the same event
 
 
 class DeviceProcess:
@@ -375,14 +376,46 @@ class _Worker:
 # ---- cuda: torch's own -------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def _cuda_errors():
+    """Most errors of CUDA are found late, by whatever is called next, and end all work of this process on the GPU."""
+    try:
+        yield
+    except torch.AcceleratorError as error:
+        reason = str(error).strip().split("\n")[0]
+        raise DeviceError(
+            f"CUDA failed, and this process cannot use the GPU any more ({reason}). Start Python, or the notebook's "
+            "kernel, anew; with CUDA_LAUNCH_BLOCKING=1 in its environment the traceback shows what failed"
+        ) from error
+
+
+class CudaEvent(torch.cuda.Event):
+    """A torch.cuda.Event whose wait raises DeviceError where work before it has failed."""
+
+    def synchronize(self) -> None:
+        with _cuda_errors():
+            super().synchronize()
+
+
 class CudaStream:
     """A torch.cuda.Stream that launches a program's commands, each between two timing events."""
 
     def __init__(self, device: CudaDevice, number: int):
         self.device, self.number, self.name = device, number, STREAMS[number]
         self.stream = torch.cuda.Stream(device.where)
-        self.synchronize, self.query = self.stream.synchronize, self.stream.query
-        self.wait_event, self.record_event = self.stream.wait_event, self.stream.record_event
+        self.query = self.stream.query
+
+    def wait_event(self, event: CudaEvent) -> None:
+        with _cuda_errors():
+            self.stream.wait_event(event)
+
+    def record_event(self, event: CudaEvent) -> None:
+        with _cuda_errors():
+            self.stream.record_event(event)
+
+    def synchronize(self) -> None:
+        with _cuda_errors():
+            self.stream.synchronize()
 
     def launch(self, command: str, slot: int) -> None:
         if self.number == 0:
@@ -390,13 +423,18 @@ class CudaStream:
         if self.device.errors[slot]:
             return
         start, end = self.device.timing[slot][self.number]
-        start.record(self.stream)
-        try:
-            with torch.cuda.stream(self.stream), torch.inference_mode():
-                self.device.program.run(command, slot)
-        except Exception:
-            self.device.errors[slot] = f"{command} failed on the device:\n{traceback.format_exc()}"
-        end.record(self.stream)
+        with _cuda_errors():
+            start.record(self.stream)
+            try:
+                with torch.cuda.stream(self.stream), torch.inference_mode():
+                    self.device.program.run(command, slot)
+            except Exception as error:
+                # Out of memory, or a mistake on the host: this step's fault alone. An error of CUDA may be an earlier
+                # one's, and final: then waiting raises it again.
+                if isinstance(error, torch.AcceleratorError):
+                    torch.cuda.synchronize(self.device.where)
+                self.device.errors[slot] = f"{command} failed on the device:\n{traceback.format_exc()}"
+            end.record(self.stream)
 
 
 class CudaDevice:
@@ -415,13 +453,19 @@ class CudaDevice:
         self.origin_event.synchronize()
         self.origin = time.perf_counter()
 
-    def event(self) -> torch.cuda.Event:
-        return torch.cuda.Event()
+    def event(self) -> CudaEvent:
+        return CudaEvent()
 
     def spans(self, slot: int) -> np.ndarray:
-        elapsed = self.origin_event.elapsed_time  # milliseconds
-        pairs = self.timing[slot]
-        return self.origin + 1e-3 * np.array([[elapsed(start), elapsed(end)] for start, end in pairs])
+        elapsed, pairs = self.origin_event.elapsed_time, self.timing[slot]  # milliseconds
+        with _cuda_errors():
+            spans = self.origin + 1e-3 * np.array([[elapsed(start), elapsed(end)] for start, end in pairs])
+        if spans[1, 1] - self.origin > ORIGIN_S:
+            # CUDA gives these times as float32: a minute after the origin they are whole 4 microseconds. So the end of
+            # this step is the next origin; its event goes out of use, and the slot gets another one.
+            (start, self.origin_event), self.origin = pairs[1], float(spans[1, 1])
+            pairs[1] = (start, torch.cuda.Event(enable_timing=True))
+        return spans
 
     def failure(self, slot: int) -> str | None:
         return self.errors[slot]

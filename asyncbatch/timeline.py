@@ -33,12 +33,17 @@ class Span(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a step was for: `kind` is "decode" or "prefill" (any prefill row in it). `tokens` excludes `wasted`."""
+    """What a step was for: `kind` is "decode" or "prefill" (any prefill row in it). `tokens` excludes `wasted`.
+
+    `rows`: how many rows it had. `context`: the tokens that a row's last query attends to, itself included, summed over
+    the rows. Both are 0 where they are not known, as in older traces."""
 
     step: int
     kind: str
     tokens: int
     wasted: int
+    rows: int = 0
+    context: int = 0
 
 
 @dataclass(frozen=True)
@@ -137,9 +142,10 @@ class Timeline:
         """Note a span (seconds). In the hot loop: one append, nothing else."""
         self.spans.append(Span(lane, name, step, start, end))
 
-    def add_step(self, step: int, kind: str, tokens: int, wasted: int) -> None:
-        """Note, at commit, what a step was for ("decode" or "prefill") and how many tokens it gave and wasted."""
-        self.steps.append(Step(step, kind, tokens, wasted))
+    def add_step(self, step: int, kind: str, tokens: int, wasted: int, rows: int = 0, context: int = 0) -> None:
+        """Note, at commit, what a step was for ("decode" or "prefill"), how many tokens it gave and wasted, how many
+        rows it had, and how many tokens they attended to (see `Step`)."""
+        self.steps.append(Step(step, kind, tokens, wasted, rows, context))
 
     @property
     def origin(self) -> float:

@@ -1,15 +1,17 @@
-"""The same promises on CUDA's own streams and events. Where only torch, transformers and pytest are installed:
-
-python -m pytest -c /dev/null --rootdir . --noconftest tests/test_cuda.py
-"""
+"""The same promises on CUDA's own streams and events: `python -m pytest -m cuda`, without anything of Jupyter."""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from tiny import tiny_model
 
-from asyncbatch import AsyncBatcher, Request, SamplingParams, SyncBatcher, load_model
+from asyncbatch import AsyncBatcher, Request, SamplingParams, SyncBatcher, load_model, streams
 from asyncbatch.attention import NAME
 from asyncbatch.streams import open_device
 
@@ -39,16 +41,17 @@ def model(request):
     return load_model(request.param, device="cuda")[0]
 
 
-@pytest.mark.parametrize("num_blocks", [64, 14])
-def test_sync_and_async_give_the_tokens_that_each_request_gets_alone(model, num_blocks):
-    """Bit for bit, in bfloat16 too, with and without preemption."""
+@pytest.mark.parametrize(("num_blocks", "compile"), [(64, False), (14, False), (14, True)])
+def test_sync_and_async_give_the_tokens_that_each_request_gets_alone(model, num_blocks, compile):
+    """Bit for bit, in bfloat16 too, with and without preemption, compiled and not."""
     requests = workload(model.config.vocab_size)
-    with SyncBatcher(model, **OPTIONS) as batcher:
+    options = {**OPTIONS, "compile": compile}
+    with SyncBatcher(model, **options) as batcher:
         alone = [batcher.run([request])[0] for request in requests]
     assert [c.error for c in alone] == [None] * len(requests)
     assert {c.finish_reason for c in alone} == {"stop", "length"}
     for batcher_class, num_slots in ((SyncBatcher, 1), (AsyncBatcher, 2), (AsyncBatcher, 3)):
-        with batcher_class(model, num_slots=num_slots, num_blocks=num_blocks, **OPTIONS) as batcher:
+        with batcher_class(model, num_slots=num_slots, num_blocks=num_blocks, **options) as batcher:
             together = batcher.run(requests)
             assert [c.error for c in together] == [None] * len(requests)
             assert [c.token_ids for c in together] == [c.token_ids for c in alone]
@@ -57,10 +60,11 @@ def test_sync_and_async_give_the_tokens_that_each_request_gets_alone(model, num_
             assert batcher.timeline.clock == "cuda"
 
 
-def test_greedy_tokens_equal_generate():
+@pytest.mark.parametrize("compile", [False, True])
+def test_greedy_tokens_equal_generate(compile):
     model = tiny_model("cuda")
     prompts = [list(range(n, n + 3 + n % 5)) for n in range(1, 12)]
-    with AsyncBatcher(model, **OPTIONS) as batcher:
+    with AsyncBatcher(model, compile=compile, **OPTIONS) as batcher:
         completions = batcher.run([Request(p, 20, stop_token_ids=()) for p in prompts])
         assert [c.error for c in completions] == [None] * len(prompts)
         ours = [c.token_ids for c in completions]
@@ -89,7 +93,8 @@ def test_nothing_in_the_loop_makes_the_host_wait_but_the_one_event(model, batche
         assert waits == list(range(batcher.timeline.summary().steps))
 
 
-def test_the_device_spans_lie_on_the_hosts_clock_and_in_order(model):
+def test_the_device_spans_lie_on_the_hosts_clock_and_in_order(model, monkeypatch):
+    monkeypatch.setattr(streams, "ORIGIN_S", 0.002)  # the origin moves every few steps
     with AsyncBatcher(model, **OPTIONS) as batcher:
         batcher.run(workload(model.config.vocab_size, 8))
         spans = {(lane, step): (start, end) for lane, _, step, start, end in batcher.timeline.spans if lane != "host"}
@@ -167,3 +172,115 @@ def test_a_step_that_fails_fails_its_requests_and_leaves_a_usable_batcher(batche
         assert batcher.kv.num_free == batcher.kv.num_blocks
         monkeypatch.undo()
         assert batcher.run([request])[0].token_ids == expected
+
+
+def test_small_steps_have_graphs_of_their_own():
+    model = tiny_model("cuda")
+    requests = workload(model.config.vocab_size)
+    with AsyncBatcher(model, batch_sizes=(1, 2), **OPTIONS) as batcher:
+        graphs = batcher.device.program.graphs
+        assert {int(command.split("/")[2]) for _, command in graphs} == {1, 2, 4}
+        used = set()
+        launch = batcher.launch
+        batcher.launch = lambda slot: (used.add(slot.command), launch(slot))
+        completions = batcher.run(requests)
+    assert [c.error for c in completions] == [None] * len(requests)
+    assert {command.split("/")[2] for command in used} == {"1", "2", "4"}
+    with pytest.raises(ValueError, match="batch_sizes"):
+        AsyncBatcher(model, batch_sizes=(1, 8), **OPTIONS)
+
+
+def test_a_pool_that_does_not_fit_is_refused_with_the_numbers_and_a_default_one_fits():
+    model = tiny_model("cuda")
+    free, _ = torch.cuda.mem_get_info()
+    block = 2 * 2 * 2 * 4 * 8 * 4  # keys and values, layers, heads, tokens, dim, bytes
+    with pytest.raises(MemoryError, match=f"num_blocks is {free // block}: .* GiB .* at most "):
+        SyncBatcher(model, num_blocks=free // block, **OPTIONS)
+    with SyncBatcher(model, **OPTIONS) as batcher:
+        assert batcher.kv.num_blocks == 4 * 16
+
+
+def test_out_of_memory_in_a_step_fails_its_requests_and_leaves_a_usable_batcher(monkeypatch):
+    model = tiny_model("cuda")
+    request = Request([1, 2], 8, stop_token_ids=())
+    with AsyncBatcher(model, **OPTIONS) as batcher:
+        expected = batcher.run([request])[0].token_ids
+        program = batcher.device.program
+        run, commands = program.run, []
+
+        def greedy_run(command, slot):
+            commands.append(command)
+            if command.startswith("decode") and len(commands) > 8:
+                torch.empty(2**50, device="cuda")
+            run(command, slot)
+
+        monkeypatch.setattr(program, "run", greedy_run)
+        completion = batcher.run([request])[0]
+        assert completion.finish_reason == "error"
+        assert "out of memory" in str(completion.error)
+        assert completion.token_ids == expected[: len(completion.token_ids)]
+        assert batcher.kv.num_free == batcher.kv.num_blocks
+        monkeypatch.undo()
+        assert batcher.run([request])[0].token_ids == expected
+
+
+BROKEN = """
+import torch
+from tiny import tiny_model
+from asyncbatch import AsyncBatcher, Request, SyncBatcher
+from asyncbatch.request import RequestError
+
+model = tiny_model("cuda")
+for batcher_class in (MODE,):
+    batcher = batcher_class(model, max_batch_size=4, block_size=4, prefill_tokens=16, max_length=64)
+    requests = [Request([1, 2, n], 9, stop_token_ids=()) for n in range(6)]
+    run, program, count = batcher.device.program.run, batcher.device.program, []
+    def breaking(command, slot):
+        count.append(command)
+        if len(count) == 14:  # an index beyond the end: found on the device, later
+            torch.zeros(3, device="cuda")[torch.full((2,), 10**6, device="cuda")]
+        run(command, slot)
+    program.run = breaking
+    completions = batcher.run(requests)
+    assert [c.finish_reason for c in completions] == ["error"] * 6, completions
+    assert all("Start Python" in str(c.error) for c in completions), completions[0].error
+    assert batcher.kv.num_free == batcher.kv.num_blocks
+    try:
+        batcher.run(requests)
+    except RequestError as error:
+        assert "lost its device" in str(error)
+    else:
+        raise AssertionError("a batcher without a device took requests")
+    batcher.close()
+print("as it should be")
+"""
+
+
+@pytest.mark.parametrize("mode", ["SyncBatcher", "AsyncBatcher"])
+def test_an_error_of_cuda_ends_every_request_with_it_and_the_batcher_says_that_it_is_lost(mode):
+    here = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
+    command = [sys.executable, "-c", BROKEN.replace("MODE", mode)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert "as it should be" in done.stdout
+
+
+def test_the_sanitizer_finds_no_missing_wait():
+    """TORCH_CUDA_SANITIZER sees device tensors, not host buffers and graphs: so without graphs here."""
+    here = Path(__file__).parent
+    script = """
+import asyncbatch.runner
+asyncbatch.runner.Runner._capture = lambda self: {}
+from tiny import tiny_model
+from asyncbatch import AsyncBatcher, Request
+with AsyncBatcher(tiny_model("cuda"), max_batch_size=4, block_size=4, prefill_tokens=16, max_length=64) as batcher:
+    done = batcher.run([Request([1, 2, n], 9, stop_token_ids=()) for n in range(6)])
+assert [len(c.token_ids) for c in done] == [9] * 6, done
+"""
+    path = os.pathsep.join([str(here), str(here.parent)])
+    environment = {**os.environ, "PYTHONPATH": path, "TORCH_CUDA_SANITIZER": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "CSAN" not in done.stderr, done.stderr[-3000:]
+    assert "data race" not in done.stderr, done.stderr[-3000:]

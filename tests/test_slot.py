@@ -60,7 +60,7 @@ def test_a_plan_is_written_where_the_device_looks_for_it(parts):
 
     slots[0].fill(scheduler.plan(), kv)  # the two short prompts, 3 + 5 tokens
     fields = slots[0].fields
-    assert slots[0].command == "prefill/sampled"
+    assert slots[0].command == "prefill/sampled/4"
     assert fields["prefill_id"].tolist() == [7, 8, 9, 1, 2, 3, 4, 5]
     assert fields["prefill_position"].tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
     assert fields["prefill_row"].tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
@@ -73,7 +73,7 @@ def test_a_plan_is_written_where_the_device_looks_for_it(parts):
 
     slots[1].fill(scheduler.plan(), kv)  # both decode, and the long prompt's first chunk; step 0 is still in flight
     fields = slots[1].fields
-    assert slots[1].command == "mixed/sampled"
+    assert slots[1].command == "mixed/sampled/4"
     assert fields["decodes"].tolist() == [1, 1, 0, 0]
     assert fields["carry"].tolist() == [0, 1, -1, -1]  # rows 0 and 1 of slot 0
     assert fields["position"].tolist() == [3, 5, 0, 0]
@@ -97,7 +97,7 @@ def test_a_token_that_the_host_knows_is_not_carried(parts):
     plan = scheduler.plan()
     scheduler.commit(plan, [50])
     slots[1].fill(scheduler.plan(), kv)
-    assert slots[1].command == "decode/greedy"
+    assert slots[1].command == "decode/greedy/4"
     assert slots[1].fields["carry"].tolist() == [-1] * 4
     assert slots[1].fields["input_id"].tolist() == [50, 0, 0, 0]
 
@@ -108,3 +108,26 @@ def test_a_slot_that_still_holds_a_step_is_not_filled_again(parts):
     slots[0].fill(scheduler.plan(), kv)
     with pytest.raises(AssertionError, match="slot 0 still holds step 0"):
         slots[0].fill(scheduler.plan(), kv)
+
+
+@given(st.sets(st.integers(1, 40)), st.integers(1, 40), st.data())
+def test_a_step_has_the_smallest_size_that_holds_its_rows(sizes, most, data):
+    shape = StepShape(most, 1, 4, 9, 16, 8, tuple(sorted(size for size in sizes if size <= most)))
+    count = data.draw(st.integers(1, most))
+    rows = shape.rows_for(count)
+    allowed = {*shape.batch_sizes, most}
+    assert rows == min(size for size in allowed if size >= count)
+    assert {int(step.split("/")[2]) for step in shape.steps} == allowed
+    assert len(shape.steps) == len(set(shape.steps)) == 6 * len(allowed)
+
+
+@given(st.integers(1, 9))
+def test_a_smaller_step_sees_the_first_rows_only(rows):
+    shape = StepShape(9, 1, 4, 9, 16, 8, (rows,))
+    buffer = np.arange(shape.num_inputs, dtype=np.int32)
+    whole, part = shape.fields(buffer), shape.fields(buffer, rows)
+    for name, values in whole.items():
+        expected = (
+            values if name.startswith("prefill_") and name not in ("prefill_start", "prefill_count") else values[:rows]
+        )
+        assert np.array_equal(part[name].view(np.int32), expected.view(np.int32)), name

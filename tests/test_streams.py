@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -185,3 +187,77 @@ def test_a_script_without_a_main_guard_runs_once_and_ends(tmp_path, request):
     assert result.stdout.split() == ["once", "3"]
     assert result.returncode == 0
     assert "Traceback" not in result.stderr
+
+
+# ---- errors of CUDA, without a GPU: what the stream itself does, around stand-ins for what torch has -----------------
+
+
+class NoStream:
+    """What CudaStream needs of a torch.cuda.Stream; `broken` makes the context fail as a lost one does."""
+
+    broken = False
+
+    def synchronize(self):
+        if NoStream.broken:
+            raise torch.AcceleratorError("CUDA error: device-side assert triggered\nCompile with ...")
+
+    record = wait_event = record_event = lambda self, *_: self.synchronize()
+    query = None
+
+
+@pytest.fixture
+def cuda_stream(monkeypatch):
+    from asyncbatch import streams
+
+    monkeypatch.setattr(NoStream, "broken", False)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_: NoStream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: NoStream().synchronize())
+    program = types.SimpleNamespace(ran=[], fails=None)
+
+    def run(command, slot):
+        program.ran.append(command)
+        if program.fails is not None:
+            raise program.fails
+
+    program.run = run
+    device = types.SimpleNamespace(where=None, errors=[None], timing=[[(NoStream(), NoStream())] * 3], program=program)
+    return [streams.CudaStream(device, number) for number in range(3)], device
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), torch.AcceleratorError("invalid argument")])
+def test_on_cuda_an_error_of_one_step_skips_the_rest_of_it_and_the_next_step_runs(cuda_stream, error):
+    (h2d, compute, d2h), device = cuda_stream
+    h2d.launch("copy_in", 0)
+    device.program.fails = error
+    compute.launch("decode", 0)
+    d2h.launch("copy_out", 0)
+    assert device.program.ran == ["copy_in", "decode"]
+    assert str(error) in device.errors[0]
+    device.program.fails = None
+    for stream in (h2d, compute, d2h):
+        stream.launch("again", 0)
+    assert device.errors[0] is None
+    assert device.program.ran[2:] == ["again"] * 3
+
+
+@pytest.mark.parametrize("call", ["launch", "record_event", "wait_event", "synchronize"])
+def test_on_cuda_a_lost_context_is_a_device_error_that_says_what_to_do(cuda_stream, call):
+    (_, compute, _), device = cuda_stream
+    NoStream.broken = True
+    arguments = {"launch": ("decode", 0), "synchronize": ()}.get(call, (None,))
+    with pytest.raises(DeviceError, match="device-side assert triggered.*Start Python") as caught:
+        getattr(compute, call)(*arguments)
+    assert "Compile with" not in str(caught.value)
+
+
+def test_on_cuda_a_context_lost_during_a_step_is_seen_at_once(cuda_stream):
+    (_, compute, _), device = cuda_stream
+
+    def lose(command, slot):
+        NoStream.broken = True
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    device.program.run = lose
+    with pytest.raises(DeviceError, match="cannot use the GPU any more"):
+        compute.launch("decode", 0)

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import tiny_model
 
+from asyncbatch import AsyncBatcher, Request
 from asyncbatch.timeline import LANES, Step, Timeline, busy_curve, device_activity, idle_share, load_trace, save_trace
 
 times = st.floats(0, 1e6, allow_nan=False)
@@ -25,7 +27,8 @@ def runs(draw) -> Timeline:
         timeline.add("host", draw(st.sampled_from(["plan", "wait"])), number, now, now + host)
         timeline.add("compute", "step", number, now + idle, now + idle + busy)
         kind = draw(st.sampled_from(["decode", "prefill"]))
-        timeline.add_step(number, kind, draw(st.integers(0, 9)), draw(st.integers(0, 9)))
+        counts = [draw(st.integers(0, 9)) for _ in range(draw(st.sampled_from([2, 4])))]
+        timeline.add_step(number, kind, *counts)
         now += idle + busy
     return timeline
 
@@ -117,6 +120,38 @@ def test_busy_curve_counts_overlaps_once(spans, low, high):
     assert np.interp(high, *curve) - np.interp(low, *curve) == pytest.approx(expected, abs=1e-6)
 
 
+class Watching(AsyncBatcher):
+    """Notes every plan as it is made: the step's number, rows, and where each row's last query stands."""
+
+    def __init__(self, *arguments, **options):
+        self.plans = {}
+        super().__init__(*arguments, **options)
+
+    def plan(self):
+        plan = super().plan()
+        if plan is not None:
+            self.plans[plan.step] = [(row.state.number, row.position + row.num_tokens) for row in plan.rows]
+        return plan
+
+
+def test_a_step_tells_its_rows_and_how_many_tokens_they_attend_to():
+    """Each token of a request is the last query of one row, once: so over a run of greedy requests without a stop the
+    contexts of the rows are known from the prompts' lengths alone."""
+    requests = [Request(list(range(1, 2 + 3 * n)), max_new_tokens=2 + n) for n in range(5)]
+    with Watching(tiny_model(), max_batch_size=3, prefill_tokens=4) as batcher:
+        batcher.run(requests)
+        steps = {step.step: step for step in batcher.timeline.steps}
+    assert {number: (step.rows, step.context) for number, step in steps.items()} == {
+        number: (len(rows), sum(end for _, end in rows)) for number, rows in batcher.plans.items()
+    }
+    expected = 0
+    for request in requests:
+        prompt, new = len(request.token_ids), request.max_new_tokens
+        chunks = [*range(4, prompt, 4), prompt]
+        expected += sum(chunks) + sum(range(prompt + 1, prompt + new))
+    assert sum(step.context for step in steps.values()) == expected
+
+
 @given(st.lists(runs(), min_size=1, max_size=3))
 def test_what_is_saved_is_loaded_exactly(tmp_path_factory, timelines):
     path = tmp_path_factory.mktemp("traces") / "trace.json"
@@ -153,6 +188,19 @@ def test_one_timeline_saves_and_loads(tmp_path):
     loaded = Timeline.load(tmp_path / "trace.json")
     assert vars(loaded) == vars(timeline)
     assert isinstance(loaded.steps[0], Step)
+    assert loaded.summary() == timeline.summary()
+
+
+def test_a_trace_from_before_steps_told_rows_and_context_still_loads(tmp_path):
+    timeline = worked_example()
+    timeline.save(tmp_path / "trace.json")
+    trace = json.loads((tmp_path / "trace.json").read_text())
+    (note,) = trace["metadata"]["asyncbatch"]
+    note["steps"] = [step[:4] for step in note["steps"]]
+    (tmp_path / "old.json").write_text(json.dumps(trace))
+    loaded = Timeline.load(tmp_path / "old.json")
+    assert loaded.steps == timeline.steps
+    assert [(step.rows, step.context) for step in loaded.steps] == [(0, 0)] * 3
     assert loaded.summary() == timeline.summary()
 
 

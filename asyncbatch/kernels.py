@@ -1,0 +1,265 @@
+"""The CUDA side of paged attention, in Triton: one kernel for decode steps, and two for chunks of prompts.
+
+All read keys and values through the block tables, where they lie. A program takes one key-value head, the queries that
+share it, and a running softmax over the keys (Milakov and Gimelshein 2018).
+
+`_decode`: one query token a row, and contexts that may be long. Each row's context is cut into *splits*, which fill the
+GPU when rows are few (Dao et al. 2023, "Flash-Decoding"). The first split also takes the new token and stores its key
+and value, and the last program of a row to finish joins the splits: one launch in place of three.
+`_store` and `_prefill`: chunks of prompts, in tiles of several query tokens of a row.
+
+A row's result depends on its own queries, keys and length only: the number of splits is fixed for a batcher, where a
+split begins follows from the row's length, and splits are joined in their order. Neighbours change no bit.
+
+Only imported where the model is on CUDA. Triton comes with torch on Linux; TRITON_INTERPRET=1 runs it on a CPU.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2_E = 1.4426950408889634  # exp(x) = exp2(x * LOG2_E), and exp2 is one instruction
+
+
+@triton.jit
+def _attend_to(
+    k_pool, v_pool, p_block, p_token, table, keys, end, queries, limit, scale, top, total, sums, d, there,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add the keys number `keys` (those before `end`, and not beyond each query's `limit`) to the running softmax of
+    `queries`: its highest score `top`, the weights' sum `total`, and the weighted values `sums`."""
+    block = tl.load(table + keys // BLOCK, mask=keys < end, other=0).to(tl.int64)
+    where = (block * p_block + (keys % BLOCK) * p_token)[:, None] + d[None, :]
+    seen = (keys < end)[:, None] & there[None, :]
+    k = tl.load(k_pool + where, mask=seen, other=0.0)
+    v = tl.load(v_pool + where, mask=seen, other=0.0)
+    scores = tl.dot(queries, tl.trans(k), input_precision=PRECISION) * scale
+    scores = tl.where((keys[None, :] <= limit[:, None]) & (keys < end)[None, :], scores, -float("inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    # A query that has seen nothing yet has -inf everywhere; a 0 in its place keeps nan out.
+    base = tl.where(new_top == -float("inf"), 0.0, new_top)
+    weights = tl.exp2(scores - base[:, None])
+    kept = tl.exp2(top - base)
+    sums = sums * kept[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+    return new_top, total * kept + tl.sum(weights, 1), sums
+
+
+@triton.jit
+def _decode(
+    q, q_token, q_head, new_k, new_k_token, new_k_head, new_v, new_v_token, new_v_head,
+    k_pool, v_pool, p_block, p_head, p_token, tables, t_row, live_rows, position, out, out_token, out_head,
+    parts, logs, arrived, scale,
+    GROUP: tl.constexpr, M: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr, BLOCK: tl.constexpr,
+    TILE: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    m, d = tl.arange(0, M), tl.arange(0, DIM_2)
+    there, head = d < DIM, kv_head * GROUP + m
+    inside = (m < GROUP)[:, None] & there[None, :]
+    out_at = out + row * out_token + head[:, None] * out_head + d[None, :]
+    live = tl.load(live_rows + row)
+    place = tl.load(position + row)  # of the new token, and the number of those before it
+    if live == 0:  # padding: zeros
+        if split == 0:
+            tl.store(out_at, tl.zeros([M, DIM_2], tl.float32), mask=inside)
+        return
+    size = tl.cdiv(tl.cdiv(place, SPLITS), TILE) * TILE
+    used = tl.maximum(tl.cdiv(place, tl.maximum(size, 1)), 1)  # splits that have anything in them
+    if split >= used:
+        return
+
+    queries = tl.load(q + row * q_token + head[:, None] * q_head + d[None, :], mask=inside, other=0.0)
+    # The new token, loaded here by the first split and used after the loop: meanwhile it arrives.
+    mine = d + split * DIM_2 < DIM
+    new_k = tl.load(new_k + row * new_k_token + kv_head * new_k_head + d, mask=mine, other=0.0)
+    new_v = tl.load(new_v + row * new_v_token + kv_head * new_v_head + d, mask=mine, other=0.0)
+    new_block = tl.load(tables + row * t_row + place // BLOCK).to(tl.int64)
+    k_pool += kv_head * p_head
+    v_pool += kv_head * p_head
+    top = tl.full([M], -float("inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    sums = tl.zeros([M, DIM_2], tl.float32)
+    start = split * size
+    end = tl.minimum(place, start + size)
+    limit = tl.zeros([M], tl.int32) + place
+    for n in range(start, end, TILE):
+        top, total, sums = _attend_to(
+            k_pool, v_pool, p_block, p_token, tables + row * t_row, n + tl.arange(0, TILE), end, queries, limit, scale,
+            top, total, sums, d, there, BLOCK, PRECISION,
+        )  # fmt: skip
+    if split == 0:
+        where = new_block * p_block + (place % BLOCK) * p_token + d
+        tl.store(k_pool + where, new_k, mask=there)
+        tl.store(v_pool + where, new_v, mask=there)
+        score = tl.sum(queries.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * scale
+        new_top = tl.maximum(top, score)
+        kept, weight = tl.exp2(top - new_top), tl.exp2(score - new_top)
+        total = total * kept + weight
+        sums = sums * kept[:, None] + new_v.to(tl.float32)[None, :] * weight[:, None]
+        top = new_top
+    result = sums / total[:, None]
+    if used == 1:
+        tl.store(out_at, result, mask=inside)
+        return
+
+    # Leave the split's result for the program that comes last, and see whether that is this one.
+    first = (row * tl.num_programs(1) + kv_head) * SPLITS
+    within = m[:, None] * DIM_2 + d[None, :]
+    tl.store(parts + (first + split) * GROUP * DIM_2 + within, result, mask=(m < GROUP)[:, None])
+    tl.store(logs + (first + split) * GROUP + m, top + tl.log2(total), mask=m < GROUP)
+    tl.debug_barrier()  # all threads have stored before one of them says so
+    counter = arrived + row * tl.num_programs(1) + kv_head
+    if tl.atomic_add(counter, 1, sem="acq_rel") < used - 1:
+        return
+    tl.store(counter, 0)  # for the next layer
+    top = tl.full([M], -float("inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    sums = tl.zeros([M, DIM_2], tl.float32)
+    for part in tl.static_range(SPLITS):
+        there_too = m < tl.where(part < used, GROUP, 0)
+        log = tl.load(logs + (first + part) * GROUP + m, mask=there_too, other=-float("inf"))
+        values = tl.load(parts + (first + part) * GROUP * DIM_2 + within, mask=there_too[:, None], other=0.0)
+        new_top = tl.maximum(top, log)
+        base = tl.where(new_top == -float("inf"), 0.0, new_top)
+        kept, weight = tl.exp2(top - base), tl.exp2(log - base)
+        total = total * kept + weight
+        sums = sums * kept[:, None] + values * weight[:, None]
+        top = new_top
+    tl.store(out_at, sums / total[:, None], mask=inside)
+
+
+@triton.jit
+def _store(
+    new_k, new_k_token, new_k_head, new_v, new_v_token, new_v_head, k_pool, v_pool, p_block, p_head, p_token, places,
+    KV_HEADS: tl.constexpr, HEADS_2: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program stores the key and value of one token, for all heads."""
+    token = tl.program_id(0)
+    place = tl.load(places + token)
+    head, d = tl.arange(0, HEADS_2)[:, None], tl.arange(0, DIM_2)[None, :]
+    inside = (head < KV_HEADS) & (d < DIM)
+    where = (place // BLOCK) * p_block + (place % BLOCK) * p_token + head * p_head + d
+    tl.store(k_pool + where, tl.load(new_k + token * new_k_token + head * new_k_head + d, mask=inside), mask=inside)
+    tl.store(v_pool + where, tl.load(new_v + token * new_v_token + head * new_v_head + d, mask=inside), mask=inside)
+
+
+@triton.jit
+def _prefill(
+    q, q_token, q_head, k_pool, v_pool, p_block, p_head, p_token, tables, t_row, first, count, position,
+    out, out_token, out_head, scale,
+    TILES: tl.constexpr, TILE_Q: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, DIM: tl.constexpr,
+    DIM_2: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    row, tile, kv_head = tl.program_id(0) // TILES, tl.program_id(0) % TILES, tl.program_id(1)
+    num_tokens = tl.load(count + row)
+    if tile * TILE_Q >= num_tokens:
+        return
+    # The tile's queries: its tokens times the query heads that share this key-value head.
+    m, d = tl.arange(0, M), tl.arange(0, DIM_2)
+    token, head, there = tile * TILE_Q + m // GROUP, kv_head * GROUP + m % GROUP, d < DIM
+    inside = ((m < TILE_Q * GROUP) & (token < num_tokens))[:, None] & there[None, :]
+    limit = tl.load(position + row) + token  # a query sees the keys at places 0 to its own
+    end = tl.load(position + row) + tl.minimum(num_tokens, (tile + 1) * TILE_Q)
+    token += tl.load(first + row)
+    queries = tl.load(q + token[:, None] * q_token + head[:, None] * q_head + d[None, :], mask=inside, other=0.0)
+    top = tl.full([M], -float("inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    sums = tl.zeros([M, DIM_2], tl.float32)
+    for n in range(0, end, TILE):
+        top, total, sums = _attend_to(
+            k_pool + kv_head * p_head, v_pool + kv_head * p_head, p_block, p_token, tables + row * t_row,
+            n + tl.arange(0, TILE), end, queries, limit, scale, top, total, sums, d, there, BLOCK, PRECISION,
+        )  # fmt: skip
+    tl.store(out + token[:, None] * out_token + head[:, None] * out_head + d[None, :], sums / total[:, None], inside)
+
+
+def decode(query, key, value, k_pool, v_pool, tables, live, position, scale, splits, arrived) -> torch.Tensor:
+    """Store one new token a row and attend to all of the row's tokens. Returns [rows, heads, dim]; zeros for padding.
+
+    query: [rows, heads, dim]. key, value: [rows, kv_heads, dim]. All with dim contiguous.
+    k_pool, v_pool: [num_blocks + 1, kv_heads, block_size, dim], of the same strides.
+    tables: int32 [rows, max_blocks]. live, position: int32 [rows], 0 for padding, and the new token's place.
+    splits: into how many parts a context is cut. Fixed for a batcher.
+    arrived: int32 [rows * kv_heads], zeros, and zeros again afterwards.
+    """
+    rows, heads, dim = query.shape
+    kv_heads, dim_2, group = key.shape[1], power_of_2(dim, 16), heads // key.shape[1]
+    out = torch.empty((rows, heads, dim), dtype=query.dtype, device=query.device)
+    parts = torch.empty(rows, heads, splits, dim_2, dtype=torch.float32, device=query.device)
+    logs = torch.empty(rows, heads, splits, dtype=torch.float32, device=query.device)
+    _decode[(rows, kv_heads, splits)](
+        query, *query.stride()[:2], key, *key.stride()[:2], value, *value.stride()[:2],
+        k_pool, v_pool, *k_pool.stride()[:3], tables, tables.stride(0), live, position, out, *out.stride()[:2],
+        parts, logs, arrived, scale * LOG2_E,
+        GROUP=group, M=power_of_2(group, 16), DIM=dim, DIM_2=dim_2, BLOCK=k_pool.shape[2], SPLITS=splits,
+        **tiling(dim_2, query.dtype, shared_memory(query.device)),
+    )  # fmt: skip
+    return out
+
+
+def prefill(query, key, value, k_pool, v_pool, places, tables, first, count, position, scale) -> torch.Tensor:
+    """Store N new tokens, which lie in rows, and attend from each to its row's tokens up to itself.
+
+    query, key, value: as for `decode`, with N tokens in place of rows. places: int64 [N], where in a pool (block *
+        block_size + place in it) each goes. first, count, position: int32 [rows]; row r has the tokens first[r] to
+        first[r] + count[r] - 1, and the first of them is its token number position[r].
+    Returns [N, heads, dim]; zeros for a token of no row.
+    """
+    tokens, heads, dim = query.shape
+    kv_heads, dim_2, group, block = key.shape[1], power_of_2(dim, 16), heads // key.shape[1], k_pool.shape[2]
+    shared = shared_memory(query.device)
+    tile_q = query_tile(group, dim_2, shared)
+    tiles = -(-tokens // tile_q)
+    out = torch.zeros((tokens, heads, dim), dtype=query.dtype, device=query.device)
+    _store[(tokens,)](
+        key, *key.stride()[:2], value, *value.stride()[:2], k_pool, v_pool, *k_pool.stride()[:3], places,
+        KV_HEADS=kv_heads, HEADS_2=power_of_2(kv_heads), DIM=dim, DIM_2=dim_2, BLOCK=block,
+    )  # fmt: skip
+    _prefill[(tables.shape[0] * tiles, kv_heads)](
+        query, *query.stride()[:2], k_pool, v_pool, *k_pool.stride()[:3], tables, tables.stride(0),
+        first, count, position, out, *out.stride()[:2], scale * LOG2_E,
+        TILES=tiles, TILE_Q=tile_q, GROUP=group, M=power_of_2(tile_q * group, 16), DIM=dim, DIM_2=dim_2,
+        BLOCK=block, **tiling(dim_2, query.dtype, shared // 2),
+    )  # fmt: skip
+    return out
+
+
+def power_of_2(number: int, least: int = 1) -> int:
+    """The smallest power of 2 that is not less than `number` and `least`: Triton's tiles have such sizes."""
+    return 1 << (max(number, least) - 1).bit_length()
+
+
+def query_tile(group: int, dim_2: int, shared_bytes: int) -> int:
+    """Tokens of a chunk in one program: up to 16, so that their float32 sums take a quarter of the shared memory."""
+    tile = 16
+    while tile > 1 and power_of_2(tile * group) * dim_2 * 4 > shared_bytes // 4:
+        tile //= 2
+    return tile
+
+
+def tiling(dim_2: int, dtype: torch.dtype, shared_bytes: int) -> dict:
+    """Keys in a tile, warps, and stages of the pipeline that loads tiles ahead.
+
+    64 keys, 4 warps and 3 stages were the best of 20 combinations on an H200 (4.2 TB/s at context 8192, heads of 128
+    in bfloat16). A GPU with less shared memory gets fewer stages, then smaller tiles."""
+    size = dtype.itemsize
+    tile, stages = 64, 3
+    left = shared_bytes - 16 * 1024  # queries, and what Triton needs to change layouts
+    while tile > 16 and 2 * tile * dim_2 * size > left:
+        tile //= 2
+    while stages > 1 and stages * 2 * tile * dim_2 * size > left:
+        stages -= 1
+    precision = "ieee" if dtype == torch.float32 else None  # float32 stays float32, and is not rounded to tf32
+    return {"TILE": tile, "num_warps": 4, "num_stages": stages, "PRECISION": precision}
+
+
+@functools.lru_cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may have."""
+    if device.type != "cuda":
+        return 64 * 1024
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
