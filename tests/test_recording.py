@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -407,3 +408,38 @@ def test_a_step_beyond_the_recording_fails_its_requests_with_the_numbers():
         (completion,) = batcher.run([Request([1, 2, 3], max_new_tokens=20)])
     assert completion.finish_reason == "error"
     assert "small was recorded up to 10" in str(completion.error)
+
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readme_tells_the_headline_as_it_was_recorded():
+    recording = Recording.load("h200-llama-8b")
+    assert recording.data["command"].split(" --out")[0] in README
+    assert recording.data["date"][:10] in README
+    for name in ("torch", "transformers"):
+        assert f"{name} {recording.data["versions"][name]}" in README
+    assert f"driver {recording.gpu['driver']}" in README
+    rows = {
+        "total": lambda t: f"{t['wall_s']:.1f} s",
+        "tokens per second": lambda t: f"{t['tokens_per_s']:,.0f}",
+        "device idle": lambda t: f"{100 * t['idle']:.2f} %",
+        "host work per step": lambda t: f"{t['host_ms_per_step']:.3f} ms",
+    }
+    for name, cell in rows.items():
+        assert f"| {name} | " + " | ".join(cell(run["totals"]) for run in recording.runs) + " |" in README
+
+
+@pytest.mark.parametrize("shape", ["0.6b", "1b", "8b"])
+def test_the_readme_tells_the_sweep_as_it_was_recorded(shape):
+    runs = Recording.load(f"h200-sweep-{shape}").runs
+    totals = {(run["engine"], run["mode"], run["batch_size"]): run["totals"] for run in runs}
+    for batch in sorted({batch for *_, batch in totals}):
+        sync, own = (totals["asyncbatch", mode, batch] for mode in ("sync", "async"))
+        peer = totals.get(("transformers", "async", batch))
+        cells = (
+            shape.upper(), batch, f"{100 * sync['idle']:.1f} %", f"{100 * own['idle']:.1f} %",
+            f"{sync['tokens_per_s']:,.0f}", f"{own['tokens_per_s']:,.0f}",
+            f"{sync['wall_s'] / own['wall_s']:.3f}x", "-" if peer is None else f"{peer['tokens_per_s']:,.0f}",
+        )  # fmt: skip
+        assert "| " + " | ".join(map(str, cells)) + " |" in README
