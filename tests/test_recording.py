@@ -418,7 +418,7 @@ def test_the_readme_tells_the_headline_as_it_was_recorded():
     assert recording.data["command"].split(" --out")[0] in README
     assert recording.data["date"][:10] in README
     for name in ("torch", "transformers"):
-        assert f"{name} {recording.data["versions"][name]}" in README
+        assert f"{name} {recording.data['versions'][name]}" in README
     assert f"driver {recording.gpu['driver']}" in README
     rows = {
         "total": lambda t: f"{t['wall_s']:.1f} s",
