@@ -10,19 +10,21 @@ from __future__ import annotations
 import functools
 import itertools
 import threading
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from .kv_cache import KVCache, blocks_for
 from .models import check_model
+from .races import CheckedDevice
 from .recording import StepTimes
-from .request import Completion, Request, RequestError, check_request, contains_stop_string
+from .request import Completion, Request, RequestError, check_request, contains_stop_string, shown
 from .runner import Runner, TimedRunner
 from .scheduler import BatchPlan, RunState, Scheduler
 from .slot import Slot, StepShape, host_buffers
-from .streams import CudaDevice, DeviceError, open_device
+from .streams import CudaDevice, Device, DeviceError, open_device
 from .timeline import LANES, Timeline
+from .virtual import Costs, VirtualDevice
 
 
 class Handle:
@@ -30,9 +32,10 @@ class Handle:
 
     def __init__(self, batcher: BatcherBase, state: RunState):
         self._batcher, self._state = batcher, state
-        self.submitted_s = time.perf_counter()
+        self.submitted_s = batcher.device.now()
         self.first_token_s: float | None = None
         self.completion: Completion | None = None
+        self._cancelled = False
 
     @property
     def token_ids(self) -> list[int]:
@@ -45,16 +48,24 @@ class Handle:
         return self.completion
 
 
-def _host_span(method):
-    """Record the method's time on the host lane, under its name and the step of its plan or slot."""
+def host_span(method):
+    """Record the method's time on the host lane, under its name and the step of its plan or slot, and charge it to the
+    clock. That makes a difference on the virtual clock only, where a launch is charged first: what it launches starts
+    when the host has paid for it."""
 
     @functools.wraps(method)
     def timed(self, *args):
-        start = time.perf_counter()
+        device, name = self.device, method.__name__
+        plan = getattr(args[0], "plan", args[0]) if args else None
+        start = device.now()
+        if name == "launch":
+            device.charge(name, plan)
         result = method(self, *args)
         subject = args[0] if args else result
         if subject is not None:
-            self.timeline.add("host", method.__name__, subject.step, start, time.perf_counter())
+            if name != "launch":
+                device.charge(name, plan if args else result)
+            self.timeline.add("host", name, subject.step, start, device.now())
         return result
 
     return timed
@@ -80,6 +91,11 @@ class BatcherBase:
     host_work_s: burn this many seconds of Python in each step's plan. For lessons: it stands for a busier host.
     step_s: the device waits this long instead of computing, a number of seconds or the times of a recorded GPU
         (`Recording.step_times`). For lessons and benchmarks: the tokens are then no language.
+    clock: None measures times as they are. `Costs(...)` (`virtual.py`) says them: the device is then on the virtual
+        clock, in this process, every run has the same exact timeline, and host_work_s is counted and not burnt.
+        With step_s too nothing is computed; the times are the clock's all the same.
+    check_races: raise RaceError (`races.py`) where two accesses of one buffer or block have no order, though the tokens
+        may be right. For lessons and tests: it costs the host time.
 
     Raises ModelError for a model that cannot be served, ValueError for limits that make no sense, MemoryError, with the
     numbers, for what does not fit into the GPU.
@@ -103,6 +119,8 @@ class BatcherBase:
         batch_sizes: Sequence[int] = (),
         host_work_s: float = 0.0,
         step_s: float | StepTimes | None = None,
+        clock: Costs | None = None,
+        check_races: bool = False,
     ):
         check_model(model)
         config = model.config.get_text_config()
@@ -133,34 +151,50 @@ class BatcherBase:
             raise ValueError(f"batch_sizes is {batch_sizes!r}: allowed are whole numbers from 1 to {max_batch_size=}")
         if step_s is not None and on_cuda:
             raise ValueError("step_s stands for a device that is not there: it needs the model on the CPU, not on CUDA")
+        if clock is not None and not isinstance(clock, Costs):
+            raise ValueError(f"clock is {clock!r}: allowed are None and Costs(...), the virtual clock")
+        if clock is not None and on_cuda:
+            raise ValueError("clock=Costs(...) stands for a device that is not there: it needs the model on the CPU")
         if compile and not on_cuda:
             raise ValueError("compile=True needs the model on CUDA: load_model(..., device='cuda')")
 
         self.model, self.tokenizer, self.host_work_s, self.step_s = model, tokenizer, host_work_s, step_s
-        self.vocab_size = config.vocab_size
+        self.clock, self.vocab_size = clock, config.vocab_size
         full = max_batch_size * blocks_for(max_length, block_size)
         shape = StepShape(max_batch_size, num_slots, block_size, num_blocks or full, max_length, prefill_tokens, sizes)
         buffers = host_buffers(shape, on_cuda=on_cuda)
-        program, arguments = (Runner, {}) if step_s is None else (TimedRunner, {"step_s": step_s})
+        program: type[Runner] = Runner if step_s is None else TimedRunner
+        arguments: dict[str, Any] = {} if step_s is None else {"step_s": step_s}
         if on_cuda:
             arguments = {"compile": compile, "asked_blocks": num_blocks is not None}
-        self.device = open_device(model, program, num_slots, shape=shape, host=buffers, **arguments)
+        device: Device
+        if clock is None:
+            device = open_device(model, program, num_slots, shape=shape, host=buffers, **arguments)
+        else:
+            if step_s is not None:
+                arguments = {"step_s": 0.0}  # the tokens of the timed device, at the virtual clock's times
+            device = VirtualDevice(
+                program(model, shape=shape, host=buffers, **arguments), num_slots, clock, host_work_s
+            )
+        self.checked = CheckedDevice(device) if check_races else None
+        self.device: Device = device if self.checked is None else self.checked
         try:
             self.slots = [Slot(index, shape, pair, self.device) for index, pair in enumerate(buffers)]
         except DeviceError:
             self.device.close()
             raise
+        if self.checked is not None:
+            self.checked.name_events(self.slots)
         # On CUDA the number of blocks is what the runner found to fit.
-        self.shape = self.device.program.shape if isinstance(self.device, CudaDevice) else shape
-        # More owners than rows: a request whose last token is under way keeps its blocks while its row is given on.
-        self.kv = KVCache(self.shape.num_blocks, block_size, shape.max_blocks, max_batch_size * (num_slots + 1))
-        self.scheduler = Scheduler(self.kv, max_batch_size, prefill_tokens, self._stops_on_text)
+        self.shape = device.program.shape if isinstance(device, CudaDevice) else shape
+        self._new_books()
         self.timeline = self._new_timeline()
 
         self._numbers = itertools.count()
         self._handles: dict[int, Handle] = {}
         self._inbox: deque[tuple[str, RunState]] = deque()  # from any thread; emptied before each step
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # held by whoever turns the loop
+        self._door = threading.RLock()  # held, never for long, while a request is entered or its end is asked for
         self._closed = ""
 
     # ---- for callers -----------------------------------------------------------------------------------------
@@ -181,71 +215,93 @@ class BatcherBase:
         )
         stop = self._model_stop_tokens() if request.stop_token_ids is None else request.stop_token_ids
         state = RunState(next(self._numbers), request, frozenset(int(token) for token in stop))
-        handle = self._handles[state.number] = Handle(self, state)
-        self._inbox.append(("add", state))
+        with self._door:  # closed meanwhile by another thread: then it must not be entered any more
+            self._check_open()
+            handle = self._handles[state.number] = Handle(self, state)
+            self._inbox.append(("add", state))
         return handle
 
     def cancel(self, handle: Handle) -> bool:
-        """End a request early, from any thread; it keeps what it has generated. False if it had already ended."""
+        """End a request early, from any thread; it keeps what it has generated. False if there is nothing left to
+        cancel: it has ended, or was cancelled before. A result that is already being committed still counts, so that
+        it may yet end as "stop" or "length". RequestError for what is no handle of this batcher."""
         if not isinstance(handle, Handle) or handle._batcher is not self:
-            raise RequestError(f"cancel takes a handle that this batcher's submit gave, not {handle!r}")
-        if handle.completion is not None:
-            return False
-        self._inbox.append(("cancel", handle._state))
+            is_handle = isinstance(handle, Handle)
+            given = "the handle of another batcher" if is_handle else f"{type(handle).__name__} {shown(handle)}"
+            raise RequestError(f"cancel takes a handle that this batcher's submit gave, not {given}")
+        with self._door:
+            if handle.completion is not None or handle._cancelled:
+                return False
+            handle._cancelled = True
+            self._inbox.append(("cancel", handle._state))
         return True
 
     def run(self, requests: Iterable[Request], progress: bool = False) -> list[Completion]:
         """Serve all requests and return their completions in the order given. One that cannot be served has
         finish_reason "error" and the reason in `error`; the others finish. On an idle batcher this starts a new
-        `timeline`. Interrupted (Ctrl-C), everything under way ends as "cancelled" and the batcher is empty again."""
+        `timeline`. Interrupted (Ctrl-C), everything under way ends as "cancelled" and the batcher is empty again. An
+        exception in `requests` or in the progress bar ends this call's requests so, and no others. RequestError for
+        what is no list of requests, and on a closed batcher."""
         self._check_open()
-        self._drain()
-        if not self._handles:
-            self.timeline, self.scheduler.num_steps = self._new_timeline(), 0
+        if not isinstance(requests, Iterable) or isinstance(requests, (str, bytes, bytearray)):
+            raise RequestError(f"run takes a list of Requests, not {type(requests).__name__} {shown(requests)}")
+        with self._lock:
+            self._drain()
+            if not self._handles:
+                self.timeline, self.scheduler.num_steps = self._new_timeline(), 0
         answers: list[Handle | Completion] = []
-        for request in requests:
-            try:
-                answers.append(self.submit(request))
-            except RequestError as error:
-                now = time.perf_counter()
-                answers.append(Completion([], "error", error, submitted_s=now, finished_s=now))
-        pending = [answer for answer in answers if isinstance(answer, Handle)]
-        with _progress_bar(pending, progress) as update:
-            for handle in pending:
-                while handle.completion is None:
-                    self._turn()
-                    update()
+        try:
+            for request in requests:
+                try:
+                    answers.append(self.submit(request))
+                except RequestError as error:
+                    now = self.device.now()
+                    answers.append(Completion([], "error", error, submitted_s=now, finished_s=now))
+            pending = [answer for answer in answers if isinstance(answer, Handle)]
+            with _progress_bar(pending, progress) as update:
+                for handle in pending:
+                    while handle.completion is None:
+                        self._turn()
+                        update()
+        except BaseException as error:
+            self._give_up(answers, error)
+            raise
         self._drain()
         return [answer.completion if isinstance(answer, Handle) else answer for answer in answers]  # type: ignore[misc]
 
     def stream(self, request: Request) -> Iterator[int]:
         """Give the request's tokens as they are committed. Leaving the loop early cancels the request. An error in the
         request itself is raised here, an error while serving it after its last good token."""
-        handle = self.submit(request)
-        return self._tokens_of(handle)
+        tokens = self._tokens_of(self.submit(request))
+        next(tokens)  # it is begun: so even one that is dropped before its first token cancels its request
+        return tokens
 
     def _tokens_of(self, handle: Handle) -> Iterator[int]:
         given = 0
         try:
+            yield -1  # for `stream`, not for its caller
             while True:
-                for token in handle._state.generated[given:]:
-                    given += 1
-                    yield token
-                if handle.completion is not None:
+                # Asked before the tokens are read: while the caller has the word, others may serve this request too.
+                ended = handle.completion is not None
+                new = handle._state.generated[given:]
+                given += len(new)
+                yield from new
+                if ended:
                     break
-                self._turn()
+                if not new:
+                    self._turn()
         finally:
             if handle.completion is None:
                 self.cancel(handle)
-        if handle.completion.error is not None:
+        if handle.completion is not None and handle.completion.error is not None:
             raise handle.completion.error
 
     def close(self) -> None:
         """Cancel what is under way and free the device's memory. A closed batcher takes no more requests."""
         with self._lock:
             if not self._closed:
-                self._abort("cancelled", None)
                 self._closed = "the batcher is closed"
+                self._abort("cancelled", None)
                 self.device.close()
 
     def __enter__(self):
@@ -260,24 +316,26 @@ class BatcherBase:
         """One turn of the loop: launch and commit at most one step each. False if there was nothing to do."""
         raise NotImplementedError
 
-    @_host_span
+    @host_span
     def plan(self) -> BatchPlan | None:
         """Pick the rows of the next step; None if there are none."""
         plan = self.scheduler.plan()
-        if plan is not None and self.host_work_s:
-            end = time.perf_counter() + self.host_work_s
-            while time.perf_counter() < end:
+        if plan is not None and self.host_work_s and self.clock is None:
+            end = self.device.now() + self.host_work_s
+            while self.device.now() < end:
                 pass
         return plan
 
-    @_host_span
+    @host_span
     def fill(self, plan: BatchPlan) -> Slot:
         """Write the step's inputs into the next slot's host buffers."""
         slot = self.slots[plan.step % len(self.slots)]
+        if self.checked is not None:
+            self.checked.before_fill(slot.index, plan, self.kv, len(self.slots))
         slot.fill(plan, self.kv)
         return slot
 
-    @_host_span
+    @host_span
     def launch(self, slot: Slot) -> None:
         """Tell the three streams what to do, and in which order. The host waits for none of it."""
         h2d, compute, d2h = self.device.streams
@@ -290,16 +348,18 @@ class BatcherBase:
         d2h.launch("copy_out", slot.index)
         d2h.record_event(slot.outputs_ready)
 
-    @_host_span
+    @host_span
     def wait(self, slot: Slot) -> None:
         """Until the slot's output ids have arrived. The only place where the host waits for the device."""
         slot.outputs_ready.synchronize()
 
-    @_host_span
+    @host_span
     def commit(self, slot: Slot) -> None:
         """Take the results of the slot's step: append tokens, end requests, prune their blocks, free the slot."""
         plan, slot.plan = slot.plan, None
         assert plan is not None, f"slot {slot.index} holds no step"
+        if self.checked is not None:
+            self.checked.before_commit(slot.index, plan.step)
         failure = self.device.failure(slot.index)
         if failure:
             for row in plan.rows:
@@ -314,7 +374,7 @@ class BatcherBase:
         kind = "decode" if plan.passes == "decode" else "prefill"
         context = sum(row.position + row.num_tokens for row in plan.rows)
         self.timeline.add_step(plan.step, kind, len(new), wasted, len(plan.rows), context)
-        now = time.perf_counter()
+        now = self.device.now()
         for state, _ in new:
             handle = self._handles[state.number]
             handle.first_token_s = handle.first_token_s or now
@@ -327,7 +387,8 @@ class BatcherBase:
             self._check_open()
             try:
                 self._take_inbox()
-                if not self._step_or_close() and self._handles:
+                # (Not `_handles`: another thread may just have entered a request, for the next turn.)
+                if not self._step_or_close() and (self.scheduler.waiting or self.scheduler.running):
                     raise AssertionError("no request can go on, though some have not ended: a fault of the scheduler")
             except BaseException:
                 self._abort("cancelled", None)
@@ -345,8 +406,12 @@ class BatcherBase:
     def _drain(self) -> None:
         """Commit steps that are still under way for nobody: all their tokens are wasted, and are counted."""
         with self._lock:
-            while not self._handles and not self._closed and self._step_or_close():
-                pass
+            try:
+                while not self._handles and not self._closed and self._step_or_close():
+                    pass
+            except BaseException:
+                self._abort("cancelled", None)
+                raise
 
     def _take_inbox(self) -> None:
         while self._inbox:
@@ -355,27 +420,65 @@ class BatcherBase:
                 self.scheduler.add(state)
             else:
                 self.scheduler.finish(state, "cancelled")
-        self._answer(time.perf_counter())
+        self._answer(self.device.now())
 
     def _answer(self, now: float) -> None:
         for state in self.scheduler.finished:
-            handle = self._handles.pop(state.number)
-            handle.completion = Completion(
-                state.generated, str(state.finish_reason), state.error, handle.submitted_s, handle.first_token_s, now
-            )
+            self._complete(self._handles[state.number], now)
         self.scheduler.finished.clear()
 
+    def _complete(self, handle: Handle, now: float) -> None:
+        state = handle._state
+        # In this order: an interrupt between the two lines must not lose the answer. (`_abort` sees to the rest.)
+        handle.completion = Completion(
+            state.generated, str(state.finish_reason), state.error, handle.submitted_s, handle.first_token_s, now
+        )
+        del self._handles[state.number]
+
+    def _give_up(self, answers: list[Handle | Completion], error: BaseException) -> None:
+        """Leave `run` with an exception: end its own requests, and after an interrupt all of them."""
+        with self._lock:
+            if self._closed:
+                return
+            if not isinstance(error, Exception):
+                self._abort("cancelled", None)
+                return
+            for answer in answers:
+                if isinstance(answer, Handle):
+                    self.cancel(answer)
+            self._take_inbox()
+
     def _abort(self, reason: str, error: Exception | None) -> None:
-        """End every request and empty every slot. What the device still does is waited for, if it answers."""
-        self._take_inbox()
-        for handle in list(self._handles.values()):
-            self.scheduler.finish(handle._state, reason, error)
-        self._answer(time.perf_counter())
-        if not isinstance(error, DeviceError):
-            for stream in self.device.streams:
-                stream.synchronize()
+        """End every request, empty every slot, and begin new books: what raised may have left the old ones half done.
+        What the device still does is waited for, if it answers."""
+        with self._door:
+            self._inbox.clear()
+            for number, handle in list(self._handles.items()):
+                state = handle._state
+                if handle.completion is not None:
+                    del self._handles[number]
+                    continue
+                if state.finish_reason is None:  # else it has ended, and only its answer was not given yet
+                    state.finish_reason, state.error = reason, error
+                self._complete(handle, self.device.now())
+            self._new_books()
+        try:
+            if not isinstance(error, DeviceError):
+                for stream in self.device.streams:
+                    stream.synchronize()
+        except DeviceError as lost:
+            self._closed = self._closed or f"the batcher lost its device: {lost}"
         for slot in self.slots:
             slot.plan = None
+
+    def _new_books(self) -> None:
+        """An empty pool, and a scheduler without requests that goes on counting the steps."""
+        shape, before = self.shape, getattr(self, "scheduler", None)
+        # More owners than rows: a request whose last token is under way keeps its blocks while its row is given on.
+        owners = shape.max_batch_size * (shape.num_slots + 1)
+        self.kv = KVCache(shape.num_blocks, shape.block_size, shape.max_blocks, owners)
+        self.scheduler = Scheduler(self.kv, shape.max_batch_size, shape.prefill_tokens, self._stops_on_text)
+        self.scheduler.num_steps = before.num_steps if before is not None else 0
 
     def _check_open(self) -> None:
         if self._closed:
@@ -388,11 +491,19 @@ class BatcherBase:
 
     def _stops_on_text(self, state: RunState) -> bool:
         strings = state.request.stop_strings
-        return bool(strings) and contains_stop_string(state.generated, strings, self.tokenizer)
+        try:
+            return len(strings) > 0 and contains_stop_string(state.generated, strings, self.tokenizer)
+        except Exception as error:  # in the caller's tokenizer: this request's fault alone
+            failed = RequestError(f"stop_strings: the tokenizer's decode raised {type(error).__name__}: {error}")
+            failed.__cause__ = error
+            self.scheduler.finish(state, "error", failed)
+            return False
 
     def _new_timeline(self) -> Timeline:
         clock = self.device.clock
-        if isinstance(self.step_s, StepTimes):
+        if self.clock is not None:
+            pass  # "virtual": all times are its own
+        elif isinstance(self.step_s, StepTimes):
             clock = f"emulated {self.step_s.label}, {clock}"
         elif self.step_s is not None:
             clock = f"timed device, {clock}"

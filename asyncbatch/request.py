@@ -6,7 +6,6 @@ Nothing here knows about batches or devices. A request is checked once, when it 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -15,19 +14,25 @@ import numpy as np
 
 
 class RequestError(ValueError):
-    """A request that cannot be served. The message says what was given and what is allowed."""
+    """What a caller asked for cannot be done: a bad request, a handle that is not the batcher's own, a closed batcher.
+
+    The one exception for everything that is wrong with what was given to `submit`, `run`, `stream` or `cancel`. The
+    message says what was given and what is allowed. Nothing has been queued then, and all other requests go on. (`run`
+    does not raise it for a bad request: its completion has it in `error`.)
+    """
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How the next token is chosen from the logits.
 
-    temperature: 0 takes the most likely token (greedy); above 0 divides the logits before the softmax.
+    temperature: 0 takes the most likely token (greedy); above 0 divides the logits before the softmax, and is then from
+        1e-6 to 1e6, so that no logit leaves the range of float32.
     top_k: keep only the k most likely tokens; 0 keeps all.
     top_p: keep the smallest set of most likely tokens whose probability reaches top_p (Holtzman et al. 2019,
         "The Curious Case of Neural Text Degeneration"); 1.0 keeps all.
-    seed: the random number of a token depends on this seed and the token's position and on nothing else, so the
-        same request gives the same tokens in any batch.
+    seed: 0 to 2**63 - 1. The random number of a token depends on this seed and the token's position and on nothing
+        else, so the same request gives the same tokens in any batch.
     """
 
     temperature: float = 0.0
@@ -106,52 +111,95 @@ def uniforms(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
     return (x >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
 
 
+def shown(value, longest: int = 60) -> str:
+    """A value as it goes into an error message: on one line, and short, however large it is."""
+    if isinstance(value, Integral) and not isinstance(value, bool) and abs(int(value)) >> 100:
+        return f"a whole number of {int(value).bit_length()} bits"  # Python refuses to write out very long ones
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # a caller's own __repr__, or an int of thousands of digits inside a list
+        return f"a {type(value).__name__} that cannot be written out"
+    return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
 def check_request(request: Request, *, vocab_size: int, max_length: int, limited_by: str, tokenizer=None) -> None:
     """Raise RequestError unless `request` can be served. `max_length` tokens is the most for prompt and output
     together, and `limited_by` says in words where that limit comes from."""
     if not isinstance(request, Request):
-        raise RequestError(f"a request must be a Request, not {type(request).__name__}")
+        raise RequestError(f"a request must be a Request, not {type(request).__name__} {shown(request)}")
     ids = request.token_ids
-    is_list = isinstance(ids, (Sequence, np.ndarray)) and not isinstance(ids, (str, bytes))
+    is_list = isinstance(ids, (Sequence, np.ndarray)) and not isinstance(ids, (str, bytes, bytearray))
     if not is_list or getattr(ids, "ndim", 1) != 1:
+        shape = f" of shape {tuple(ids.shape)}" if hasattr(ids, "shape") else ""
         raise RequestError(
-            f"token_ids must be a list of token numbers, not {type(ids).__name__} {str(ids)[:40]!r}: turn text into "
+            f"token_ids must be a list of token numbers, not {type(ids).__name__}{shape} {shown(ids)}: turn text into "
             "tokens first, tokenizer(text).input_ids, and a tensor into a list, tensor.tolist()"
         )
     if len(ids) == 0:
         raise RequestError("token_ids is empty: a prompt needs at least one token")
     for index, token in enumerate(ids):
-        if not isinstance(token, Integral) or isinstance(token, bool) or not 0 <= token < vocab_size:
-            raise RequestError(f"token_ids[{index}] is {token!r}: the vocabulary has 0 to {vocab_size - 1}")
+        if not _is_whole(token) or not 0 <= token < vocab_size:
+            raise RequestError(f"token_ids[{index}] is {shown(token)}: the vocabulary has 0 to {vocab_size - 1}")
     limit = request.max_new_tokens
-    if not isinstance(limit, Integral) or isinstance(limit, bool) or limit < 1:
-        raise RequestError(f"max_new_tokens is {limit!r}: allowed are whole numbers from 1")
-    if len(ids) + limit > max_length:
+    if not _is_whole(limit) or limit < 1:
+        raise RequestError(f"max_new_tokens is {shown(limit)}: allowed are whole numbers from 1")
+    total = len(ids) + int(limit)  # a NumPy number would wrap around here: uint8(255) + 2 is 1
+    if total > max_length:
         raise RequestError(
-            f"the prompt has {len(ids)} tokens and max_new_tokens is {limit}, together {len(ids) + limit}: "
+            f"the prompt has {len(ids)} tokens and max_new_tokens is {shown(limit)}, together {shown(total)}: "
             f"at most {max_length} fit ({limited_by})"
         )
     _check_sampling(request.sampling)
-    for token in request.stop_token_ids or ():
-        if not isinstance(token, Integral) or not 0 <= token < vocab_size:
-            raise RequestError(f"stop_token_ids has {token!r}: allowed are whole numbers from 0 to {vocab_size - 1}")
-    if isinstance(request.stop_strings, str):
-        raise RequestError(f"stop_strings must be a list of strings, not one string ({request.stop_strings!r})")
-    for text in request.stop_strings:
-        if not isinstance(text, str) or not text:
-            raise RequestError(f"stop_strings has {text!r}: allowed are strings of at least one character")
-    if request.stop_strings and tokenizer is None:
-        raise RequestError("stop_strings needs the text of the tokens: give the batcher a tokenizer=...")
+    _check_stops(request, vocab_size, tokenizer)
+
+
+def _is_whole(value) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _check_sampling(sampling: SamplingParams) -> None:
     def number(name: str, value, kind, allowed: str, is_allowed) -> None:
         if not isinstance(value, kind) or isinstance(value, bool) or not is_allowed(value):
-            raise RequestError(f"sampling.{name} is {value!r}: allowed {allowed}")
+            raise RequestError(f"sampling.{name} is {shown(value)}: allowed {allowed}")
 
     if not isinstance(sampling, SamplingParams):
-        raise RequestError(f"sampling must be a SamplingParams, not {type(sampling).__name__}")
-    number("temperature", sampling.temperature, Real, "is 0 (greedy) or more", lambda t: math.isfinite(t) and t >= 0)
-    number("top_k", sampling.top_k, Integral, "is 0 (all) or more", lambda k: 0 <= k < 2**31)
+        raise RequestError(f"sampling must be a SamplingParams, not {type(sampling).__name__} {shown(sampling)}")
+    heat = "is 0 (greedy), or from 1e-6 to 1e6"
+    number("temperature", sampling.temperature, Real, heat, lambda t: t == 0 or 1e-6 <= t <= 1e6)
+    number("top_k", sampling.top_k, Integral, "are whole numbers from 0 (all) to 2**31 - 1", lambda k: 0 <= k < 2**31)
     number("top_p", sampling.top_p, Real, "is above 0 and at most 1", lambda p: 0 < p <= 1)
     number("seed", sampling.seed, Integral, "are whole numbers from 0 to 2**63 - 1", lambda s: 0 <= s < 2**63)
+
+
+def _check_stops(request: Request, vocab_size: int, tokenizer) -> None:
+    tokens, texts = request.stop_token_ids, request.stop_strings
+    allowed = f"whole numbers from 0 to {vocab_size - 1}"
+    is_list = isinstance(tokens, (Collection, np.ndarray)) and not isinstance(tokens, (str, bytes, bytearray))
+    if tokens is not None and (not is_list or getattr(tokens, "ndim", 1) != 1):
+        raise RequestError(
+            f"stop_token_ids must be a list or set of token numbers, or None for the model's own, not "
+            f"{type(tokens).__name__} {shown(tokens)}: allowed in it are {allowed}"
+        )
+    for token in () if tokens is None else tokens:
+        if not _is_whole(token) or not 0 <= token < vocab_size:
+            raise RequestError(f"stop_token_ids has {shown(token)}: allowed are {allowed}")
+    if (
+        not isinstance(texts, Collection)
+        or isinstance(texts, (str, bytes, bytearray))
+        or getattr(texts, "ndim", 1) != 1
+    ):
+        one = "one string" if isinstance(texts, str) else type(texts).__name__
+        raise RequestError(f"stop_strings must be a list of strings, not {one} ({shown(texts)})")
+    for text in texts:
+        if not isinstance(text, str) or not text:
+            raise RequestError(f"stop_strings has {shown(text)}: allowed are strings of at least one character")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise RequestError(
+                f"stop_strings has {shown(text)}, half of a UTF-16 pair: allowed are strings that UTF-8 can write"
+            ) from None
+    if len(texts) and tokenizer is None:
+        raise RequestError(
+            f"stop_strings is {shown(texts)}, which needs the text of the tokens: give the batcher a tokenizer=..."
+        )

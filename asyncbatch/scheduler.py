@@ -187,15 +187,22 @@ class Scheduler:
         return rows
 
     def _admit(self, state: RunState) -> bool:
-        """Move the first waiting request to the running ones, with blocks for every token that it has so far. The
-        running ones keep room for a block each: otherwise a newcomer would often be preempted right away."""
+        """Move the first waiting request to the running ones, with blocks for every token that it has so far. Each
+        running one that may yet need another block keeps room for it: otherwise a newcomer would often be preempted
+        right away."""
         if state in self.running:
             return True
-        if not self.kv.allocate(state.number, state.num_known, keep_free=len(self.running)):
+        growing = sum(self._may_grow(other) for other in self.running)
+        if not self.kv.allocate(state.number, state.num_known, keep_free=growing):
             return False
         self.waiting.remove(state)
         self.running.append(state)
         return True
+
+    def _may_grow(self, state: RunState) -> bool:
+        """Whether its blocks are too few for all tokens that it may place; the last one's keys are never needed."""
+        held = len(self.kv.table(state.number)) * self.kv.block_size
+        return not state.fully_launched and held < state.max_tokens - 1
 
     # ---- commit -----------------------------------------------------------------------------------------------
 

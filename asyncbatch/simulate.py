@@ -1,10 +1,10 @@
 """What an asynchronous loop would bring, told from the times of a synchronous one.
 
-A step costs the host `before` (plan, fill) and `launch`, then the device a copy in, the step itself and a copy out,
-then the host `commit`. The times form a loop of waits, and in the steady state a step takes as long as the slowest
+A step costs the host `before` (plan, fill, launch), then the device a copy in, the step itself and a copy out, then the
+host `commit`. The times form a loop of waits, and in the steady state a step takes as long as the slowest
 cycle in it (the cycle mean of a max-plus system: Baccelli et al. 1992, "Synchronization and Linearity"):
 
-    host      before + launch + commit: the host's work, which nothing can hide from the host
+    host      before + commit: the host's work, which nothing can hide from the host
     device    step (or a copy, should one be longer): the device's work
     slot      (before + copy in + step + copy out + commit) / slots: a slot is filled again only after its commit
 
@@ -32,11 +32,10 @@ WORTH_IT = 1.02  # a gain below this is lost in the noise of most machines
 
 
 class StepCost(NamedTuple):
-    """Seconds of one step: the host's (before = plan and fill, launch, commit) and the device's (copy_in, step,
+    """Seconds of one step: the host's (before: plan, fill and launch; commit) and the device's (copy_in, step,
     copy_out). `decode`: whether the step counts for active and idle."""
 
     before: float
-    launch: float
     copy_in: float
     step: float
     copy_out: float
@@ -77,7 +76,6 @@ def simulate(costs: Sequence[StepCost], slots: int) -> Run:
         copied_out = max(copied_out, step_end) + cost.copy_out
         ends.append(step_end)
         outputs.append(copied_out)
-        host += cost.launch
         if number - committed + 1 == slots:
             host = max(host, outputs[committed]) + costs[committed].commit
             committed += 1
@@ -90,7 +88,7 @@ def simulate(costs: Sequence[StepCost], slots: int) -> Run:
 
 def async_step_s(cost: StepCost, slots: int = 2) -> float:
     """The closed form: seconds a step takes in the steady state when all steps cost the same (see the top)."""
-    host = cost.before + cost.launch + cost.commit
+    host = cost.before + cost.commit
     way = cost.before + cost.copy_in + cost.step + cost.copy_out + cost.commit
     return max(host, cost.step, cost.copy_in, cost.copy_out, way / slots)
 
@@ -105,9 +103,9 @@ def costs_of(timeline: Timeline) -> list[StepCost]:
     for step in timeline.steps:
         if (step.step, "step") in seconds:
             of = {name: seconds.get((step.step, name), 0.0) for name in (*HOST, "copy_in", "step", "copy_out")}
-            before = of["plan"] + of["fill"]
+            before = of["plan"] + of["fill"] + of["launch"]
             device = of["copy_in"], of["step"], of["copy_out"]
-            found.append(StepCost(before, of["launch"], *device, of["commit"], step.kind == "decode"))
+            found.append(StepCost(before, *device, of["commit"], step.kind == "decode"))
     _, _, starts, ends = timeline.lane("compute")
     told = simulate(found, 1)
     if len(starts) == len(found) > 1:
@@ -121,7 +119,7 @@ def costs_of_recording(run: dict[str, Any]) -> list[StepCost]:
     """The same of a run in a `Recording`, which keeps the device's steps and the gaps before them, in microseconds."""
     steps = steps_of(run)
     pairs = zip(steps.gap_us, steps.device_us, steps.kind, strict=True)
-    return [StepCost(1e-6 * gap, 0.0, 0.0, 1e-6 * device, 0.0, 0.0, kind == "decode") for gap, device, kind in pairs]
+    return [StepCost(1e-6 * gap, 0.0, 1e-6 * device, 0.0, 0.0, kind == "decode") for gap, device, kind in pairs]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 A *stream* is a queue of work that runs in order; two streams run at the same time unless an *event* orders them. The
 names are those of `torch.cuda` (`launch` stands for a kernel launch or graph replay: it names a command and a slot
-and never carries a closure). Two clocks are here:
+and never carries a closure). Two clocks are here, and a third, where time is only a number, in `virtual.py`:
 
 - host: the device is a worker process with memory of its own and one thread a stream. A thread of this process
   would not do: it takes the interpreter lock for each of a forward pass's hundreds of operations, so nothing would
@@ -64,17 +64,30 @@ class Stream(Protocol):
 
 class Device(Protocol):
     """Three streams and a program. `spans(slot)` gives, once the slot's last command is done, the (start, end) of its
-    newest command on each stream, float64 [3, 2], in seconds of the host's `time.perf_counter`. `failure(slot)` gives
-    the text of the error in the slot's newest commands, or None."""
+    newest command on each stream, float64 [3, 2], in seconds of the host's `now()`. `failure(slot)` gives the text of
+    the error in the slot's newest commands, or None. `charge(phase, plan)` says that the host does a part of a step
+    ("plan", "fill", "launch", "wait" or "commit"): it moves the virtual clock, others move by themselves."""
 
     clock: str
 
     @property
     def streams(self) -> tuple[Stream, Stream, Stream]: ...
+    def now(self) -> float: ...
+    def charge(self, phase: str, plan: Any) -> None: ...
     def event(self) -> Event: ...
     def spans(self, slot: int) -> np.ndarray: ...
     def failure(self, slot: int) -> str | None: ...
     def close(self) -> None: ...
+
+
+class _RealTime:
+    """The host's time on the clocks where time passes by itself: seconds of `time.perf_counter`."""
+
+    def now(self) -> float:
+        return time.perf_counter()
+
+    def charge(self, phase: str, plan: Any) -> None:
+        pass
 
 
 def open_device(model: torch.nn.Module, program: Callable[..., Any], num_slots: int, **arguments: Any) -> Device:
@@ -221,7 +234,7 @@ class HostStream:
             self._has_new = False
 
 
-class HostDevice:
+class HostDevice(_RealTime):
     """One program in a `DeviceProcess`. `times` and `failed` are shared: the device writes them, before the event that
     the host waits for; the host reads them after it."""
 
@@ -437,7 +450,7 @@ class CudaStream:
             end.record(self.stream)
 
 
-class CudaDevice:
+class CudaDevice(_RealTime):
     clock = "cuda"
 
     def __init__(self, program: Any, num_slots: int, where: torch.device):
