@@ -178,6 +178,27 @@ def test_up_to_bound_orders_are_all_tried_and_beyond_it_random_ones_of_the_seed(
         assert found.outcomes[0].orders >= found.outcomes[-1].orders
 
 
+@pytest.mark.parametrize("again", ["before", "after"])
+def test_a_wait_means_the_newest_record_before_it_and_no_other(again):
+    """Recording an event on another stream moves it: who waits after that does not wait for the first stream."""
+
+    def program(p):
+        p.cells["x"] = 0
+        first, second, third, mark = p.stream("a"), p.stream("b"), p.stream("c"), p.event()
+        first.do("write", lambda c: c.update(x=1), writes="x")
+        first.record(mark)
+        if again == "before":
+            second.record(mark)
+        third.wait(mark)
+        if again == "after":
+            second.record(mark)
+        third.do("add", lambda c: c.update(x=c["x"] * 10 + 2), reads="x", writes="x")
+
+    found = explore(program)
+    assert found.several == bool(found.races) == (again == "before")
+    assert {outcome.cells["x"] for outcome in found} == ({1, 12} if again == "before" else {12})
+
+
 def test_billions_of_orders_with_one_outcome_are_counted():
     def program(p):
         for lane in "abcd":

@@ -3,6 +3,7 @@ right for random programs, where a search through the graph of all orderings say
 
 from __future__ import annotations
 
+import gc
 import tracemalloc
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_model
 
-from asyncbatch import AsyncBatcher, Request, SamplingParams, SyncBatcher
+from asyncbatch import AsyncBatcher, Request, SamplingParams, SyncBatcher, races
 from asyncbatch.races import CheckedDevice, RaceError, resource_name
 from asyncbatch.scheduler import BatchPlan, Row
 
@@ -342,7 +343,7 @@ def races_of(lines):
 @settings(max_examples=500, deadline=None)
 @given(st.lists(lines, min_size=5, max_size=30))
 def test_the_verdict_is_that_of_a_search_through_all_orderings(lines):
-    races = races_of(lines)
+    expected = races_of(lines)
     # Collecting: a race is reported for exactly the resources that have one.
     collecting, seen = CheckedDevice(FakeDevice(), collect=True), {}
 
@@ -352,17 +353,17 @@ def test_the_verdict_is_that_of_a_search_through_all_orderings(lines):
 
     play(lines, collecting, note)
     first_line = {}
-    for _, second, resource in races:
+    for _, second, resource in expected:
         first_line[resource] = min(second, first_line.get(resource, second))
     assert seen == first_line
     # Raising: at the first line that has one.
     raising, played = CheckedDevice(FakeDevice()), []
-    if races:
+    if expected:
         with pytest.raises(RaceError) as caught:
             play(lines, raising, played.append)
-        end = min(second for _, second, _ in races)
+        end = min(second for _, second, _ in expected)
         assert len(played) == end
-        assert caught.value.resource in {resource for _, second, resource in races if second == end}
+        assert caught.value.resource in {resource for _, second, resource in expected if second == end}
     else:
         play(lines, raising)
     assert raising.races == []
@@ -373,13 +374,12 @@ def test_the_verdict_is_that_of_a_search_through_all_orderings(lines):
 def test_the_two_accesses_that_are_named_are_a_race(lines):
     device = CheckedDevice(FakeDevice(), collect=True)
     play(lines, device)
-    races = races_of(lines)
 
     def name_of(line):
         kind, *rest = lines[line]
         return ("host", kind) if kind in ("fill", "commit") else (("H2D", "compute", "D2H")[rest[0]], rest[1])
 
-    named = {(name_of(first), name_of(second), resource) for first, second, resource in races}
+    named = {(name_of(first), name_of(second), resource) for first, second, resource in races_of(lines)}
     for race in device.races:
         assert (race.first[:2], race.second[:2], race.resource) in named
         assert "writes" in (race.first.kind, race.second.kind)
@@ -411,13 +411,19 @@ def test_memory_does_not_grow_with_the_number_of_steps(wrong):
             out.synchronize()
             device.before_commit(step % 2, step)
 
-    serve(0, 300)
+    def traced():
+        gc.collect()
+        return tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(True, races.__file__)])
+
     tracemalloc.start()
-    before = tracemalloc.get_traced_memory()[0]
-    serve(300, 1300)
-    after = tracemalloc.get_traced_memory()[0]
-    tracemalloc.stop()
-    assert after - before < 20_000  # what is kept is the newest of everything: 20 bytes a step would be all of this
+    try:
+        serve(0, 300)
+        before = traced()
+        serve(300, 2300)
+        grown = sum(entry.size_diff for entry in traced().compare_to(before, "filename"))
+    finally:
+        tracemalloc.stop()
+    assert grown < 8_000  # 4 bytes for each of the steps: less than any object
     assert bool(device.races) == wrong
     assert len(device.races) <= 8
 
