@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from asyncbatch import teach
+from asyncbatch import teach, timeline
+from asyncbatch.lessons import idle
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 
@@ -267,7 +268,7 @@ def test_setup_says_device_and_clock_and_refuses_old_versions(monkeypatch, capsy
 
 
 def test_draw_batches_counts_wasted_places():
-    picture = teach.draw_batches({"a": [[0, 0], [1, None]], "b": [[0], [1]]})
+    picture = idle.draw_batches({"a": [[0, 0], [1, None]], "b": [[0], [1]]})
     assert repr(picture) == "<Picture: a: 2 steps, 1 of 4 places wasted; b: 1 steps, 0 of 2 places wasted>"
     drawn = picture.axes.patches
     assert [patch.get_hatch() for patch in drawn].count("///") == 1
@@ -276,7 +277,7 @@ def test_draw_batches_counts_wasted_places():
 
 def test_the_sliders_move_the_star_and_say_the_idle_share():
     pytest.importorskip("ipywidgets")
-    law = teach.IdleLaw(host_ms=2.0, device_ms=6.0)
+    law = idle.IdleLaw(host_ms=2.0, device_ms=6.0)
     assert law.idle == 0.25
     host, device, image = law.widget.children
     before = image.value
@@ -292,8 +293,8 @@ def test_the_sliders_move_the_star_and_say_the_idle_share():
 
 
 def test_recorded_servers_follow_the_law():
-    for run in teach.RECORDED:
-        assert abs(teach.timeline.idle_share(run.host_ms, run.async_ms) - run.idle) < 0.025
+    for run in idle.RECORDED:
+        assert abs(timeline.idle_share(run.host_ms, run.async_ms) - run.idle) < 0.025
 
 
 def cells(path):

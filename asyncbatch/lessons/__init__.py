@@ -1,0 +1,1 @@
+"""Exercises and pictures that belong to one notebook, a module for each; `teach.py` has what all notebooks share."""
