@@ -66,7 +66,8 @@ class Device(Protocol):
     """Three streams and a program. `spans(slot)` gives, once the slot's last command is done, the (start, end) of its
     newest command on each stream, float64 [3, 2], in seconds of the host's `now()`. `failure(slot)` gives the text of
     the error in the slot's newest commands, or None. `charge(phase, plan)` says that the host does a part of a step
-    ("plan", "fill", "launch", "wait" or "commit"): it moves the virtual clock, others move by themselves."""
+    ("plan", "fill", "launch", "wait" or "commit"): it moves the virtual clock, others move by themselves. In
+    `wait_until` the host does nothing until a time of `now()`; at once if that is past."""
 
     clock: str
 
@@ -74,6 +75,7 @@ class Device(Protocol):
     def streams(self) -> tuple[Stream, Stream, Stream]: ...
     def now(self) -> float: ...
     def charge(self, phase: str, plan: Any) -> None: ...
+    def wait_until(self, moment: float) -> None: ...
     def event(self) -> Event: ...
     def spans(self, slot: int) -> np.ndarray: ...
     def failure(self, slot: int) -> str | None: ...
@@ -88,6 +90,9 @@ class _RealTime:
 
     def charge(self, phase: str, plan: Any) -> None:
         pass
+
+    def wait_until(self, moment: float) -> None:
+        time.sleep(max(0.0, moment - self.now()))
 
 
 def open_device(model: torch.nn.Module, program: Callable[..., Any], num_slots: int, **arguments: Any) -> Device:
