@@ -61,8 +61,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 EPILOG = """examples:
   python -m asyncbatch.profile --out out
       the embedded model on a chat's questions, sync against async; table, report.json, picture and trace
-  python -m asyncbatch.profile --model random:llama-1b --prompt-tokens 512 --new-tokens 256 --batch-size 32
-      a shape with random weights: no download, and every request runs to its last token
+  python -m asyncbatch.profile --model random:llama-1b --prompt-tokens 512 --new-tokens 256 --batch-size 32 --compile
+      on a GPU: a shape with random weights, nothing to download, and every request runs to its last token
   python -m asyncbatch.profile --model ./my-model --prompts prompts.jsonl --arrivals poisson:5 --out a
       your model and prompts, arriving over time as from users: look at the latencies
   python -m asyncbatch.profile --emulate h200-llama-8b --new-tokens lognormal:200:0.7
