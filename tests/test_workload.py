@@ -229,6 +229,8 @@ def test_each_draw_has_random_numbers_of_its_own(tiny):
     assert [limit for _, limit in shape(made("--prompt-tokens", 5))] == [limit for _, limit in shape(first)]
     assert shape(made("--seed", 1)) != shape(first)
     assert shape(made("--requests", 4)) == shape(first)[:4]
+    alike = shape(made("--prompt-tokens", "1-500", "--new-tokens", "1-500"))
+    assert all(length != limit for length, limit in alike), "long prompts do not ask for long answers"
 
 
 class Words:
