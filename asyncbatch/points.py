@@ -207,11 +207,15 @@ def record_points(batcher: Any) -> Iterator[None]:
         replace(batcher, "step", recorder.turn(batcher.step))
         if batcher.tokenizer is not None:
             replace(batcher, "tokenizer", _TimedTokenizer(batcher.tokenizer, recorder))
-    gc.callbacks.append(recorder.collected)
+    # On the virtual clock a collection takes no time, and asking for the time, which lets commands take effect, is not
+    # allowed in the middle of anything.
+    collected = [recorder.collected] if getattr(batcher, "clock", None) is None else []
+    gc.callbacks += collected
     try:
         yield
     finally:
-        gc.callbacks.remove(recorder.collected)
+        for callback in collected:
+            gc.callbacks.remove(callback)
         recorder.flush()
         for owner, name, value, own in reversed(undo):
             if own:
