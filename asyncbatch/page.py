@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from .plot import plot
+from .points import MEANING
 from .report import FLOOR_ROWS, OWN, ROWS
 from .timeline import Timeline
 
@@ -181,10 +182,12 @@ def seconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f} s"
 
 
-def change(saves: float | None) -> str:
-    """What a share that is saved does to the total."""
-    text = "-" if saves is None else f"{-100 * saves:+.1f} %".replace("-", "\N{MINUS SIGN}")
-    return "0.0 %" if text[1:] == "0.0 %" else text
+def signed(share: float | None, digits: int = 2) -> str:
+    """A share by which something is more (+) or less."""
+    if share is None:
+        return "-"
+    text = f"{100 * share:+.{digits}f} %".replace("-", "\N{MINUS SIGN}")
+    return text if any(digit in text for digit in "123456789") else text[1:]
 
 
 def ratio(part: float | None, whole: float) -> float:
@@ -211,11 +214,13 @@ def named_runs(report: dict[str, Any]) -> list[Run]:
 
 def _header(report: dict[str, Any]) -> Markup:
     about = [report.get("model"), report.get("device"), report.get("date")]
+    # The first sentence is what to do; it is followed by what that would bring.
+    head, stop, rest = (report.get("first") or f"Profile of {report.get('model')}").partition(". ")
     return tag(
         "header",
         tag("p", "asyncbatch.profile: " + ", ".join(str(text) for text in about if text), class_="about"),
-        tag("h1", report.get("first") or f"Profile of {report.get('model')}"),
-        tag("p", report.get("verdict"), class_="verdict") if report.get("verdict") else None,
+        tag("h1", head + stop.strip()),
+        (tag("p", text, class_="verdict") for text in (rest, report.get("verdict")) if text),
         (tag("p", tag("strong", head), " ", text, class_="notice") for head, text in _notices(report)),
     )
 
@@ -259,7 +264,7 @@ def _summary(report: dict[str, Any], runs: list[Run]) -> Child:
     for label, key, words in (
         ("wall time of each run", "wall_s_of_each_run", lambda each: ", ".join(f"{wall:.3f}" for wall in each) + " s"),
         ("kernel busy", "kineto", _busy),
-        ("cost of measuring, of a step", "overhead", lambda cost: percent(cost.get("share"), 2)),
+        ("cost of measuring", "overhead", lambda cost: signed(cost.get("share"))),
     ):
         found = [row.get(key) for _, row in columns]
         if any(found):
@@ -356,7 +361,7 @@ def _gaps(runs: list[Run]) -> Child:
     if not found:
         return tag("p", "This report does not say what the host was doing in the idle gaps.")
     most = max((idle_s for _, gaps in found for idle_s in gaps["by"].values()), default=0.0)
-    text = "Every idle gap of the device before a decode step is put down to what the host was doing then."
+    text = "What the host was doing in the device's idle gaps before decode steps; this adds up to all of their time."
     return [
         tag("p", text, " The bars of all runs have one scale." if len(found) > 1 else ""),
         tag(
@@ -384,67 +389,97 @@ def _longest(name: str, gaps: dict[str, Any]) -> Child:
         look = tag("button", "Show", type="button", aria_label=label, **where)
         rows.append([f"step\N{NO-BREAK SPACE}{step}", seconds(start), milliseconds(gap["ms"]), gap["cause"], look])
     columns = ("before", "at", "idle for", ("cause", "text"), ("in the timeline", "live-only"))
-    return table(f"{name}: the longest gaps", columns, rows) if rows else None
+    return table(f"{name}: gaps that stand out", columns, rows) if rows else None
 
 
 def _what_if(runs: list[Run]) -> Child:
-    found = [(name, row) for name, row in runs if row.get("what_if")]
+    sync = [_where(row) for _, row in runs if row.get("mode") == "sync" and row.get("what_if")]
+    # That of a synchronous run shows both loops, so beside it the asynchronous run has nothing to add.
+    found = [
+        (name, row) for name, row in runs if row.get("what_if") and (row["mode"] == "sync" or _where(row) not in sync)
+    ]
     if not found:
         return tag("p", "This report does not say what each latency point would give back.")
     text = (
         "What a run would take in all if one latency point took no time, or half of its time, and all else stayed as "
         "it was: simulated from the run's own steps. Beside it stands how that changes the total. The bars show what "
-        "is saved, on one scale within a table; what saves most comes first."
+        "is saved, on one scale within a table; what would save most comes first."
     )
-    return [tag("p", text), (_what_if_table(name, row) for name, row in found)]
+    return [tag("p", text), (_what_if_of(name, row) for name, row in found)]
 
 
-def _what_if_table(name: str, row: dict[str, Any]) -> Child:
-    modes = ("async", "sync") if row.get("mode") == "async" else ("sync", "async")  # the run's own comes first
-    cases = [(mode, factor) for mode in modes for factor in (0.0, 0.5)]
+def _where(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row.get("engine"), row.get("model"), row.get("batch_size")
+
+
+def _what_if_of(name: str, row: dict[str, Any]) -> Child:
+    now = row.get("prediction") or {}
+    totals = [f"{mode} {seconds(now[f'{mode}_s'])}" for mode in ("sync", "async") if now.get(f"{mode}_s") is not None]
+    said = f"Simulated as it is: {', '.join(totals)}. {now.get('text') or ''}" if totals else None
+    sides = dict.fromkeys(entry["where"] for entry in row["what_if"])
+    return [(_what_if_table(name, row, side) for side in sides), tag("p", said) if said else None]
+
+
+def _what_if_table(name: str, row: dict[str, Any], side: str) -> Child:
+    cases = [(mode, factor) for mode in ("sync", "async") for factor in (0.0, 0.5)]
+    median = {point["name"]: point["median_ms"] for point in row.get("points") or [] if point["where"] == side}
     points: dict[str, dict[float, dict[str, Any]]] = {}
     for entry in row["what_if"]:
-        points.setdefault(entry["point"], {})[entry["factor"]] = entry
-
-    def saves(point: str) -> list[float]:
-        return [points[point].get(factor, {}).get(f"{mode}_saves") or 0.0 for mode, factor in cases]
-
-    most = max(max(saves(point)) for point in points)
+        if entry["where"] == side:
+            points.setdefault(entry["point"], {})[entry["factor"]] = entry
+    most = max(entry.get(f"{mode}_saves") or 0.0 for one in points.values() for entry in one.values()
+               for mode in ("sync", "async"))  # fmt: skip
     rows = []
-    for point in sorted(points, key=saves, reverse=True):
-        cells: list[Child] = [point]
+    for point, of_factor in points.items():  # in the report's order: what saves most comes first
+        cells: list[Child] = [point, milliseconds(median.get(point))]
         for mode, factor in cases:
-            entry = points[point].get(factor, {})
+            entry = of_factor.get(factor, {})
             saved = entry.get(f"{mode}_saves")
-            cells.append(meter(seconds(entry.get(f"{mode}_s")), ratio(saved, most), "saves", change(saved)))
+            cells.append(
+                meter(
+                    seconds(entry.get(f"{mode}_s")),
+                    ratio(saved, most),
+                    "saves",
+                    None if saved is None else signed(-saved, 1),
+                )
+            )
         rows.append(cells)
-    columns: list[str | Column] = [
-        "Latency point",
-        *((f"{mode}, it takes {'half' if factor else 'no time'}", "text") for mode, factor in cases),
-    ]
-    now = row.get("prediction") or {}
-    as_it_is = [f"{mode} {seconds(now[f'{mode}_s'])}" for mode in modes if now.get(f"{mode}_s") is not None]
-    said = f"Simulated as it is: {', '.join(as_it_is)}. {now.get('text') or ''}" if as_it_is else None
-    return [table(f"From the {name} run", columns, rows), tag("p", said) if said else None]
+    columns: list[str | Column] = ["Latency point", "takes now"]
+    columns += ((f"{mode}, if it took {'half' if factor else 'no time'}", "text") for mode, factor in cases)
+    return table(f"From the {name} run: points on the {side}", columns, rows)
 
 
 def _points(runs: list[Run]) -> Child:
-    found = [(name, row) for name, row in runs if row.get("points")]
+    found = [(name, row["points"]) for name, row in runs if row.get("points")]
     if not found:
         return tag("p", "This report does not have the times of the latency points.")
-    text = "The time of each part of a step: median and p99 over the steps, total, and share of the wall time."
-    return [tag("p", text), tag("div", (_points_table(name, row["points"]) for name, row in found), class_="runs")]
+    text = (
+        "Where the time of a step goes: median and p99 over the decode steps, total over all steps, and share of the "
+        "host's or the device's time."
+    )
+    names = dict.fromkeys(point["name"] for _, points in found for point in points)
+    meanings = [(tag("dt", name), tag("dd", MEANING[name])) for name in names if name in MEANING]
+    return [
+        tag("p", text),
+        tag("div", (_points_tables(name, points) for name, points in found), class_="runs"),
+        tag("details", tag("summary", "What the latency points are"), tag("dl", meanings)) if meanings else None,
+    ]
 
 
-def _points_table(name: str, points: list[dict[str, Any]]) -> Child:
-    most = max(point["share"] or 0.0 for point in points)
+def _points_tables(name: str, points: list[dict[str, Any]]) -> Markup:
+    sides = dict.fromkeys(point["where"] for point in points)
+    return tag("div", (_points_table(name, points, side) for side in sides))
+
+
+def _points_table(name: str, points: list[dict[str, Any]], side: str) -> Child:
     rows = [
-        [point["name"], point["where"], milliseconds(point["median_ms"]), milliseconds(point["p99_ms"]),
-         seconds(point["total_s"]), meter(percent(point["share"]), ratio(point["share"], most), point["where"])]
+        [point["name"], milliseconds(point["median_ms"]), milliseconds(point["p99_ms"]), seconds(point["total_s"]),
+         meter(percent(point["share"]), point["share"] or 0.0, side)]
         for point in points
+        if point["where"] == side
     ]  # fmt: skip
-    columns = ("Latency point", ("on the", "text"), "median", "p99", "total", ("share", "text"))
-    return table(f"{name}: latency points", columns, rows)
+    columns = ("Latency point", "median", "p99", "total", ("share", "text"))
+    return table(f"{name}: points on the {side}", columns, rows)
 
 
 def _measured(report: dict[str, Any], runs: list[Run]) -> Child:
@@ -493,8 +528,8 @@ def _methods(row: dict[str, Any]) -> Iterable[tuple[str, str]]:
             f"{text}{percent(kineto.get('event_active'), 2)}: {words}. {kineto.get('note') or ''}".strip(),
         )
     if overhead:
-        text = f"{percent(overhead.get('share'), 2)} of a step, {milliseconds(overhead.get('ms_per_step'))} each"
-        yield "Cost of measuring", f"{text}, from runs with and without it"
+        text = f"{signed(overhead.get('share'))} of the time, {milliseconds(overhead.get('ms_per_step'))} a step"
+        yield "Cost of measuring", f"{text}: runs with and without it, in turns"
     if latency:
         yield "Latency of requests", ", ".join(f"{key} {value}" for key, value in _flat(latency))
 

@@ -137,7 +137,7 @@ class TimelineFigure(Picture):
         middle = sum(self.window) / 2
         reach = _reach(self.tracks, middle, self.num_spans if most is None else most)
         spans, names = _pack(self.tracks, middle, reach)
-        tracks = [{"name": track.name, "caption": track.caption} for track in self.tracks]
+        tracks = [{"name": track.name, "caption": track.caption, "end": track.end} for track in self.tracks]
         layers = [
             {"key": key, "lane": LANES.index(lane), "face": face, "text": text, "line": HATCH.get(key), "words": words}
             for key, (lane, face, text, _, words) in LAYERS.items()

@@ -118,8 +118,9 @@ function render({ model, el }) {
     if (low < high) ctx.fillRect(x + (low - a) / (b - a) * w, y, (high - low) / (b - a) * w, h);
   }
 
-  function leftOut(kept, a, b, x, y, w, h, words = "") {  // cover what of [a, b] is not kept
-    for (const [start, stop] of kept ? [[a, Math.min(b, kept[0])], [Math.max(a, kept[1]), b]] : []) {
+  function leftOut(kept, until, a, b, x, y, w, h, words = "") {  // cover what of [a, b] is not kept, as far as `until`
+    const parts = kept ? [[a, Math.min(b, kept[0], until)], [Math.max(a, kept[1]), Math.min(b, until)]] : [];
+    for (const [start, stop] of parts) {
       const left = x + (start - a) / (b - a) * w, room = (stop - start) / (b - a) * w;
       if (room <= 0) continue;
       ctx.fillStyle = fills.left; ctx.fillRect(left, y, room, h);
@@ -185,7 +186,7 @@ function render({ model, el }) {
       write(LEFT < 100 ? track.name : `whole run, ${track.name}`, LEFT - 6, y + STRIP / 2, color, "right", FONT, LEFT - 8);
       idleBand(parts, 0, end, LEFT, y, w, STRIP - 3);
       columns(parts, 0, end, LEFT, y, w, STRIP - 3);
-      leftOut(about.lanes[2].kept, 0, end, LEFT, y, w, STRIP - 3);
+      leftOut(about.lanes[2].kept, track.end, 0, end, LEFT, y, w, STRIP - 3);
     });
     const strip = STRIP * about.tracks.length;
     ctx.strokeStyle = color; ctx.lineWidth = 1.5;
@@ -220,7 +221,7 @@ function render({ model, el }) {
         if (text) write(text, (a + b) / 2, y + h / 2, layer.text, "center");
       }
       if (lane.index === 2 && few) gaps(found, toX, y, h, w);
-      leftOut(lane.kept, from, to, LEFT, y, w, h, "left out");
+      leftOut(lane.kept, about.tracks[lane.track].end, from, to, LEFT, y, w, h, "left out");
       y += h + PAUSE;
     }
     const rough = (to - from) / Math.max(3, w / 110), power = 10 ** Math.floor(Math.log10(rough)), digits = Math.ceil(Math.log10(to / power)) + 1;
