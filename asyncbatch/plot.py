@@ -188,8 +188,13 @@ def _widget_class():
     return TimelineWidget
 
 
+def _drawable(text: str) -> str:
+    """The text with "?" for lone surrogates, as in names of files that are no UTF-8: matplotlib refuses them."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def _one_line(text: str, longest: int) -> str:
-    text = " ".join(text.split())
+    text = _drawable(" ".join(text.split()))
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
@@ -224,7 +229,7 @@ class _Track:
             self.layers[key] = (names, steps[mask], starts[mask] - origin, ends[mask] - origin)
         self.steps = lanes["compute"][2] - origin, lanes["compute"][3] - origin
         factor, unit = _unit(2 * self.end)  # one number reads well in seconds from 1 s on
-        parts = [f"{self.end * factor:.4g} {unit} in all", f"{timeline.clock} clock"]
+        parts = [f"{self.end * factor:.4g} {unit} in all", _one_line(f"{timeline.clock} clock", 60)]
         if not math.isnan(summary.idle):
             parts = [f"device active {100 * summary.device_active:.1f} %", f"idle {100 * summary.idle:.1f} %", *parts]
         self.caption = ", ".join(parts) if timeline.spans else "no spans"
@@ -348,7 +353,7 @@ class _Pane:
         """Plain text, in the middle of (x, y) unless told, with a thin rim to be read on a hatch."""
         options = {"size": 7.5, "color": TEXT, "ha": "center", "va": "center"} | options
         effects = [withStroke(linewidth=2, foreground=rim)]
-        return self.axes.text(x * self.factor, y, text, parse_math=False, path_effects=effects, **options)
+        return self.axes.text(x * self.factor, y, _drawable(text), parse_math=False, path_effects=effects, **options)
 
     def bars(self, starts, ends, y: float, tall: float, face: str, edge=None, hatch: str = "", lw: float = 0.0) -> None:
         """Rectangles from starts to ends (seconds), cut off at the window."""
