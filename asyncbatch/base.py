@@ -22,7 +22,7 @@ from .request import Completion, Request, RequestError, check_request, contains_
 from .runner import Runner, TimedRunner
 from .scheduler import BatchPlan, RunState, Scheduler
 from .slot import Slot, StepShape, host_buffers
-from .streams import CudaDevice, Device, DeviceError, open_device
+from .streams import CudaDevice, Device, DeviceError, launch_step, open_device
 from .timeline import LANES, Timeline
 from .virtual import Costs, VirtualDevice
 
@@ -338,15 +338,7 @@ class BatcherBase:
     @host_span
     def launch(self, slot: Slot) -> None:
         """Tell the three streams what to do, and in which order. The host waits for none of it."""
-        h2d, compute, d2h = self.device.streams
-        h2d.launch("copy_in", slot.index)
-        h2d.record_event(slot.inputs_ready)
-        compute.wait_event(slot.inputs_ready)
-        compute.launch(slot.command, slot.index)
-        compute.record_event(slot.step_done)
-        d2h.wait_event(slot.step_done)
-        d2h.launch("copy_out", slot.index)
-        d2h.record_event(slot.outputs_ready)
+        launch_step(self.device.streams, slot)
 
     @host_span
     def wait(self, slot: Slot) -> None:

@@ -83,6 +83,26 @@ class Device(Protocol):
     def close(self) -> None: ...
 
 
+def order(earlier: Stream, later: Stream, event: Any) -> None:
+    """What is launched on `later` from now on starts after all that `earlier` has been given so far. The host waits for
+    none of it. (`torch.cuda` calls these two lines `later.wait_stream(earlier)`.)"""
+    earlier.record_event(event)
+    later.wait_event(event)
+
+
+def launch_step(streams: tuple[Stream, Stream, Stream], slot: Any) -> None:
+    """Tell the three streams to copy a step's inputs in, to compute it and to copy its results out, each after the one
+    before. The host waits for none of it; later it waits for `slot.outputs_ready`. `slot` (`slot.py`) names the command
+    and has the three events. The copy in waits for nobody: the host fills a slot only when its last step is done."""
+    h2d, compute, d2h = streams
+    h2d.launch("copy_in", slot.index)
+    order(h2d, compute, slot.inputs_ready)
+    compute.launch(slot.command, slot.index)
+    order(compute, d2h, slot.step_done)
+    d2h.launch("copy_out", slot.index)
+    d2h.record_event(slot.outputs_ready)
+
+
 class _RealTime:
     """The host's time on the clocks where time passes by itself: seconds of `time.perf_counter`."""
 
