@@ -269,6 +269,17 @@ class BatcherBase:
         self._drain()
         return [answer.completion if isinstance(answer, Handle) else answer for answer in answers]  # type: ignore[misc]
 
+    def turn(self) -> bool:
+        """One turn of the loop for whoever has submitted requests; for callers that do other things between two turns.
+        False if no request is under way: then nothing is, for steps still in flight for nobody are committed first.
+        RequestError on a closed batcher."""
+        self._check_open()
+        if self._handles:
+            self._turn()
+            return True
+        self._drain()
+        return False
+
     def stream(self, request: Request) -> Iterator[int]:
         """Give the request's tokens as they are committed. Leaving the loop early cancels the request. An error in the
         request itself is raised here, an error while serving it after its last good token."""

@@ -287,6 +287,9 @@ class CheckedDevice:
     def charge(self, phase: str, plan: BatchPlan | None) -> None:
         self.device.charge(phase, plan)
 
+    def wait_until(self, moment: float) -> None:
+        self.device.wait_until(moment)
+
     def close(self) -> None:
         self.device.close()
 

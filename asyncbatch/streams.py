@@ -68,7 +68,7 @@ class Device(Protocol):
     the error in the slot's newest commands, or None. `parts(slot)` gives the seconds that the slot's newest step spent
     on carry-over, on the model and on sampling, 0 where the device does not tell them apart. `charge(phase, plan)` says
     that the host does a part of a step ("plan", "fill", "launch", "wait" or "commit"): it moves the virtual clock,
-    others move by themselves."""
+    others move by themselves. In `wait_until` the host does nothing until a time of `now()`."""
 
     clock: str
 
@@ -76,6 +76,7 @@ class Device(Protocol):
     def streams(self) -> tuple[Stream, Stream, Stream]: ...
     def now(self) -> float: ...
     def charge(self, phase: str, plan: Any) -> None: ...
+    def wait_until(self, moment: float) -> None: ...
     def event(self) -> Event: ...
     def spans(self, slot: int) -> np.ndarray: ...
     def parts(self, slot: int) -> list[float]: ...
@@ -111,6 +112,9 @@ class _RealTime:
 
     def charge(self, phase: str, plan: Any) -> None:
         pass
+
+    def wait_until(self, moment: float) -> None:
+        time.sleep(max(0.0, moment - self.now()))
 
 
 def open_device(model: torch.nn.Module, program: Callable[..., Any], num_slots: int, **arguments: Any) -> Device:
