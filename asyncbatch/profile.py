@@ -453,9 +453,10 @@ class Session:
             recording=self.recording,
         )
 
-    def write(self) -> None:
-        """Write report.json, the recording if asked for, and, but for the long runs of a preset, picture and trace."""
-        folder, (result, timelines) = self.options.out, self.report()
+    def write(self, made: tuple[dict[str, Any], list[Timeline]] | None = None) -> None:
+        """Write the report that was `made`, else a new one: report.json, the recording if asked for, and, but for the
+        long runs of a preset, page, picture and trace."""
+        folder, (result, timelines) = self.options.out, made or self.report()
         (folder / "report.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         if self.options.record and timelines:
             Recording.from_runs(self.options.record, result, timelines).save(folder / f"{self.options.record}.json")
@@ -658,10 +659,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise
             interrupted = True  # what ran is not thrown away
             tell("asyncbatch.profile: interrupted; the report is about what ran")
-        result, _ = session.report()
+        made = session.report()
+        result = made[0]
         print(json.dumps(result, indent=1)) if options.json else show(result)
         if options.out is not None:
-            session.write()
+            session.write(made)
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
         if options.debug:
             raise
