@@ -150,17 +150,11 @@ def test_without_ipywidgets_the_text_is_shown(monkeypatch):
     assert guess._repr_mimebundle_() == {"text/plain": "Predict: Which?\n  A: this\n  B: that"}
 
 
-def test_setup_says_device_and_clock_and_refuses_old_versions(monkeypatch, capsys):
+def test_setup_says_device_and_clock(capsys):
     assert teach.setup() in ("cpu", "cuda")
     out = capsys.readouterr().out
     assert "torch" in out
     assert re.search(r"Device: \w+.* Clock: (host|cuda)", out)
-    real = teach.importlib.metadata.version
-    monkeypatch.setattr(
-        teach.importlib.metadata, "version", lambda name: "5.9.1" if name == "transformers" else real(name)
-    )
-    with pytest.raises(RuntimeError, match=r"transformers 5\.9\.1 is too old: pip install 'transformers>=5\.17'"):
-        teach.setup()
 
 
 def cells(path):
