@@ -65,8 +65,10 @@ class Stream(Protocol):
 class Device(Protocol):
     """Three streams and a program. `spans(slot)` gives, once the slot's last command is done, the (start, end) of its
     newest command on each stream, float64 [3, 2], in seconds of the host's `now()`. `failure(slot)` gives the text of
-    the error in the slot's newest commands, or None. `charge(phase, plan)` says that the host does a part of a step
-    ("plan", "fill", "launch", "wait" or "commit"): it moves the virtual clock, others move by themselves."""
+    the error in the slot's newest commands, or None. `parts(slot)` gives the seconds that the slot's newest step spent
+    on carry-over, on the model and on sampling, 0 where the device does not tell them apart. `charge(phase, plan)` says
+    that the host does a part of a step ("plan", "fill", "launch", "wait" or "commit"): it moves the virtual clock,
+    others move by themselves."""
 
     clock: str
 
@@ -76,6 +78,7 @@ class Device(Protocol):
     def charge(self, phase: str, plan: Any) -> None: ...
     def event(self) -> Event: ...
     def spans(self, slot: int) -> np.ndarray: ...
+    def parts(self, slot: int) -> list[float]: ...
     def failure(self, slot: int) -> str | None: ...
     def close(self) -> None: ...
 
@@ -235,8 +238,8 @@ class HostStream:
 
 
 class HostDevice(_RealTime):
-    """One program in a `DeviceProcess`. `times` and `failed` are shared: the device writes them, before the event that
-    the host waits for; the host reads them after it."""
+    """One program in a `DeviceProcess`. `times`, `failed` and `parts_s` are shared: the device writes them, before the
+    event that the host waits for; the host reads them after it."""
 
     clock = "host"
 
@@ -244,11 +247,12 @@ class HostDevice(_RealTime):
         self.process, self.session = process, next(process.sessions)
         self.times = torch.zeros(num_slots, len(STREAMS), 2, dtype=torch.float64).share_memory_()
         self.failed = torch.zeros(num_slots, dtype=torch.int32).share_memory_()
+        self.parts_s = torch.zeros(num_slots, 3, dtype=torch.float64).share_memory_()
         self._events: list[HostEvent] = []
         self.streams = (HostStream(self, 0), HostStream(self, 1), HostStream(self, 2))
         self._events += [stream._end for stream in self.streams]
         try:
-            process.ask("open", self.session, program, arguments, self.times, self.failed)
+            process.ask("open", self.session, program, arguments, self.times, self.failed, self.parts_s)
         except DeviceError:
             self._give_events_back()
             raise
@@ -259,6 +263,9 @@ class HostDevice(_RealTime):
 
     def spans(self, slot: int) -> np.ndarray:
         return self.times.numpy()[slot].copy()
+
+    def parts(self, slot: int) -> list[float]:
+        return self.parts_s[slot].tolist()
 
     def failure(self, slot: int) -> str | None:
         return self.process.ask("failure", self.session, slot) if self.failed[slot] else None
@@ -337,8 +344,11 @@ class _Worker:
         gc.collect()
         gc.freeze()  # the model's many objects never become garbage: no collection has to look at them
 
-    def open(self, session: int, program: Callable, arguments: dict, times, failed) -> None:
-        self._programs[session] = (program(self._model, **arguments), times.numpy(), failed.numpy(), {})
+    def open(self, session: int, program: Callable, arguments: dict, times, failed, parts_s) -> None:
+        made = program(self._model, **arguments)
+        if hasattr(made, "parts_s"):
+            made.parts_s = parts_s.numpy()
+        self._programs[session] = (made, times.numpy(), failed.numpy(), {})
 
     def failure(self, session: int, slot: int) -> str:
         return self._programs[session][3].get(slot, "")
@@ -479,6 +489,9 @@ class CudaDevice(_RealTime):
             (start, self.origin_event), self.origin = pairs[1], float(spans[1, 1])
             pairs[1] = (start, torch.cuda.Event(enable_timing=True))
         return spans
+
+    def parts(self, slot: int) -> list[float]:
+        return [0.0, 0.0, 0.0]  # a step is one graph
 
     def failure(self, slot: int) -> str | None:
         return self.errors[slot]
