@@ -127,8 +127,8 @@ def __getattr__(name: str) -> Any:
 
 
 def _same(got: Any, want: Any) -> bool:
-    """Equal; numbers up to rounding, pairs member by member."""
-    if isinstance(want, tuple):
+    """Equal; numbers up to rounding, pairs and lists member by member."""
+    if isinstance(want, tuple | list):
         return isinstance(got, tuple | list) and len(got) == len(want) and all(map(_same, got, want))
     if isinstance(want, int | float):
         try:

@@ -157,27 +157,59 @@ def test_setup_says_device_and_clock(capsys):
     assert re.search(r"Device: \w+.* Clock: (host|cuda)", out)
 
 
-def cells(path):
-    return [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(path.read_text("utf-8"))["cells"]]
+BADGES = re.compile(r"<!-- badges -->\n(.*?)\n<!-- /badges -->", re.DOTALL)
+EXERCISE = re.compile(r"^### Exercise (\d+): .+ \((\d+) minutes\)$", re.MULTILINE)
+
+
+def cells(path) -> list[dict]:
+    return [cell | {"source": "".join(cell["source"])} for cell in json.loads(path.read_text("utf-8"))["cells"]]
+
+
+def has_picture(cell) -> bool:
+    return any("image/png" in output.get("data", {}) for output in cell.get("outputs", ()))
 
 
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
 def test_notebooks_hold_to_the_form_of_a_lesson(path):
-    markdown = [source for kind, source in cells(path) if kind == "markdown"]
-    code = [source for kind, source in cells(path) if kind == "code"]
-    text, program = "\n".join(markdown), "\n".join(code)
-    assert len(re.sub(r"<[^>]*>", " ", text).split()) <= 1500
+    book = cells(path)
+    markdown = [cell["source"] for cell in book if cell["cell_type"] == "markdown"]
+    code = [cell["source"] for cell in book if cell["cell_type"] == "code"]
+    text, program = "\n\n".join(markdown), "\n".join(code)
+    for promise in ("able to", "**Time:** ", " minutes", "**Needs:** "):
+        assert promise in markdown[0]
+    badges = BADGES.search(markdown[0])
+    assert badges, "no badges in the first cell: `make badges` writes them"
+    assert "![" in badges[1]
+    assert len(re.sub(r"<[^>]*>", " ", BADGES.sub("", text)).split()) <= 1500
     lengths = sorted(len(source.strip().splitlines()) for source in code)
     assert lengths[len(lengths) // 2] < 8
-    assert lengths[-1] <= 15
+    assert lengths[-1] <= 20
+
     assert program.count("teach.predict(") >= 3
     assert program.count(".reveal(") == program.count("teach.predict(")
-    assert "able to" in markdown[0]
-    assert "minutes" in markdown[0]
-    assert len(re.findall(r"<summary>Answer", text)) == 3
-    exercises = re.findall(r'teach\.check\("(\w+)"', program)
-    assert exercises
-    for name in exercises:
-        assert f'teach.solution("{name}")' in program
+    assert len(re.findall(r"<summary>Answer \d</summary>", text)) >= 3
+    assert "**What just happened.**" in text
+
+    pictures = [number for number, cell in enumerate(book) if has_picture(cell)]
+    assert len(book) <= 8 * len(pictures), f"{len(book)} cells with {len(pictures)} pictures"
+    alone = [number for number in pictures if "*Picture: " not in book[number - 1]["source"]]
+    assert alone == [], "no sentence in the cell above says what these pictures show"
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_exercises_of_a_notebook_rise_and_are_complete(path):
+    book = cells(path)
+    text = "\n\n".join(cell["source"] for cell in book if cell["cell_type"] == "markdown")
+    labels = [(int(number), int(minutes)) for number, minutes in EXERCISE.findall(text)]
+    minutes = [minutes for _, minutes in labels]
+    assert [number for number, _ in labels] == list(range(1, len(labels) + 1))
+    assert len(labels) >= 3
+    assert minutes == sorted(minutes), "each is at least as long as the one before"
+    checks = [number for number, cell in enumerate(book) if " = teach.check(" in cell["source"]]
+    assert len(checks) == len(labels)
+    for number in checks:
+        name = re.match(r'(\w+) = teach\.check\("\1", \1\)\n', book[number]["source"])[1]
+        assert re.search(rf"^def {name}\(.*# your code here", book[number - 1]["source"], re.MULTILINE | re.DOTALL)
+        assert f'# teach.solution("{name}")' in book[number]["source"]
         for hint in teach.EXERCISES[name].hints:
-            assert hint in text, f"{path.name}: a hint of {name} differs from teach.py"
+            assert hint in text, f"{path.name}: a hint of {name} differs from the exercise's"
