@@ -25,7 +25,7 @@ from .points import MEANING, attribute, points_of
 from .recording import Recording, Steps, steps_from, steps_of
 from .request import Completion
 from .simulate import costs_of, predict, what_if
-from .timeline import Timeline, idle_share
+from .timeline import Timeline, idle_share, overlap_gain
 from .workload import latency, uneven
 
 SCHEMA = 3
@@ -358,9 +358,7 @@ def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
     for one in result["comparisons"]:
         if (one["model"], one["batch_size"]) == ("random:llama-0.6b", 32):
             speedup, law = one["async_speedup"], one["law_idle"]
-            bound = (
-                None if law is None else 1 / max(law, 1 - law)
-            )  # all of the shorter one of host and device is hidden
+            bound = None if law is None else overlap_gain(law, 1 - law)
             forbidden = bound is not None and bound < 1.3
             reached = None if forbidden and (speedup or 0) < 1.3 else (speedup or 0) >= 1.3
             reach = f"1.3x (law: {bound:.2f}x)" if bound else "1.3x"
