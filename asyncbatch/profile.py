@@ -128,10 +128,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--preset", choices=[*PRESETS], help="a set of workloads for a GPU, with both engines")
     add("--peer-limit-s", type=whole(1), default=600, metavar="S", help="leave out a peer that would take longer")
     add("--record", type=file_name, metavar="NAME", help="write the recording DIR/NAME.json (GPU, with --out DIR)")
+    add("--trace", type=Path, metavar="FILE", help="measure nothing: report on a torch.profiler trace of any engine")
     add("--out", type=Path, metavar="DIR", help="write report.json, timeline.png and trace.json there")
     add("--json", action="store_true", help="print the report as JSON instead of the table")
     add("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(arguments)
+    options.changed = [name for name, value in vars(options).items() if value != parser.get_default(name)]
     options.given = list(sys.argv[1:] if arguments is None else arguments)
     return options
 
@@ -486,6 +488,10 @@ def one_line(error: BaseException) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
+    if options.trace is not None:
+        from .traces import main_trace  # the streaming JSON parser is needed for traces only
+
+        return main_trace(options)
     interrupted = False
     try:
         session = Session(options)

@@ -235,8 +235,12 @@ class _Counted(io.RawIOBase):
         return data
 
 
-class _Joined:
-    """Bytes already taken from a file, then the rest of it."""
+class _Guarded:
+    """Bytes already taken from a file, then the rest of it, for the parser.
+
+    ijson 3.6 crashes on an integer of more than 4,300 digits and takes memory by the square of the nesting. Neither
+    stands in a trace, so a piece of the file that holds more than 1,000 digits in a row, or opens 2,000 brackets more
+    than it closes, is refused."""
 
     def __init__(self, head: bytes, file):
         self.head, self.file = head, file
@@ -245,7 +249,12 @@ class _Joined:
         if size == 0:  # ijson asks for nothing, to see whether it gets bytes or text
             return b""
         data, self.head = self.head, b""
-        return data or self.file.read(size)
+        data = data or self.file.read(size)
+        if any(data[i : i + 500].isdigit() for i in range(0, len(data) - 499, 500)):
+            raise ijson.JSONError("a number of hundreds of digits")
+        if data.count(b"[") + data.count(b"{") - data.count(b"]") - data.count(b"}") > 2000:
+            raise ijson.JSONError("brackets in brackets, thousands deep")
+        return data
 
 
 @contextlib.contextmanager
@@ -262,7 +271,7 @@ def _unpacked(path: Path, progress: bool):
             while piece and not head:
                 piece = data.read(4096)
                 head = piece.removeprefix(b"\xef\xbb\xbf").lstrip()
-            yield head, _Joined(head, data), counted
+            yield head, _Guarded(head, data), counted
 
 
 def _read_events(path: Path, progress: bool) -> _Events:
@@ -278,11 +287,20 @@ def _read_events(path: Path, progress: bool) -> _Events:
     except OSError as error:
         raise TraceError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ijson.JSONError, ArithmeticError, UnicodeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].strip()
+        reason = _reason(error)
         if "premature EOF" in reason or "ncomplete JSON" in reason:
             raise TraceError(f"{path} is cut off: the JSON ends too early; {_so_far(counted, events)}") from error
         raise TraceError(f"{path} is not JSON ({reason}); {_so_far(counted, events)}") from error
     return events
+
+
+def _reason(error: Exception) -> str:
+    """What the parser says, in one line. It gives text, or bytes where the file is no text, with the place below."""
+    said = error.args[0] if error.args else ""
+    text = said.decode(errors="replace") if isinstance(said, bytes) else str(error)
+    if isinstance(error, ArithmeticError) or not text.strip():
+        return "a number out of range"
+    return text.strip().splitlines()[0].strip().rstrip(".")
 
 
 def _so_far(counted: _Counted | None, events: _Events) -> str:
@@ -507,7 +525,7 @@ def _by_graphs(work: _Work, copies: int) -> _Found | None:
         return None
     step = np.where(work.is_graph, work.correlation, -1)
     launches = len(np.unique(step[step >= 0]))
-    if copies > 1 and launches > 1.5 * copies:  # a step made of several graphs: a piece of the model each
+    if launches < 2 or (copies > 1 and launches > 1.5 * copies):  # then a graph is a piece of a step
         return None
     how = (
         f"a step is one of {launches} graph launches (kernels of one correlation id), or the eager kernels between two"
@@ -778,6 +796,12 @@ def _at_most(most: int, starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarra
     return starts[np.r_[True, kept]], ends[np.r_[kept, True]]
 
 
+def _plain(text: str, longest: int = 80) -> str:
+    """A name of the file as text for a terminal: no control characters, not too long."""
+    text = "".join(letter if letter.isprintable() else " " for letter in text)
+    return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
 def _lines(report: TraceReport) -> Iterator[str]:
     def row(label: str, text: str) -> str:
         return f"{label:<16}{text}"
@@ -786,8 +810,8 @@ def _lines(report: TraceReport) -> Iterator[str]:
         return "not measured" if value is None else f"{100 * value:.2f} %"
 
     data, others = report.as_dict(), len(report.streams) - 1
-    yield row("trace", report.label)
-    yield row("device", f"{report.device}{f' ({report.gpu})' if report.gpu else ''}")
+    yield row("trace", _plain(report.label))
+    yield row("device", f"{report.device}{f' ({_plain(report.gpu)})' if report.gpu else ''}")
     yield row("compute stream", f"{report.compute_stream}" + (f", one of {others + 1}" if others else ""))
     yield row("window", f"{report.window_s:.6g} s, {report.num_kernels} kernels, {report.num_copies} copies")
     if report.graph_launches is None:
@@ -796,8 +820,8 @@ def _lines(report: TraceReport) -> Iterator[str]:
         yield row("graph launches", f"{report.graph_launches.calls}, but none of their kernels is in the trace")
     else:
         calls, kernels = report.graph_launches
-        yield row("graph launches", f"{calls}, with {kernels} of the kernels")
-    yield row("steps", f"{len(report.steps)}: {report.how_steps}")
+        yield row("graph launches", f"{calls}, with {kernels} of the kernels" if calls else "none")
+    yield row("steps", f"{len(report.steps)}: {_plain(report.how_steps, 300)}")
     steps = data["steps"]
     if steps["ms_median"] is not None:
         yield row("ms a step", f"{steps['ms_median']:.3f} (median), {steps['ms_p99']:.3f} (99th percentile)")
@@ -807,7 +831,7 @@ def _lines(report: TraceReport) -> Iterator[str]:
         "kernel busy", f"{share(report.kernel_busy_in_steps)} over these steps, {share(report.kernel_busy)} over all"
     )
     for note in report.notes:
-        yield row("note", note)
+        yield row("note", _plain(note, 300))
     for where, seconds in report.idle_s.items():
         if seconds:
             yield ""
@@ -815,14 +839,16 @@ def _lines(report: TraceReport) -> Iterator[str]:
             causes = list(report.idle_by_cause(where == "inside steps").items())
             rest = sum(value for _, value in causes[8:])
             causes = causes[:8] + ([(f"{len(causes) - 8} more", rest)] if rest else [])
-            yield from (f"{1e3 * value:>12.3f} ms {100 * value / seconds:>6.1f} %  {name}" for name, value in causes)
+            yield from (
+                f"{1e3 * value:>12.3f} ms {100 * value / seconds:>6.1f} %  {_plain(name)}" for name, value in causes
+            )
     longest = [gap for gap in report.longest(5) if gap.seconds > 0]
     if longest:
         yield ""
         yield "longest gaps"
         for gap in longest:
             where = "inside" if gap.inside else "before"
-            yield f"{gap.ms:>12.3f} ms  {where} step {gap.step}, at {gap.start:.6f} s: {gap.cause}"
+            yield f"{gap.ms:>12.3f} ms  {where} step {gap.step}, at {gap.start:.6f} s: {_plain(gap.cause)}"
 
 
 def read_trace(path: str | os.PathLike, progress: bool = False) -> TraceReport:
@@ -1001,7 +1027,7 @@ def _renumbered(column: np.ndarray, numbers: _Names) -> np.ndarray:
 
 def _pattern(name: str) -> str:
     """A name with its numbers left open: one for all occurrences of an annotation."""
-    return re.sub(r"\d+", "#", name)
+    return re.sub(r"#?\d+", "#", name)
 
 
 def _repeated(table: dict[str, np.ndarray], names: list[str], thread: int | None = None) -> list[tuple]:
