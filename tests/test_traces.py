@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from make_trace import COMPUTE, COPY_OUT, OTHER_THREAD, THREAD, US, Trace, engine, write_large
 
-from asyncbatch import Timeline, profile, traces
+from asyncbatch import Timeline, profile, trace_events, traces
 from asyncbatch.timeline import device_activity
 from asyncbatch.traces import NOTHING, GraphLaunches, TraceError, TraceReport, busy_in, innermost, read_trace
 
@@ -152,6 +152,26 @@ def test_the_causes_of_a_gap_to_the_nanosecond(tmp_path):
     assert report.kernel_busy == pytest.approx(250 / 370)
 
 
+def test_where_the_two_methods_differ_it_says_what_makes_the_difference(tmp_path):
+    """Steps of 100 with a pause of 10 inside, 50 apart, and a copy of 20 in between: 100 of 150 by the one method, 110
+    by the other."""
+    trace = Trace()
+    for begin in range(0, 150 * 21, 150):
+        launch = trace.call("cudaGraphLaunch", begin, 5)
+        trace.kernel("a", begin, 60, launch)
+        trace.kernel("b", begin + 70, 30, launch)
+        trace.copy("Memcpy HtoD (Pinned -> Device)", begin + 110, 20)
+    report = read(trace, tmp_path)
+    assert report.step_active == pytest.approx(100 / 150)
+    assert report.kernel_busy_in_steps == pytest.approx(110 / 150)
+    assert report.notes == [
+        "Step active and kernel busy differ by 6.7 points: in 6.7 % of the time nothing runs inside a step, and in "
+        "13.3 % a copy or another stream runs between steps."
+    ]
+    assert report.notes[0] in str(report)
+    assert report.as_dict()["notes"] == report.notes
+
+
 def test_a_wait_is_named_as_one_and_its_operator_is_not(tmp_path):
     report = read(engine(runtime="hip"), tmp_path)
     assert "hipStreamSynchronize (waiting)" in report.idle_by_cause(inside=False)
@@ -168,7 +188,7 @@ def test_a_wait_is_named_as_one_and_its_operator_is_not(tmp_path):
         (traces.ANNOTATION, "decode[bs=8 tok=8]", "decode[bs=# tok=#]"),
         (traces.PYTHON, "nn.Module: LlamaDecoderLayer_12", "nn.Module: LlamaDecoderLayer"),
         (traces.PYTHON, "/usr/lib/vllm/v1/core/scheduler.py(88): schedule", "scheduler.py(88): schedule"),
-        (traces.OP, "aten::_local_scalar_dense", "aten::_local_scalar_dense"),
+        (trace_events.OP, "aten::_local_scalar_dense", "aten::_local_scalar_dense"),
     ],
 )
 def test_readable_names(kind, name, cause):
@@ -659,9 +679,9 @@ def test_memory_grows_by_arrays_not_by_objects(tmp_path):
     read(engine(steps=3), tmp_path)  # whatever is loaded once
     tracemalloc.start()
     try:
-        events = traces._read_events(tmp_path / "large.json", False)
+        events = trace_events.read_events(tmp_path / "large.json", False)
         reading = tracemalloc.get_traced_memory()[1]
-        traces._report("large.json", events)
+        traces.report_on("large.json", events)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -674,7 +694,7 @@ def test_a_bar_shows_how_much_of_a_large_file_is_read(tmp_path, monkeypatch, cap
     path = engine().save(tmp_path / "trace.json.gz")
     read_trace(path, progress=True)
     assert capsys.readouterr().err == "", "a small file is read before a bar could be looked at"
-    monkeypatch.setattr(traces, "BAR_FROM", 1000)
+    monkeypatch.setattr(trace_events, "BAR_FROM", 1000)
     read_trace(path, progress=True)
     assert "reading trace.json.gz" in capsys.readouterr().err
     read_trace(path)
