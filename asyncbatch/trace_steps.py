@@ -98,8 +98,8 @@ def _by_annotations(work: Work, on_host: list[tuple], on_device: list[tuple], co
     note = None
     if copies > 3 * count:
         note = (
-            f"Each {pattern} holds about {copies / count:.0f} copies of results: for a step a batch, call "
-            "prof.step() after each batch, or not at all."
+            f"Each {pattern} holds about {copies / count:.0f} copies of results. If they are those of several batches, "
+            "call prof.step() after each batch, or not at all."
         )
     how = f"a step is one of {count} annotations {pattern!r}: the kernels {verb}"
     return _Rule(_with_loose_work(step, work), how, note)

@@ -48,7 +48,7 @@ from .trace_events import (
     TraceError,
     gpu_name,
     read_events,
-)  # fmt: skip
+)
 from .trace_steps import Found, Work, find_steps, pattern_of, repeated
 
 __all__ = ["GraphLaunches", "Stream", "TraceError", "TraceGap", "TraceReport", "busy_in", "main_trace", "read_trace"]

@@ -138,7 +138,7 @@ def engine(
     """An engine at work: every step copies in, launches the model, samples, copies out.
 
     A synchronous one waits for each step's result before it plans the next. An asynchronous one launches step N+1
-    first. `annotation` is wrapped around the host's work on a step, with {} for its number. `sampling`: one eager kernel
+    first. `annotation` is wrapped around the work of the host on a step, {} is its number. `sampling`: one eager kernel
     after the model's. `prefill_at`: before that step the model runs eagerly, longer. The host plans for 300 us and
     commits for 150 us; each of a step's kernels takes 40 us, with 1 us to the next."""
     trace = trace or Trace()
