@@ -175,6 +175,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--peer-limit-s", type=whole(1), default=600, metavar="S", help="leave out a peer that would take longer")
     add("--kineto", action="store_true", help="run once more under torch.profiler: kernel-level busy time (CUDA)")
     add("--overhead", action="store_true", help="measure what measuring costs: runs with and without it")
+    add("--trace", type=Path, metavar="FILE", help="measure nothing: report on a torch.profiler trace of any engine")
     add("--compare", nargs=2, metavar=("A.json", "B.json"), help="measure nothing: put two report.json files side by "
         "side, with a warning for each thing that makes them hard to compare")  # fmt: skip
     add = parser.add_argument_group("output").add_argument
@@ -183,11 +184,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--json", action="store_true", help="print the report as JSON instead of the table")
     add("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(arguments)
-    if options.compare:
-        others = [name for name, value in vars(options).items() if value != parser.get_default(name)]
-        others = [name for name in others if name not in ("compare", "json", "debug")]
-        if others:
-            parser.error(f"--compare measures nothing: {_flag(others[0])} cannot be had with it")
+    options.changed = [name for name, value in vars(options).items() if value != parser.get_default(name)]
+    others = [name for name in options.changed if name not in ("compare", "json", "debug")]
+    if options.compare and others:
+        parser.error(f"--compare measures nothing: {_flag(others[0])} cannot be had with it")
     options.given = list(sys.argv[1:] if arguments is None else arguments)
     return options
 
@@ -641,6 +641,10 @@ def one_line(error: BaseException) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
+    if options.trace is not None:
+        from .traces import main_trace  # the streaming JSON parser is needed for traces only
+
+        return main_trace(options)
     interrupted = False
     try:
         if options.compare:
