@@ -17,6 +17,7 @@ from matplotlib.text import Text
 from asyncbatch import faults, races, teach
 from asyncbatch.explore import explore
 from asyncbatch.lessons import streams
+from asyncbatch.lessons.lab import COMMANDS, Lab, draw, program, serve
 from asyncbatch.streams import launch_step, order
 
 # ---- wrong answers as learners write them, each with a fault of its own ----------------------------------------------
@@ -75,7 +76,7 @@ def launches(*calls):
                 getattr(by_name[lane], method)(*(getattr(slot, name) for name in event))
             else:
                 command, *lane = call.split(" on ")
-                by_name[lane[0] if lane else streams.COMMANDS[command]].launch(command, slot.index)
+                by_name[lane[0] if lane else COMMANDS[command]].launch(command, slot.index)
 
     return launch
 
@@ -92,9 +93,10 @@ LAUNCHES = {
     ),
     "the host waits": launches("copy_in", "H2D.synchronize", "step", STEP, "copy_out", OUT),
     "all in one stream": launches(
-        *(f"{command} on compute" for command in streams.COMMANDS), "compute.record_event outputs_ready"
+        *(f"{command} on compute" for command in COMMANDS), "compute.record_event outputs_ready"
     ),
     "batches do not overlap": launches("copy_in", IN, "step", STEP, "copy_out", END),
+    "always the first slot": lambda lanes, slot: RIGHT(lanes, SimpleNamespace(**{**vars(slot), "index": 0})),
     "steps wait for copies out": launches("copy_in", IN, "step", STEP, "copy_out", "D2H > compute"),
 }
 RIGHT = launches("copy_in", IN, "step", STEP, "copy_out", OUT)
@@ -196,6 +198,7 @@ def test_an_untouched_stub_says_so(name, capsys):
         ("launch_step", LAUNCHES["all in one stream"], "copy_in runs on the stream compute"),
         ("launch_step", LAUNCHES["batches do not overlap"], "copy in 1 starts 50 ms later than it could"),
         ("launch_step", LAUNCHES["no copy out"], "never launch 'copy_out'"),
+        ("launch_step", LAUNCHES["always the first slot"], "copy_in is launched twice for batch 0"),
         ("racing", two_reads_too, "both only read"),
         ("racing", any_operation_will_do, "the clock counts 1 of H2D's operations, so operation 2 may still"),
     ],
@@ -223,11 +226,11 @@ times = st.floats(0.1, 50.0)
 @settings(max_examples=100, deadline=None)
 @given(times, times, times, st.lists(st.integers(-99, 99), min_size=1, max_size=4))
 def test_whatever_the_times_are_an_ordered_launch_reads_what_was_asked_for(copy_in, step, copy_out, numbers):
-    lab = streams.Lab("virtual", len(numbers), {"copy_in": copy_in, "step": step, "copy_out": copy_out})
-    assert streams.serve(lab, launch_step, numbers) == [6 * number for number in numbers]
+    lab = Lab("virtual", len(numbers), {"copy_in": copy_in, "step": step, "copy_out": copy_out})
+    assert serve(lab, launch_step, numbers) == [6 * number for number in numbers]
     spans = lab.spans()
     for slot in range(len(numbers)):
-        (_, a, b), (_, c, d), (_, e, f) = (spans[command, slot] for command in streams.COMMANDS)
+        (_, a, b), (_, c, d), (_, e, f) = (spans[command, slot] for command in COMMANDS)
         assert b <= c + 1e-12
         assert d <= e + 1e-12
         for start, end, ms in ((a, b, copy_in), (c, d, step), (e, f, copy_out)):
@@ -239,9 +242,9 @@ def test_whatever_the_times_are_an_ordered_launch_reads_what_was_asked_for(copy_
 def test_one_outcome_means_right_on_every_clock_and_a_missing_order_means_several(missing, copy_in, step, copy_out):
     calls = [call for call in ("copy_in", IN, "step", STEP, "copy_out", OUT) if call not in missing]
     launch, numbers = launches(*calls), [7, 8, 9]
-    found = explore(streams.program(launch, numbers, num_slots=2))
-    lab = streams.Lab("virtual", 3, {"copy_in": copy_in, "step": step, "copy_out": copy_out})
-    read = streams.serve(lab, launch, numbers)
+    found = explore(program(launch, numbers, num_slots=2))
+    lab = Lab("virtual", 3, {"copy_in": copy_in, "step": step, "copy_out": copy_out})
+    read = serve(lab, launch, numbers)
     assert found.complete
     assert found.several == bool(found.races) == bool(missing)
     assert found.several or read == [42, 48, 54]
@@ -249,45 +252,45 @@ def test_one_outcome_means_right_on_every_clock_and_a_missing_order_means_severa
 
 
 def test_times_on_the_virtual_clock_are_exact():
-    lab = streams.Lab()
-    assert streams.serve(lab, launch_step, [7, 8, 9]) == [42, 48, 54]
+    lab = Lab()
+    assert serve(lab, launch_step, [7, 8, 9]) == [42, 48, 54]
     # Fill and three launches take 5 ms a batch; the steps begin after the first copy in, and the last copy out ends it.
     assert lab.total_ms == pytest.approx(2 + 1 + 10 + 3 * 40 + 10)
     assert lab.waited_ms() == pytest.approx(143 - 15)
-    lab = streams.Lab()
-    assert streams.serve(lab, LAUNCHES["no waits"], [7, 8, 9]) == [0, 0, 0]
+    lab = Lab()
+    assert serve(lab, LAUNCHES["no waits"], [7, 8, 9]) == [0, 0, 0]
     lab.work(7.0)
     assert lab.calls[-1].end - lab.calls[-1].start == pytest.approx(7e-3)
 
 
 def test_the_lab_on_a_second_process_overlaps_and_its_hasty_batches_are_wrong():
-    ordered, hasty = streams.Lab("cpu"), streams.Lab("cpu")
-    assert streams.serve(ordered, launch_step, [7, 8, 9]) == [42, 48, 54]
-    assert streams.serve(hasty, LAUNCHES["no waits"], [7, 8, 9]) != [42, 48, 54]
+    ordered, hasty = Lab("cpu"), Lab("cpu")
+    assert serve(ordered, launch_step, [7, 8, 9]) == [42, 48, 54]
+    assert serve(hasty, LAUNCHES["no waits"], [7, 8, 9]) != [42, 48, 54]
     spans = ordered.spans()
     assert spans["copy_in", 1][1] < spans["step", 0][2]  # the next copy ran beside the step
     assert spans["copy_in", 0][2] <= spans["step", 0][1]
     compute = hasty.streams[1]
     compute.launch("step", 0)
     assert not compute.query()
-    assert repr(streams.draw({"a": ordered, "b": hasty})) == "<Picture: a; b>"  # measured: no times in the text
+    assert repr(draw({"a": ordered, "b": hasty})) == "<Picture: a; b>"  # measured: no times in the text
 
 
 def test_a_lab_that_nobody_has_any_more_is_closed_when_the_next_one_opens():
-    lab = streams.Lab("cpu", 1)
+    lab = Lab("cpu", 1)
     device, free = lab.device, len(lab.device.process.free_events)
     del lab
     gc.collect()
-    streams.Lab("cpu", 1)
+    Lab("cpu", 1)
     assert not device._events  # given back
     assert len(device.process.free_events) >= free
 
 
 def test_what_the_lab_does_not_know_is_refused():
     with pytest.raises(ValueError, match="a Lab is on 'virtual', 'cpu' or 'cuda', not on 'gpu'"):
-        streams.Lab("gpu")
+        Lab("gpu")
     with pytest.raises(ValueError, match="there is no command 'copy': there are copy_in, step, copy_out"):
-        streams.Lab().streams[0].launch("copy", 0)
+        Lab().streams[0].launch("copy", 0)
 
 
 def test_the_launch_of_the_batchers_makes_the_calls_that_the_faults_take_away():
@@ -320,9 +323,9 @@ def texts(picture):
 def all_pictures():
     labs = {}
     for name in ("no waits", "batches do not overlap", "the host waits"):
-        labs[name] = streams.Lab()
-        streams.serve(labs[name], LAUNCHES[name], [7, 8, 9])
-    yield streams.draw(labs, [42, 48, 54])
+        labs[name] = Lab()
+        serve(labs[name], LAUNCHES[name], [7, 8, 9])
+    yield draw(labs, [42, 48, 54])
     yield streams.draw_copies(streams.RECORDED_COPIES, streams.RECORDED_ON)
     yield streams.draw_default_stream(streams.RECORDED_DEFAULT_STREAM, streams.RECORDED_ON)
     yield streams.Luck(40.0, 30.0)
@@ -341,9 +344,9 @@ def test_nothing_of_a_picture_is_cut(picture):
 
 
 def test_a_picture_says_what_was_read_and_has_an_arrow_for_each_wait():
-    lab = streams.Lab()
-    streams.serve(lab, launch_step, [7, 8, 9])
-    picture = streams.draw({"mine": lab}, [42, 48, 0])
+    lab = Lab()
+    serve(lab, launch_step, [7, 8, 9])
+    picture = draw({"mine": lab}, [42, 48, 0])
     words = [text.get_text() for text in texts(picture)]
     assert repr(picture) == "<Picture: mine: 143 ms in all>"
     assert {"42 right", "48 right", "54 WRONG", "step 0", "copy in 0"} <= set(words)
@@ -398,14 +401,14 @@ cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA de
 @pytest.mark.cuda
 @cuda
 def test_on_cuda_the_lab_and_the_measurements_say_what_was_recorded():
-    lab = streams.Lab("cuda")
-    assert streams.serve(lab, launch_step, [7, 8, 9]) == [42, 48, 54]
-    hasty = streams.Lab("cuda")
-    assert streams.serve(hasty, LAUNCHES["no waits"], [7, 8, 9]) != [42, 48, 54]
-    alone = streams.Lab("cuda")
+    lab = Lab("cuda")
+    assert serve(lab, launch_step, [7, 8, 9]) == [42, 48, 54]
+    hasty = Lab("cuda")
+    assert serve(hasty, LAUNCHES["no waits"], [7, 8, 9]) != [42, 48, 54]
+    alone = Lab("cuda")
     alone.streams[1].launch("step", 0)  # the other streams are never used
     assert alone.spans() == alone.spans()
-    repr(streams.draw({"lab": lab, "hasty": hasty, "alone": alone}))
+    repr(draw({"lab": lab, "hasty": hasty, "alone": alone}))
     copies = {copy.name: copy.host_ms for copy in streams.measure_copies()}
     assert list(copies) == [copy.name for copy in streams.RECORDED_COPIES]
     assert copies["pageable, host to device"] > 10 * copies["pinned, host to device"]
