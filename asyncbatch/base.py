@@ -23,7 +23,7 @@ from .request import Completion, Request, RequestError, check_request, contains_
 from .runner import Runner, TimedRunner
 from .scheduler import BatchPlan, RunState, Scheduler
 from .slot import Slot, StepShape, host_buffers
-from .streams import CudaDevice, Device, DeviceError, open_device
+from .streams import CudaDevice, Device, DeviceError, launch_step, open_device
 from .timeline import LANES, Timeline
 from .virtual import Costs, VirtualDevice
 
@@ -270,6 +270,17 @@ class BatcherBase:
         self._drain()
         return [answer.completion if isinstance(answer, Handle) else answer for answer in answers]  # type: ignore[misc]
 
+    def turn(self) -> bool:
+        """One turn of the loop for whoever has submitted requests; for callers that do other things between two turns.
+        False if no request is under way: then nothing is, for steps still in flight for nobody are committed first.
+        RequestError on a closed batcher."""
+        self._check_open()
+        if self._handles:
+            self._turn()
+            return True
+        self._drain()
+        return False
+
     def stream(self, request: Request) -> Iterator[int]:
         """Give the request's tokens as they are committed. Leaving the loop early cancels the request. An error in the
         request itself is raised here, an error while serving it after its last good token."""
@@ -339,15 +350,7 @@ class BatcherBase:
     @host_span
     def launch(self, slot: Slot) -> None:
         """Tell the three streams what to do, and in which order. The host waits for none of it."""
-        h2d, compute, d2h = self.device.streams
-        h2d.launch("copy_in", slot.index)
-        h2d.record_event(slot.inputs_ready)
-        compute.wait_event(slot.inputs_ready)
-        compute.launch(slot.command, slot.index)
-        compute.record_event(slot.step_done)
-        d2h.wait_event(slot.step_done)
-        d2h.launch("copy_out", slot.index)
-        d2h.record_event(slot.outputs_ready)
+        launch_step(self.device.streams, slot)
 
     @host_span
     def wait(self, slot: Slot) -> None:

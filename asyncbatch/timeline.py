@@ -101,6 +101,20 @@ def idle_share(host_s: float, device_s: float) -> float:
     return host_s / (host_s + device_s)
 
 
+def overlap_gain(host_s: float, device_s: float) -> float:
+    """How many times as fast the asynchronous loop can be: in turns a step costs both times, overlapped the longer one.
+
+    `host_s` and `device_s` are seconds of one step. ZeroDivisionError if both are 0."""
+    return (host_s + device_s) / max(host_s, device_s)
+
+
+def idle_gaps(starts, ends) -> list[tuple[int, float]]:
+    """(i, seconds) for every step i that begins later than the step before it ends: for so long the device was idle.
+
+    `starts` and `ends` are lists of seconds of successive device steps, as in `device_activity`."""
+    return [(i, starts[i] - ends[i - 1]) for i in range(1, len(starts)) if starts[i] > ends[i - 1]]
+
+
 def device_activity(starts, ends, counted=None) -> tuple[float, float]:
     """(active_s, period_s) of successive device steps: `starts` and `ends` are lists or arrays of seconds, in order.
 
@@ -193,8 +207,9 @@ class Timeline:
 
         They add up to the idle time behind `summary().idle`."""
         _, steps, starts, ends = self.lane("compute")
-        wanted = np.flatnonzero(np.isin(steps[1:], self._decode_steps()) & (starts[1:] > ends[:-1]))
-        steps, begins, stops = steps[wanted + 1], ends[wanted], starts[wanted + 1]
+        late = np.array([i for i, _ in idle_gaps(starts.tolist(), ends.tolist())], np.int64)
+        wanted = late[np.isin(steps[late], self._decode_steps())]
+        steps, begins, stops = steps[wanted], ends[wanted - 1], starts[wanted]
         names, _, starts, ends = self.lane("host")
         kinds = np.array(names, object)
         host_s: list[dict[str, float]] = [{} for _ in wanted]
