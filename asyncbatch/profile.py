@@ -20,8 +20,11 @@ import json
 import math
 import os
 import re
+import statistics
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,11 +37,13 @@ from .base import BatcherBase
 from .batcher import AsyncBatcher, SyncBatcher
 from .floor import copy_bandwidth, kv_bytes_per_token, weight_bytes
 from .models import ALLOWED, load_model
+from .points import record_points
 from .recording import Recording, steps_from
-from .report import OWN, Measured, report, table
+from .report import OWN, Measured, report
 from .request import Completion, Request
 from .streams import DeviceError, device_threads
-from .timeline import Timeline, save_trace
+from .terminal import show
+from .timeline import Timeline, device_activity, save_trace
 from .workload import Arrivals, Lengths, PromptFile, arrival_times, make_requests, most_context, note_sizes, uneven
 from .workload import serve as serve_requests
 
@@ -58,6 +63,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         new_tokens=512,
     ),
 }
+KINETO_TOKENS = 64  # of each request under torch.profiler: thousands of steps would fill gigabytes
 EPILOG = """examples:
   python -m asyncbatch.profile --out out
       the embedded model on a chat's questions, sync against async; table, report.json, picture and trace
@@ -167,19 +173,21 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--repeats", type=whole(1), metavar="N", help="runs of each mode, in turns (default 3)")
     add("--preset", choices=[*PRESETS], help="a set of workloads for a GPU, with both engines")
     add("--peer-limit-s", type=whole(1), default=600, metavar="S", help="leave out a peer that would take longer")
+    add("--kineto", action="store_true", help="run once more under torch.profiler: kernel-level busy time (CUDA)")
+    add("--overhead", action="store_true", help="measure what measuring costs: runs with and without it")
+    add("--trace", type=Path, metavar="FILE", help="measure nothing: report on a torch.profiler trace of any engine")
     add("--compare", nargs=2, metavar=("A.json", "B.json"), help="measure nothing: put two report.json files side by "
         "side, with a warning for each thing that makes them hard to compare")  # fmt: skip
     add = parser.add_argument_group("output").add_argument
-    add("--out", type=Path, metavar="DIR", help="write report.json, timeline.png and trace.json there")
+    add("--out", type=Path, metavar="DIR", help="write report.html, report.json, timeline.png and trace.json there")
     add("--record", type=file_name, metavar="NAME", help="write the recording DIR/NAME.json (GPU, with --out DIR)")
     add("--json", action="store_true", help="print the report as JSON instead of the table")
     add("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(arguments)
-    if options.compare:
-        others = [name for name, value in vars(options).items() if value != parser.get_default(name)]
-        others = [name for name in others if name not in ("compare", "json", "debug")]
-        if others:
-            parser.error(f"--compare measures nothing: {_flag(others[0])} cannot be had with it")
+    options.changed = [name for name, value in vars(options).items() if value != parser.get_default(name)]
+    others = [name for name in options.changed if name not in ("compare", "json", "debug")]
+    if options.compare and others:
+        parser.error(f"--compare measures nothing: {_flag(others[0])} cannot be had with it")
     options.given = list(sys.argv[1:] if arguments is None else arguments)
     return options
 
@@ -252,6 +260,8 @@ def refuse(options: argparse.Namespace) -> None:
             )
     if options.record and options.out is None:
         raise ValueError(f"--record {options.record} needs --out DIR, the folder to write {options.record}.json into")
+    if options.kineto and (timed or not torch.cuda.is_available()):
+        raise ValueError("--kineto asks a GPU's own profiler, and there is no CUDA GPU in this run")
     for name in ("preset", "record"):
         value = getattr(options, name)
         if value and not torch.cuda.is_available():
@@ -377,14 +387,37 @@ class Session:
                 for engine, mode in list(alive)[:: -1 if repeat % 2 else 1]:
                     with noting_failure(engine, mode):
                         batcher, found = alive[engine, mode]
-                        served = serve(batcher, requests, arrivals_s, progress=sys.stderr.isatty())
+                        with self._keeping_what_ran(alive, batcher, found):
+                            served = serve(batcher, requests, arrivals_s, sys.stderr.isatty(), points=True)
                         steps_from(served[0])  # a ValueError now is better than a report that cannot be made
                         found.runs.append(served)
                         wall_s = served[0].summary().wall_s
                         count = f"run {repeat + 1} of {workload.repeats}"
                         tell(f"{self._where(workload)}{_who(workload, engine, mode)}: {count}: {wall_s:.2f} s")
+            for (engine, mode), (batcher, found) in list(alive.items()):
+                with noting_failure(engine, mode):
+                    who = f"{self._where(workload)}{_who(workload, engine, mode)}"
+                    if workload.overhead and engine == OWN:
+                        tell(f"{who}: with and without measuring")
+                        found.overhead = overhead(batcher, requests, max(3, workload.repeats))
+                    if workload.kineto:
+                        tell(f"{who}: once more under torch.profiler")
+                        found.kineto = kineto(batcher, requests)
             # Inside: what was measured stays, even if closing a broken device fails.
             self.measured += [found for _, found in alive.values()]
+
+    @contextlib.contextmanager
+    def _keeping_what_ran(self, alive, batcher, found: Measured):
+        """After Ctrl-C, keep what has been measured; of an engine that has no whole run yet, the run that was ended."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            computed = [span for span in batcher.timeline.spans if span.lane == "compute"]
+            if not found.runs and len(computed) > 1:
+                found.runs.append((batcher.timeline, []))
+                found.interrupted = True
+            self.measured += [other for _, other in alive.values() if other.runs]
+            raise
 
     def _where(self, workload) -> str:
         return f"{workload.model} batch {workload.batch_size} " if len(self.workloads) > 1 else ""
@@ -420,14 +453,18 @@ class Session:
             recording=self.recording,
         )
 
-    def write(self) -> None:
-        """Write report.json, the recording if asked for, and, but for the long runs of a preset, picture and trace."""
-        folder, (result, timelines) = self.options.out, self.report()
+    def write(self, made: tuple[dict[str, Any], list[Timeline]] | None = None) -> None:
+        """Write the report that was `made`, else a new one: report.json, the recording if asked for, and, but for the
+        long runs of a preset, page, picture and trace."""
+        folder, (result, timelines) = self.options.out, made or self.report()
         (folder / "report.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         if self.options.record and timelines:
             Recording.from_runs(self.options.record, result, timelines).save(folder / f"{self.options.record}.json")
+        from .page import write_page  # matplotlib is needed for pictures only
+
+        write_page(folder / "report.html", result, [] if self.options.preset else timelines)
         if timelines and not self.options.preset:
-            from .plot import plot  # matplotlib is needed for pictures only
+            from .plot import plot
 
             plot(*timelines, title=f"{result['model']} on {result['device']}").savefig(folder / "timeline.png")
             save_trace(folder / "trace.json", timelines)
@@ -453,13 +490,87 @@ def open_batcher(engine: str, mode: str, model, options: argparse.Namespace, ste
 
 
 def serve(
-    batcher, requests: list[Request], arrivals_s: Sequence[float] | None = None, progress: bool = False
+    batcher,
+    requests: list[Request],
+    arrivals_s: Sequence[float] | None = None,
+    progress: bool = False,
+    points: bool = False,
 ) -> tuple[Timeline, list[Completion]]:
-    completions = serve_requests(batcher, requests, arrivals_s, progress)
+    with record_points(batcher) if points else contextlib.nullcontext():
+        completions = serve_requests(batcher, requests, arrivals_s, progress)
     for completion in completions:
         if completion.error is not None:
             raise completion.error
     return batcher.timeline, completions
+
+
+class _Blind(Timeline):
+    """A timeline that notes nothing."""
+
+    def add(self, *_: Any) -> None:
+        pass
+
+    def add_step(self, *_: Any) -> None:
+        pass
+
+
+def overhead(batcher, requests: list[Request], pairs: int) -> dict[str, Any]:
+    """What measuring costs: runs with all of it and with no span noted, in turns. share: the median over the pairs of
+    time with / time without, less 1; ms_per_step: the same share of a step; pairs: each pair's own."""
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    timeline = batcher.timeline
+    for pair in range(pairs):
+        for measuring in (True, False) if pair % 2 else (False, True):
+            if not measuring:
+                batcher._new_timeline = _Blind
+            try:
+                start = time.perf_counter()
+                serve(batcher, requests, points=measuring)
+                seconds[measuring].append(time.perf_counter() - start)
+            finally:
+                vars(batcher).pop("_new_timeline", None)
+            if measuring:
+                timeline = batcher.timeline
+    each = [with_ / without - 1 for with_, without in zip(seconds[True], seconds[False], strict=True)]
+    share, steps = statistics.median(each), max(1, len(timeline.steps))
+    return {"share": share, "ms_per_step": 1e3 * share * statistics.median(seconds[False]) / steps, "pairs": each}
+
+
+def kineto(batcher, requests: list[Request]) -> dict[str, Any]:
+    """Run once more under torch.profiler, at most KINETO_TOKENS of each request, and compare two methods on that run:
+    busy, the union of kernels and copies in its trace; event_active, its steps between CUDA events. Both over the time
+    from the end of the first step to the end of the last one. differs: by more than 2 points; note: in words."""
+    from .traces import busy_in, read_trace
+
+    few = [replace(request, max_new_tokens=min(request.max_new_tokens, KINETO_TOKENS)) for request in requests]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        timeline, _ = serve(batcher, few)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        trace = read_trace(path)
+    _, _, starts, ends = timeline.lane("compute")
+    active_s, period_s = device_activity(starts, ends)
+    busy = busy_in(trace, float(trace.steps[0, 1]), float(trace.steps[-1, 1]))
+    return kineto_result(busy, active_s / period_s, trace, len(starts))
+
+
+def kineto_result(busy: float, active: float, trace: Any, steps: int) -> dict[str, Any]:
+    """The two methods side by side, and what to think of them. `trace`: a TraceReport; `steps`: steps that were run."""
+    replays = trace.graph_launches
+    if replays is None:
+        said = "the trace does not say which kernels came from graph replays"
+    else:
+        said = f"{replays[0]} graph replays, {replays[1]} of {trace.num_kernels} kernels in them"
+    if trace.num_kernels < steps:
+        said += f"; fewer kernels than the {steps} steps: the profiler did not see into the graphs"
+    differs = abs(busy - active) > 0.02
+    if differs:
+        said += (
+            "; THE TWO METHODS DISAGREE by more than 2 points: between the kernels of a step the device is idle too, "
+            "which events around the step cannot see, and the profiler slows the host down"
+        )
+    return {"busy": busy, "event_active": active, "differs": differs, "kernels": trace.num_kernels, "note": said}
 
 
 def check_speed(batcher, requests: list[Request], options: argparse.Namespace) -> None:
@@ -533,6 +644,10 @@ def one_line(error: BaseException) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
+    if options.trace is not None:
+        from .traces import main_trace  # the streaming JSON parser is needed for traces only
+
+        return main_trace(options)
     interrupted = False
     try:
         if options.compare:
@@ -547,22 +662,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             session.run()
         except KeyboardInterrupt:
-            if not (options.preset and session.measured):
+            if not session.measured:
                 raise
-            interrupted = True  # hours of a sweep are not thrown away
-        result, _ = session.report()
-        print(json.dumps(result, indent=1) if options.json else table(result))
+            interrupted = True  # what ran is not thrown away
+            tell("asyncbatch.profile: interrupted; the report is about what ran")
+        made = session.report()
+        result = made[0]
+        print(json.dumps(result, indent=1)) if options.json else show(result)
         if options.out is not None:
-            session.write()
+            session.write(made)
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
         if options.debug:
             raise
         tell("asyncbatch.profile: " + (one_line(error) if isinstance(error, DeviceError) else str(error).strip()))
         return 2
     except KeyboardInterrupt:
-        interrupted = True
+        tell("asyncbatch.profile: interrupted before anything was measured")
+        return 130
     if interrupted:
-        tell("asyncbatch.profile: interrupted")
         return 130
     if not result["runs"] or any(row["engine"] == OWN for row in result["failed"]):
         return 2

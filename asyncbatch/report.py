@@ -12,7 +12,7 @@ import platform
 import shlex
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -21,12 +21,15 @@ import numpy as np
 import torch
 
 from .floor import run_floor_s, step_floor_s
+from .points import MEANING, attribute, points_of
 from .recording import Recording, Steps, steps_from, steps_of
 from .request import Completion
-from .timeline import Timeline, idle_share
+from .simulate import costs_of, predict, what_if
+from .timeline import Timeline, idle_share, overlap_gain
 from .workload import latency, uneven
 
-SCHEMA = 2
+SCHEMA = 3
+WORTH_SAYING = 0.01  # a latency point that would give back less is not worth eliminating
 OWN = "asyncbatch"
 NOT_MEASURED = "not measured"
 WORKLOAD = ("model", "batch_size", "requests", "prompt_tokens", "new_tokens")
@@ -42,6 +45,9 @@ class Measured:
     setting: str | None = None
     prefill_tokens: int | None = None
     runs: list[tuple[Timeline, list[Completion]]] = field(default_factory=list)
+    overhead: dict[str, Any] | None = None
+    kineto: dict[str, Any] | None = None
+    interrupted: bool = False  # its one run was ended by Ctrl-C: times and steps of what ran, and no completions
 
     @property
     def typical_run(self) -> tuple[Timeline, list[Completion]]:
@@ -55,6 +61,8 @@ class Measured:
 
     @property
     def tokens(self) -> list[list[list[int]]]:
+        if self.interrupted:
+            return []
         return [[list(completion.token_ids) for completion in completions] for _, completions in self.runs]
 
 
@@ -94,6 +102,8 @@ def report(
     `comparisons`: one for each workload, of this package's two modes: `async_speedup` is the median over the repeats of
     sync wall time / async wall time, null without one of them; `law_idle` is host / (host + device) from the sync run's
     own medians, what its idle share should be. The same two stand at the top level when there is one workload.
+    Of each run also `points`, `gaps`, `what_if` and `prediction` (see `diagnosis`), `interrupted`, and, if measured,
+    `overhead` and `kineto`. `first` says what to eliminate first, `verdict` what asynchronous batching brings.
     `same_tokens` is about this package's runs, `peers_same_tokens` about each other engine's own.
     """
     models = models or {}
@@ -107,6 +117,8 @@ def report(
         row |= {key: getattr(workload, key) for key in WORKLOAD}
         row |= {"setting": one.setting, "prefill_tokens": one.prefill_tokens}
         row |= {"prompt_tokens": getattr(workload, "longest_prompt", workload.prompt_tokens)}
+        row |= {"interrupted": one.interrupted, "overhead": one.overhead, "kineto": one.kineto}
+        row |= diagnosis(timeline, one.mode, workload.slots)
         if bandwidth is not None:
             row |= floor_numbers(steps_from(timeline), row["wall_s"], models.get(workload.model), bandwidth)
         rows.append(row)
@@ -115,7 +127,7 @@ def report(
     for group in by_workload([{"one": one, **vars(one.workload)} for one in measured]):
         for engine in dict.fromkeys(item["one"].engine for item in group):
             tokens = [given for item in group if item["one"].engine == engine for given in item["one"].tokens]
-            of_engine.setdefault(engine, []).append(all(other == tokens[0] for other in tokens))
+            of_engine.setdefault(engine, []).append(all(other == tokens[0] for other in tokens[1:]))
     same = {engine: all(each) for engine, each in of_engine.items()}
     names = ("batch_size", "requests", "prompt_tokens", "new_tokens", "seed", "repeats", "slots", "host_work_ms",
              "step_ms", "arrivals", "prompts", "prompts_sha256")  # fmt: skip
@@ -142,9 +154,79 @@ def report(
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", "asyncbatch.profile", *options.given]),
+        "first": first_line(rows) if len(compared) == 1 else None,
+        "verdict": verdict(rows, only.get("async_speedup")) if len(compared) == 1 else None,
     }
     result["targets"] = targets(result) if options.preset else []
     return result, [one.typical for one in measured]
+
+
+def diagnosis(timeline: Timeline, mode: str, slots: int) -> dict[str, Any]:
+    """Where the time of a run went and what would change it.
+
+    points: each latency point (`points.MEANING`) with median_ms and p99_ms of the decode steps, total_s, and its share
+    of its side, host or device. gaps: idle_s before decode steps, `by` point (adds up to idle_s), and the `longest`
+    gaps, with their step, at_s from the run's start, ms, and cause. what_if: `simulate.what_if`. prediction: of the
+    asynchronous loop from a synchronous run; null for another run."""
+    idle = attribute(timeline)
+    origin = timeline.origin
+    longest = [
+        {"step": gap.step, "at_s": gap.start - origin, "ms": 1e3 * gap.seconds, "cause": gap.cause}
+        for gap in idle.longest()
+    ]
+    gaps = {"idle_s": idle.idle_s, "by": idle.by, "longest": longest}
+    points = [
+        {key: None if value != value else value for key, value in asdict(point).items()}
+        for point in points_of(timeline)
+    ]
+    of_run = 1 if mode == "sync" else slots
+    results = [one._asdict() for one in what_if(timeline, of_run, max(slots, 2))]
+    told = None
+    if mode == "sync" and (costs := costs_of(timeline)):
+        early = sum(step.wasted for step in timeline.steps)
+        guess = predict(costs, max(slots, 2), early)
+        told = {
+            "sync_s": guess.sync.total_s, "async_s": guess.asynchronous.total_s, "gain": guess.gain,
+            "helps": guess.helps, "host_ms": 1e3 * guess.host_s, "device_ms": 1e3 * guess.device_s,
+            "text": str(guess).splitlines()[-1],
+        }  # fmt: skip
+    return {"points": points, "gaps": gaps, "what_if": results, "prediction": told}
+
+
+def first_line(rows: Sequence[dict[str, Any]]) -> str | None:
+    """What to eliminate first: the host's latency point that would give most back, of this package's synchronous run,
+    else of the first run. None where no step was measured."""
+    of_mode = sorted(rows, key=lambda row: (row["engine"] != OWN, row["mode"] != "sync"))
+    for row in of_mode:
+        saves, words = f"{row['mode']}_saves", {"sync": "synchronous", "async": "asynchronous"}[row["mode"]]
+        wholly = [one for one in row["what_if"] if one["where"] == "host" and one["factor"] == 0.0]
+        if not wholly:
+            continue
+        best = max(wholly, key=lambda one: one[saves])
+        median = next(point["median_ms"] for point in row["points"] if point["name"] == best["point"])
+        what = f"{best['point']} ({MEANING.get(best['point'], best['point'])}), {median or 0:.3f} ms of each step"
+        if best[saves] < WORTH_SAYING:
+            return (
+                f"Eliminate this first: nothing on the host. The largest, {what}, would give back {best[saves]:.1%} of "
+                f"the {words} run."
+            )
+        other = "" if row["mode"] == "async" else f", the asynchronous one {max(best['async_saves'], 0):.1%}"
+        return f"Eliminate this first: {what}. Without it the {words} run takes {best[saves]:.1%} less time{other}."
+    return None
+
+
+def verdict(rows: Sequence[dict[str, Any]], measured: float | None) -> str | None:
+    """What asynchronous batching brings here: predicted from the synchronous run, and measured. None without one."""
+    told = next((row["prediction"] for row in rows if row["prediction"]), None)
+    if told is None:
+        return None
+    beside = f"{told['host_ms']:.3f} ms of host work and copies beside {told['device_ms']:.3f} ms on the device"
+    numbers = f"predicted {told['gain']:.3f}x" + ("" if measured is None else f", measured {measured:.3f}x")
+    if not told["helps"]:
+        return f"Asynchronous batching gains less than 2 % here ({numbers}): each step has only {beside}."
+    if told["host_ms"] > told["device_ms"]:
+        return f"Asynchronous batching: {numbers}. The host is the slower one ({beside}), so the device still waits."
+    return f"Asynchronous batching: {numbers}. It hides the host's part of each step ({beside})."
 
 
 def by_workload(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -156,7 +238,7 @@ def by_workload(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 def comparison(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """This package's two modes on one workload, see `report`."""
-    own = {row["mode"]: row for row in rows if row["engine"] == OWN}
+    own = {row["mode"]: row for row in rows if row["engine"] == OWN and not row["interrupted"]}
     sync, law = own.get("sync"), None
     if sync and sync["device_ms_per_step"] is not None and sync["host_ms_per_step"] is not None:
         law = idle_share(sync["host_ms_per_step"], sync["device_ms_per_step"])
@@ -276,9 +358,7 @@ def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
     for one in result["comparisons"]:
         if (one["model"], one["batch_size"]) == ("random:llama-0.6b", 32):
             speedup, law = one["async_speedup"], one["law_idle"]
-            bound = (
-                None if law is None else 1 / max(law, 1 - law)
-            )  # all of the shorter one of host and device is hidden
+            bound = None if law is None else overlap_gain(law, 1 - law)
             forbidden = bound is not None and bound < 1.3
             reached = None if forbidden and (speedup or 0) < 1.3 else (speedup or 0) >= 1.3
             reach = f"1.3x (law: {bound:.2f}x)" if bound else "1.3x"
@@ -313,7 +393,8 @@ POINT_ROWS = (
 
 def table(result: dict[str, Any]) -> str:
     """The report as text: one column for each run, or one line for each if there are several workloads."""
-    lines = [f"model: {result['model']}", f"device: {result['device']}"]
+    lines = [line for line in (result["first"], result["verdict"]) if line]
+    lines += [*([""] if lines else []), f"model: {result['model']}", f"device: {result['device']}"]
     if result["copy_bandwidth_bytes_per_s"]:
         lines.append(f"copy bandwidth, read plus write: {result['copy_bandwidth_bytes_per_s'] / 1e12:.3f} TB/s")
     lines.append("")
@@ -396,6 +477,15 @@ def notes(result: dict[str, Any]) -> list[str]:
         if row["engine"] != OWN and row["setting"] is not None:
             said.append(f"{_who(row, False)}: {row['setting']}")
     said = list(dict.fromkeys(said))
+    for row in result["runs"]:
+        if row["interrupted"]:
+            said.append(f"{_who(row, several)} was ended by Ctrl-C: the numbers are about what ran until then")
+        if row["overhead"]:
+            share, ms = row["overhead"]["share"], row["overhead"]["ms_per_step"]
+            said.append(f"{_who(row, several)}: measuring costs {share:+.1%} of the time, {ms:+.3f} ms a step")
+        if row["kineto"]:
+            numbers = f"kernel busy {row['kineto']['busy']:.2%}, event-timed active {row['kineto']['event_active']:.2%}"
+            said.append(f"{_who(row, several)}, under torch.profiler: {numbers} ({row['kineto']['note']})")
     said += [f"{_who(row, several)} was not measured: {row['error']}" for row in result["failed"]]
     said += [f"{engine}: sync and async gave different tokens" for engine, same in result["peers_same_tokens"].items()
              if not same]  # fmt: skip

@@ -26,6 +26,8 @@ from typing import Any
 import numpy as np
 
 from .base import BatcherBase
+from .points import LANE
+from .points import NO_REQUEST as NO_REQUEST_NAME
 from .request import Completion, Request, shown
 
 TOPICS = (
@@ -33,7 +35,7 @@ TOPICS = (
     "a lighthouse", "gravity", "a market", "prime numbers", "the desert", "a letter",
 )  # fmt: skip
 MOST = 10**9  # tokens of a length that may be asked for
-NO_REQUEST = ("points", "no request", -1)  # lane, name and step of the time in which there was nothing to serve
+NO_REQUEST = (LANE, NO_REQUEST_NAME, -1)  # lane, name and step of the time in which there was nothing to serve
 _PROMPT_LENGTHS, _NEW_LENGTHS, _ARRIVALS = 1, 2, 3  # with the seed, what each draw's random numbers depend on
 
 
