@@ -201,7 +201,10 @@ def differences(
             x, y = differing[0]
             more = f", and of {len(differing) - 1} more" if len(differing) > 1 else ""
             yield from differ(f"{key} of {_name(_key(x))}{more}", x.get(key), y.get(key))
-    for letter, report in (("A", a), ("B", b)):
+    for place, (letter, report) in enumerate((("A", a), ("B", b))):
+        for pair in pairs:
+            if pair[place].get("interrupted"):
+                yield f"interrupted: in {letter} {_name(_key(pair[place]))} ended early"
         others = report.get("peers_same_tokens") or {}
         for engine, same in {"asyncbatch": report["same_tokens"], **others}.items():
             if not same:

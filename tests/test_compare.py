@@ -176,6 +176,7 @@ DIFFERENCES = [
     (("runs", 0, "prefill_tokens"), 256, "prefill_tokens of asyncbatch sync, m, batch size 8: A has 64, B has 256"),
     (("runs", 1, "tokens"), 511, "tokens of asyncbatch async, m, batch size 8: A has 512, B has 511"),
     (("runs", 0, "setting"), "sdpa\nx", "setting of asyncbatch sync, m, batch size 8: A has none, B has sdpa x"),
+    (("runs", 1, "interrupted"), True, "interrupted: in B asyncbatch async, m, batch size 8 ended early"),
     (("same_tokens",), False, "tokens: in B sync and async of asyncbatch gave different ones, so its numbers are void"),
     (("peers_same_tokens",), {"transformers": False}, "tokens: in B sync and async of transformers gave different "
      "ones, so its numbers are void"),

@@ -25,6 +25,8 @@ PARTS = {
     "runs[].gaps": "gaps",
     "runs[].gaps.longest[]": "gap",
     "runs[].what_if[]": "what_if",
+    "runs[].latency": "latency",
+    "runs[].latency.first_token_ms, per_token_ms, end_to_end_ms": "median_and_p99",
     "runs[].prediction": "prediction",
     "runs[].overhead": "overhead",
     "runs[].kineto": "kineto",
