@@ -46,7 +46,9 @@ def test_the_schema_is_one_and_says_what_each_field_is():
     assert described(schema) == []
 
 
-@pytest.mark.parametrize("arguments", [REAL, EMULATED, (*REAL, "--mode", "async"), (*REAL, "--step-ms", "2")])
+@pytest.mark.parametrize(
+    "arguments", [REAL, EMULATED, (*REAL, "--mode", "async"), (*REAL, "--step-ms", "2", "--arrivals", "poisson:50")]
+)
 def test_a_real_report_is_as_the_schema_says(arguments):
     report, _ = measured(arguments)
     assert problems(report) == []
@@ -76,7 +78,7 @@ def places(value, path=()):
             yield from places(inner, (*path, index))
 
 
-MAY_LACK = {"floor_s", "time_over_floor", "first_context", "last_context", "kv_bytes_per_s", "latency"}
+MAY_LACK = {"floor_s", "time_over_floor", "first_context", "last_context", "kv_bytes_per_s"}
 OPEN = {"by", "versions", "peers_same_tokens", "models"}  # their keys are names
 
 
