@@ -123,7 +123,8 @@ def test_the_causes_of_a_gap_to_the_nanosecond(tmp_path):
     second = trace.call("cudaGraphLaunch", 230, 30)
     trace.kernel("step", 250, 100, second)
     trace.kernel("step", 350, 40, second)
-    trace.host("python_function", "elsewhere", 0, 400, tid=OTHER_THREAD)
+    for thread in (1, OTHER_THREAD):
+        trace.host("python_function", "elsewhere", 0, 400, tid=thread)
     report = read(trace, tmp_path)
     between, inside = report.gaps[1], report.gaps[0]
     assert (inside.step, inside.inside, ns(inside.seconds)) == (0, True, 10)
@@ -210,6 +211,29 @@ def test_kernels_of_graphs_that_are_missing_are_missed(tmp_path):
     assert report.graph_launches == GraphLaunches(6, 0)
     assert "none of their kernels" in str(report)
     assert any("too low" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("runtime_events", [True, False])
+def test_a_correlation_id_of_0_links_nothing(tmp_path, runtime_events):
+    trace = engine("async", copies=False)
+    for event in trace.events:
+        if "correlation" in event.get("args", {}):
+            event["args"]["correlation"] = 0
+    trace.events = [event for event in trace.events if runtime_events or event["cat"] != "cuda_runtime"]
+    report = read(trace, tmp_path)
+    assert report.graph_launches == (GraphLaunches(12, 0) if runtime_events else None)
+    assert "rarest that recurs" in report.how_steps
+    assert steps_ns(report) == from_zero(trace, trace.steps)
+
+
+def test_copies_from_and_to_the_host_are_no_part_of_a_step_on_whatever_stream(tmp_path):
+    trace = engine(sampling=True)
+    for event in trace.events:
+        if event["cat"] == "gpu_memcpy":
+            event["args"]["stream"] = event["tid"] = COMPUTE
+    report = read(trace, tmp_path)
+    assert len(report.streams) == 1
+    assert steps_ns(report) == from_zero(trace, trace.steps)
 
 
 def test_without_runtime_events_graphs_are_known_by_what_shares_an_id(tmp_path):
