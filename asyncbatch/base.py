@@ -555,7 +555,7 @@ class _IdleSoFar:
 
     def __init__(self, timeline: Timeline):
         self.timeline = timeline
-        self.spans, self.steps = len(timeline.spans), len(timeline.steps)  # so many have been looked at
+        self.spans = self.steps = 0  # so many have been looked at
         self.kinds: dict[int, str] = {}  # of steps that have been noted and whose span has not been looked at
         self.last_end: float | None = None
         self.active_s = self.period_s = 0.0

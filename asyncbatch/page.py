@@ -22,7 +22,7 @@ import numpy as np
 
 from .plot import plot
 from .points import MEANING
-from .report import FLOOR_ROWS, OWN, ROWS
+from .report import FLOOR_ROWS, LATENCY_ROWS, OWN, ROWS
 from .timeline import Timeline
 
 MOST_SPANS = 100_000  # in one page: about 11 bytes each, compressed and in base64
@@ -245,6 +245,11 @@ def _notices(report: dict[str, Any]) -> Iterable[tuple[str, str]]:
             "Host work added.",
             f"{workload['host_work_ms']:g} ms of Python were burnt in each step on request.",
         )
+    if (workload.get("arrivals") or "all") != "all":
+        yield (
+            "Requests arrive over time",
+            (f"({workload['arrivals']}): that bounds wall time and tokens per second, so compare the latencies."),
+        )
     for failed in report.get("failed") or []:
         which = ", ".join(str(failed[key]) for key in ("engine", "mode", "model", "batch_size") if failed.get(key))
         yield "Not measured:", f"{which}: {failed.get('error')}"
@@ -285,9 +290,20 @@ def _summary(report: dict[str, Any], runs: list[Run]) -> Child:
     return [
         table("Runs side by side", head, lines),
         tag("p", " ".join(said)) if said else None,
+        _latencies(runs),
         _floor_points(columns),
         _targets(report.get("targets") or []),
     ]
+
+
+def _latencies(runs: list[Run]) -> Child:
+    columns = ["", *(f"{words}, {part}" for words, _ in LATENCY_ROWS for part in ("median", "p99"))]
+    rows = [
+        [name, *(milliseconds((row["latency"].get(key) or {}).get(part)) for _, key in LATENCY_ROWS
+                 for part in ("median", "p99"))]
+        for name, row in runs if row.get("latency")
+    ]  # fmt: skip
+    return table("Latency of requests, from their arrival", columns, rows) if rows else None
 
 
 def _busy(kineto: dict[str, Any]) -> str:
@@ -519,7 +535,7 @@ def _methods(row: dict[str, Any]) -> Iterable[tuple[str, str]]:
     """What a run says of how it was measured, as (what, text)."""
     if row.get("setting"):
         yield "Setting", str(row["setting"])
-    kineto, overhead, latency = (row.get(key) or {} for key in ("kineto", "overhead", "latency"))
+    kineto, overhead = row.get("kineto") or {}, row.get("overhead") or {}
     if kineto:
         words = "THEY DIFFER" if kineto.get("differs") else "they agree"
         text = f"kernel busy {percent(kineto.get('busy'), 2)}, device active by events "
@@ -530,14 +546,3 @@ def _methods(row: dict[str, Any]) -> Iterable[tuple[str, str]]:
     if overhead:
         text = f"{signed(overhead.get('share'))} of the time, {milliseconds(overhead.get('ms_per_step'))} a step"
         yield "Cost of measuring", f"{text}: runs with and without it, in turns"
-    if latency:
-        yield "Latency of requests", ", ".join(f"{key} {value}" for key, value in _flat(latency))
-
-
-def _flat(values: dict[str, Any], before: str = "") -> Iterable[tuple[str, str]]:
-    for key, value in values.items():
-        name = f"{before}{key.replace('_', ' ')}"
-        if isinstance(value, dict):
-            yield from _flat(value, f"{name} ")
-        elif value is not None:
-            yield name, f"{value:.4g}" if isinstance(value, float) else str(value)

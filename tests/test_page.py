@@ -148,6 +148,13 @@ def test_every_number_is_the_reports(both):
     assert f"{report['async_speedup']:.3f}x" in seen.text
     assert f"{100 * report['law_idle']:.1f} %" in seen.text
 
+    latencies = tables.pop("Latency of requests, from their arrival")[1:]
+    assert latencies == [
+        [mode, *(ms(run["latency"][f"{key}_ms"][part]) for key in ("first_token", "per_token", "end_to_end")
+                 for part in ("median", "p99"))]
+        for mode, run in runs.items()
+    ]  # fmt: skip
+
     for mode, run in runs.items():
         gaps, idle_s = run["gaps"], run["gaps"]["idle_s"]
         *causes, last = tables.pop(f"{mode}: idle time by cause")[1:]
@@ -218,7 +225,6 @@ def test_no_text_becomes_markup():
     dirty = hostile(report)
     for run in dirty["runs"]:
         run["gaps"]["by"] = {cause + HOSTILE: idle for cause, idle in run["gaps"]["by"].items()}
-        run["latency"] = {"first" + HOSTILE: HOSTILE}
         run["kineto"] = {"busy": 0.5, "event_active": 0.5, "differs": True, "kernels": 1, "note": HOSTILE}
     dirty["failed"] = [{"engine": HOSTILE, "mode": HOSTILE, "model": HOSTILE, "batch_size": 1, "error": HOSTILE}]
     dirty["targets"] = [{"what": HOSTILE, "reach": HOSTILE, "value": HOSTILE, "reached": True}]
@@ -298,13 +304,13 @@ def test_what_has_to_be_known_first_is_said_loudly():
     emulated, _ = measured(EMULATED)
     assert "<strong>Emulated device.</strong>" in notices(emulated)
     assert "h200-llama-8b" in notices(emulated)
-    report["workload"] |= {"step_ms": 2.5, "host_work_ms": 1.0}
+    report["workload"] |= {"step_ms": 2.5, "host_work_ms": 1.0, "arrivals": "poisson:5"}
     report["runs"][1]["interrupted"] = True
     report["same_tokens"] = False
     report["failed"] = [{"engine": "transformers", "mode": "sync", "model": "m", "batch_size": 8, "error": "no memory"}]
     said = notices(report)
-    for words in ("Timed device.", "2.5 ms", "Host work added.", "1 ms of Python", "Interrupted.", "The tokens differ.",
-                  "transformers, sync, m, 8: no memory"):  # fmt: skip
+    loud = ("Timed device.", "2.5 ms", "(poisson:5)", "Host work added.", "1 ms of Python", "Interrupted.")
+    for words in (*loud, "The tokens differ.", "transformers, sync, m, 8: no memory"):
         assert words in said
 
 
