@@ -288,6 +288,19 @@ def test_a_model_in_several_graphs_is_one_step_for_each_copy_of_results(tmp_path
     assert steps_ns(report) == from_zero(trace, trace.steps)
 
 
+def test_unlinked_work_in_the_middle_of_a_graph_is_part_of_its_step_however_long(tmp_path):
+    trace = Trace()
+    for begin in range(0, 900, 300):
+        launch = trace.call("cudaGraphLaunch", begin, 5)
+        trace.kernel("a", begin, 60, launch)
+        trace.kernel("not linked", begin + 60, 90)
+        trace.kernel("b", begin + 150, 60, launch)
+        trace.steps.append((begin, begin + 210))
+    report = read(trace, tmp_path)
+    assert "graph launches" in report.how_steps
+    assert steps_ns(report) == trace.steps
+
+
 def test_annotations_of_layers_and_of_whole_runs_are_no_steps(tmp_path):
     trace = engine(graphs=False, steps=8, kernels=8)
     launches = [event for event in trace.events if event["name"] in ("cudaLaunchKernel", "cuLaunchKernelEx")]
