@@ -5,9 +5,22 @@ shows what the host and the device did. The modules, in reading order: request, 
 attention, runner, base, batcher, timeline; models, plot, profile and teach stand beside them.
 """
 
-from .batcher import AsyncBatcher, SyncBatcher
-from .models import load_model
-from .request import Completion, Request, SamplingParams
-from .timeline import Timeline
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .batcher import AsyncBatcher, SyncBatcher
+    from .models import load_model
+    from .request import Completion, Request, SamplingParams
+    from .timeline import Timeline
 
 __all__ = ["AsyncBatcher", "Completion", "Request", "SamplingParams", "SyncBatcher", "Timeline", "load_model"]
+_MODULES = {"AsyncBatcher": "batcher", "SyncBatcher": "batcher", "Timeline": "timeline", "load_model": "models"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: in a hosted notebook, `teach` comes before torch and transformers."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES.get(name, 'request')}"), name)
+    return value

@@ -44,8 +44,10 @@ class KVCache:
         free blocks to do that and keep `keep_free` of them, and then nothing has changed."""
         used = self._used.get(owner, 0)
         need = blocks_for(num_tokens, self.block_size) - used
-        if need <= 0:
-            return True
+        return need <= 0 or self._grow(owner, used, need, keep_free)
+
+    def _grow(self, owner: int, used: int, need: int, keep_free: int) -> bool:
+        """Hand out `need` blocks to an owner that has `used`. (By itself, since most tokens need no new block.)"""
         if need > len(self._free) - keep_free:
             return False
         if owner not in self._row:

@@ -12,7 +12,7 @@ import platform
 import shlex
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -21,11 +21,15 @@ import numpy as np
 import torch
 
 from .floor import run_floor_s, step_floor_s
+from .points import MEANING, attribute, points_of
 from .recording import Recording, Steps, steps_from, steps_of
 from .request import Completion
-from .timeline import Timeline, idle_share
+from .simulate import costs_of, predict, what_if
+from .timeline import Timeline, idle_share, overlap_gain
+from .workload import latency, uneven
 
-SCHEMA = 2
+SCHEMA = 3
+WORTH_SAYING = 0.01  # a latency point that would give back less is not worth eliminating
 OWN = "asyncbatch"
 NOT_MEASURED = "not measured"
 WORKLOAD = ("model", "batch_size", "requests", "prompt_tokens", "new_tokens")
@@ -41,15 +45,24 @@ class Measured:
     setting: str | None = None
     prefill_tokens: int | None = None
     runs: list[tuple[Timeline, list[Completion]]] = field(default_factory=list)
+    overhead: dict[str, Any] | None = None
+    kineto: dict[str, Any] | None = None
+    interrupted: bool = False  # its one run was ended by Ctrl-C: times and steps of what ran, and no completions
 
     @property
-    def typical(self) -> Timeline:
-        """The timeline of median wall time, the lower one of two."""
-        by_wall = sorted((timeline for timeline, _ in self.runs), key=lambda timeline: timeline.summary().wall_s)
+    def typical_run(self) -> tuple[Timeline, list[Completion]]:
+        """The run of median wall time, the lower one of two."""
+        by_wall = sorted(self.runs, key=lambda run: run[0].summary().wall_s)
         return by_wall[(len(by_wall) - 1) // 2]
 
     @property
+    def typical(self) -> Timeline:
+        return self.typical_run[0]
+
+    @property
     def tokens(self) -> list[list[list[int]]]:
+        if self.interrupted:
+            return []
         return [[list(completion.token_ids) for completion in completions] for _, completions in self.runs]
 
 
@@ -81,11 +94,16 @@ def report(
     seconds, but milliseconds in keys with `ms` (host_ms_per_step and device_ms_per_step are medians over the decode
     steps); device_active and idle are shares of the decode steps (see `Timeline`). These four are null where nothing
     could be measured. On CUDA also floor_s of the run, time_over_floor, and for the decode steps of most rows at the
-    smallest and the largest context `first_context` and `last_context` (see `floor_numbers`).
+    smallest and the largest context `first_context` and `last_context` (see `floor_numbers`). `latency` has
+    first_token_ms, per_token_ms and end_to_end_ms, each as median and p99 over the requests (see `workload.latency`).
+    prompt_tokens and new_tokens of a run are the largest of its requests; in `workload` they are as asked for, so a
+    distribution is text, beside `arrivals` ("all" or "poisson:RATE"), `prompts` (a file, or null) and prompts_sha256.
     `failed`: what could not be measured, with `error`. `recorded`: when a recording is emulated, what it says itself.
     `comparisons`: one for each workload, of this package's two modes: `async_speedup` is the median over the repeats of
     sync wall time / async wall time, null without one of them; `law_idle` is host / (host + device) from the sync run's
     own medians, what its idle share should be. The same two stand at the top level when there is one workload.
+    Of each run also `points`, `gaps`, `what_if` and `prediction` (see `diagnosis`), `interrupted`, and, if measured,
+    `overhead` and `kineto`. `first` says what to eliminate first, `verdict` what asynchronous batching brings.
     `same_tokens` is about this package's runs, `peers_same_tokens` about each other engine's own.
     """
     models = models or {}
@@ -94,10 +112,13 @@ def report(
         timeline, workload = one.typical, one.workload
         row = {"engine": one.engine, "mode": one.mode, **timeline.summary().as_dict()}
         row["device_ms_per_step"] = device_ms(timeline)
+        row["latency"] = latency(one.typical_run[1])
         row["wall_s_of_each_run"] = [timeline.summary().wall_s for timeline, _ in one.runs]
         row |= {key: getattr(workload, key) for key in WORKLOAD}
         row |= {"setting": one.setting, "prefill_tokens": one.prefill_tokens}
         row |= {"prompt_tokens": getattr(workload, "longest_prompt", workload.prompt_tokens)}
+        row |= {"interrupted": one.interrupted, "overhead": one.overhead, "kineto": one.kineto}
+        row |= diagnosis(timeline, one.mode, workload.slots)
         if bandwidth is not None:
             row |= floor_numbers(steps_from(timeline), row["wall_s"], models.get(workload.model), bandwidth)
         rows.append(row)
@@ -106,9 +127,10 @@ def report(
     for group in by_workload([{"one": one, **vars(one.workload)} for one in measured]):
         for engine in dict.fromkeys(item["one"].engine for item in group):
             tokens = [given for item in group if item["one"].engine == engine for given in item["one"].tokens]
-            of_engine.setdefault(engine, []).append(all(other == tokens[0] for other in tokens))
+            of_engine.setdefault(engine, []).append(all(other == tokens[0] for other in tokens[1:]))
     same = {engine: all(each) for engine, each in of_engine.items()}
-    names = ("batch_size", "requests", "prompt_tokens", "new_tokens", "seed", "repeats", "slots", "host_work_ms")
+    names = ("batch_size", "requests", "prompt_tokens", "new_tokens", "seed", "repeats", "slots", "host_work_ms",
+             "step_ms", "arrivals", "prompts", "prompts_sha256")  # fmt: skip
     only = compared[0] if len(compared) == 1 else {}
     result = {
         "schema": SCHEMA,
@@ -120,11 +142,11 @@ def report(
         "peers_same_tokens": same,
         "runs": rows,
         "failed": list(failed),
-        "recorded": recorded_rows(recording, rows) if recording else [],
+        "recorded": recorded_rows(recording, rows, even=not uneven(options)) if recording else [],
         "comparisons": compared,
         "async_speedup": only.get("async_speedup"),
         "law_idle": only.get("law_idle"),
-        "workload": {name: getattr(options, name) for name in (*names, "step_ms")},
+        "workload": {name: getattr(options, name) for name in names},
         "gpu": gpu,
         "copy_bandwidth_bytes_per_s": bandwidth,
         "models": models,
@@ -132,9 +154,79 @@ def report(
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", "asyncbatch.profile", *options.given]),
+        "first": first_line(rows) if len(compared) == 1 else None,
+        "verdict": verdict(rows, only.get("async_speedup")) if len(compared) == 1 else None,
     }
     result["targets"] = targets(result) if options.preset else []
     return result, [one.typical for one in measured]
+
+
+def diagnosis(timeline: Timeline, mode: str, slots: int) -> dict[str, Any]:
+    """Where the time of a run went and what would change it.
+
+    points: each latency point (`points.MEANING`) with median_ms and p99_ms of the decode steps, total_s, and its share
+    of its side, host or device. gaps: idle_s before decode steps, `by` point (adds up to idle_s), and the `longest`
+    gaps, with their step, at_s from the run's start, ms, and cause. what_if: `simulate.what_if`. prediction: of the
+    asynchronous loop from a synchronous run; null for another run."""
+    idle = attribute(timeline)
+    origin = timeline.origin
+    longest = [
+        {"step": gap.step, "at_s": gap.start - origin, "ms": 1e3 * gap.seconds, "cause": gap.cause}
+        for gap in idle.longest()
+    ]
+    gaps = {"idle_s": idle.idle_s, "by": idle.by, "longest": longest}
+    points = [
+        {key: None if value != value else value for key, value in asdict(point).items()}
+        for point in points_of(timeline)
+    ]
+    of_run = 1 if mode == "sync" else slots
+    results = [one._asdict() for one in what_if(timeline, of_run, max(slots, 2))]
+    told = None
+    if mode == "sync" and (costs := costs_of(timeline)):
+        early = sum(step.wasted for step in timeline.steps)
+        guess = predict(costs, max(slots, 2), early)
+        told = {
+            "sync_s": guess.sync.total_s, "async_s": guess.asynchronous.total_s, "gain": guess.gain,
+            "helps": guess.helps, "host_ms": 1e3 * guess.host_s, "device_ms": 1e3 * guess.device_s,
+            "text": str(guess).splitlines()[-1],
+        }  # fmt: skip
+    return {"points": points, "gaps": gaps, "what_if": results, "prediction": told}
+
+
+def first_line(rows: Sequence[dict[str, Any]]) -> str | None:
+    """What to eliminate first: the host's latency point that would give most back, of this package's synchronous run,
+    else of the first run. None where no step was measured."""
+    of_mode = sorted(rows, key=lambda row: (row["engine"] != OWN, row["mode"] != "sync"))
+    for row in of_mode:
+        saves, words = f"{row['mode']}_saves", {"sync": "synchronous", "async": "asynchronous"}[row["mode"]]
+        wholly = [one for one in row["what_if"] if one["where"] == "host" and one["factor"] == 0.0]
+        if not wholly:
+            continue
+        best = max(wholly, key=lambda one: one[saves])
+        median = next(point["median_ms"] for point in row["points"] if point["name"] == best["point"])
+        what = f"{best['point']} ({MEANING.get(best['point'], best['point'])}), {median or 0:.3f} ms of each step"
+        if best[saves] < WORTH_SAYING:
+            return (
+                f"Eliminate this first: nothing on the host. The largest, {what}, would give back {best[saves]:.1%} of "
+                f"the {words} run."
+            )
+        other = "" if row["mode"] == "async" else f", the asynchronous one {max(best['async_saves'], 0):.1%}"
+        return f"Eliminate this first: {what}. Without it the {words} run takes {best[saves]:.1%} less time{other}."
+    return None
+
+
+def verdict(rows: Sequence[dict[str, Any]], measured: float | None) -> str | None:
+    """What asynchronous batching brings here: predicted from the synchronous run, and measured. None without one."""
+    told = next((row["prediction"] for row in rows if row["prediction"]), None)
+    if told is None:
+        return None
+    beside = f"{told['host_ms']:.3f} ms of host work and copies beside {told['device_ms']:.3f} ms on the device"
+    numbers = f"predicted {told['gain']:.3f}x" + ("" if measured is None else f", measured {measured:.3f}x")
+    if not told["helps"]:
+        return f"Asynchronous batching gains less than 2 % here ({numbers}): each step has only {beside}."
+    if told["host_ms"] > told["device_ms"]:
+        return f"Asynchronous batching: {numbers}. The host is the slower one ({beside}), so the device still waits."
+    return f"Asynchronous batching: {numbers}. It hides the host's part of each step ({beside})."
 
 
 def by_workload(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -146,7 +238,7 @@ def by_workload(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 def comparison(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """This package's two modes on one workload, see `report`."""
-    own = {row["mode"]: row for row in rows if row["engine"] == OWN}
+    own = {row["mode"]: row for row in rows if row["engine"] == OWN and not row["interrupted"]}
     sync, law = own.get("sync"), None
     if sync and sync["device_ms_per_step"] is not None and sync["host_ms_per_step"] is not None:
         law = idle_share(sync["host_ms_per_step"], sync["device_ms_per_step"])
@@ -199,9 +291,10 @@ def floor_numbers(
     return numbers
 
 
-def recorded_rows(recording: Recording, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def recorded_rows(recording: Recording, rows: Sequence[dict[str, Any]], even: bool = True) -> list[dict[str, Any]]:
     """For each emulated run what the recording says of the same model, batch size and mode. Where the emulated run is
-    the beginning of the recorded one, only that many steps of it are counted (`setting` says so)."""
+    the beginning of the recorded one, only that many steps of it are counted (`setting` says so). It is not, unless
+    its requests are `even`: all of one length, and there at the beginning."""
     found = []
     for row in rows:
         for run in recording.runs:
@@ -209,7 +302,7 @@ def recorded_rows(recording: Recording, rows: Sequence[dict[str, Any]]) -> list[
                 continue
             steps, setting = steps_of(run), "the whole run"
             begins_so = all(run[key] == row[key] for key in ("requests", "prompt_tokens", "prefill_tokens"))
-            if begins_so and row["steps"] < len(steps.kind):
+            if even and begins_so and row["steps"] < len(steps.kind):
                 steps, setting = steps.first(row["steps"]), f"the first {row['steps']} steps"
             made = {key: run[key] for key in (*WORKLOAD, "engine", "mode", "prefill_tokens")}
             made |= {**steps.totals(), "setting": setting}
@@ -265,9 +358,7 @@ def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
     for one in result["comparisons"]:
         if (one["model"], one["batch_size"]) == ("random:llama-0.6b", 32):
             speedup, law = one["async_speedup"], one["law_idle"]
-            bound = (
-                None if law is None else 1 / max(law, 1 - law)
-            )  # all of the shorter one of host and device is hidden
+            bound = None if law is None else overlap_gain(law, 1 - law)
             forbidden = bound is not None and bound < 1.3
             reached = None if forbidden and (speedup or 0) < 1.3 else (speedup or 0) >= 1.3
             reach = f"1.3x (law: {bound:.2f}x)" if bound else "1.3x"
@@ -292,6 +383,7 @@ FLOOR_ROWS = (
     ("floor of the run", "floor_s", "{:.3f} s", 1),
     ("time over floor", "time_over_floor", "{:.3f}x", 1),
 )
+LATENCY_ROWS = (("first token", "first_token_ms"), ("per token", "per_token_ms"), ("end to end", "end_to_end_ms"))
 POINT_ROWS = (
     ("device per step", "ms", "{:.3f} ms"),
     ("floor of a step", "floor_ms", "{:.3f} ms"),
@@ -301,7 +393,8 @@ POINT_ROWS = (
 
 def table(result: dict[str, Any]) -> str:
     """The report as text: one column for each run, or one line for each if there are several workloads."""
-    lines = [f"model: {result['model']}", f"device: {result['device']}"]
+    lines = [line for line in (result["first"], result["verdict"]) if line]
+    lines += [*([""] if lines else []), f"model: {result['model']}", f"device: {result['device']}"]
     if result["copy_bandwidth_bytes_per_s"]:
         lines.append(f"copy bandwidth, read plus write: {result['copy_bandwidth_bytes_per_s'] / 1e12:.3f} TB/s")
     lines.append("")
@@ -343,6 +436,10 @@ def columns(result: dict[str, Any]) -> list[str]:
         spec = spec.replace(".1f} %", ".2f} %") if floors else spec  # on a GPU the hundredths count: 99.97 is not 99.99
         values = [run.get(key) for run in runs]
         lines.append(filled(label, [None if value is None else value * factor for value in values], spec))
+    for label, key in LATENCY_ROWS if result["workload"]["arrivals"] != "all" else ():
+        for part in ("median", "p99"):
+            values = [run["latency"][key][part] if "latency" in run else None for run in runs]
+            lines.append(filled(f"{label}, {part}", values, "{:.1f} ms"))
     for key, name in (("first_context", "smallest"), ("last_context", "largest")) if floors else ():
         points = [run.get(key) for run in runs]
         lines.append(filled(f"{name} context/row", [p and p["context"] / p["rows"] for p in points], "{:.0f}"))
@@ -380,9 +477,22 @@ def notes(result: dict[str, Any]) -> list[str]:
         if row["engine"] != OWN and row["setting"] is not None:
             said.append(f"{_who(row, False)}: {row['setting']}")
     said = list(dict.fromkeys(said))
+    for row in result["runs"]:
+        if row["interrupted"]:
+            said.append(f"{_who(row, several)} was ended by Ctrl-C: the numbers are about what ran until then")
+        if row["overhead"]:
+            share, ms = row["overhead"]["share"], row["overhead"]["ms_per_step"]
+            said.append(f"{_who(row, several)}: measuring costs {share:+.1%} of the time, {ms:+.3f} ms a step")
+        if row["kineto"]:
+            numbers = f"kernel busy {row['kineto']['busy']:.2%}, event-timed active {row['kineto']['event_active']:.2%}"
+            said.append(f"{_who(row, several)}, under torch.profiler: {numbers} ({row['kineto']['note']})")
     said += [f"{_who(row, several)} was not measured: {row['error']}" for row in result["failed"]]
     said += [f"{engine}: sync and async gave different tokens" for engine, same in result["peers_same_tokens"].items()
              if not same]  # fmt: skip
+    if result["workload"]["arrivals"] != "all":
+        arrivals = result["workload"]["arrivals"]
+        said.append(f"requests arrive over time ({arrivals}): that bounds wall time and tokens per second, so the")
+        said.append("latencies, in milliseconds from a request's arrival, are what to compare.")
     if result["emulated"]:
         counted = ", ".join(dict.fromkeys(row["setting"] for row in result["recorded"])) or "no run of this batch size"
         said.append(f"emulated: the device's times come from the recording {result['emulated']}, the host's work is")

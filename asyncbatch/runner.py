@@ -16,6 +16,7 @@ import time
 import warnings
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from .attention import NAME, Batch, register
@@ -53,6 +54,9 @@ class Runner:
 
     Raises MemoryError, with the numbers, where the pool does not fit, and ModelError where a step cannot be run.
     """
+
+    # On the host clock a shared array [slots, 3] for the seconds of a step's carry-over, model and sampling.
+    parts_s: np.ndarray | None = None
 
     def __init__(
         self,
@@ -192,6 +196,7 @@ class Runner:
     def _step(self, slot: int, command: str) -> None:
         passes, sampling, number = command.split("/")
         rows = int(number)
+        start, self._carried_s = time.perf_counter(), 0.0
         fields = self.shape.fields(self.inputs[slot], rows)
         if passes == "decode":
             logits = self._decode(fields)
@@ -199,11 +204,17 @@ class Runner:
             logits = self._prefill(fields)
         else:
             logits = torch.where(fields["decodes"].bool()[:, None], self._decode(fields), self._prefill(fields))
+        computed = time.perf_counter()
         self.outputs[slot, :rows] = sample(logits, fields) if sampling == "sampled" else self.greedy(logits)
+        if self.parts_s is not None:
+            forward_s = computed - start - self._carried_s
+            self.parts_s[slot] = self._carried_s, forward_s, time.perf_counter() - computed
 
     def _decode(self, fields) -> torch.Tensor:
         """One token a row. Returns logits [rows, vocabulary]; those of rows that do not decode mean nothing."""
+        start = time.perf_counter()
         ids, positions, places = self.decode_inputs(fields)
+        self._carried_s = time.perf_counter() - start
         batch = self._batch(fields, places, self.first[: len(ids)], fields["decodes"])
         batch.splits, batch.arrived = self.splits, self.arrived
         output = self.model(ids[:, None], position_ids=positions[:, None], use_cache=False, paged=batch)

@@ -13,7 +13,8 @@ before, commit and both copies fit beside one step; then the device is never idl
 condition, but not the first.
 
 `simulate` follows the loop step by step, so steps may vary and the cold start and the end are counted; on the virtual
-clock it is exact. `predict` feeds it with a synchronous run's timeline, on any clock.
+clock it is exact. `predict` feeds it with a synchronous run's timeline, on any clock. `what_if` takes one latency point
+(`points.py`) away, or half of it, and follows both loops again.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .points import CALLBACKS, NO_REQUEST, WAIT, seconds_by_step
 from .recording import Recording, steps_of
 from .timeline import Timeline, device_activity
 
@@ -33,7 +35,8 @@ WORTH_IT = 1.02  # a gain below this is lost in the noise of most machines
 
 class StepCost(NamedTuple):
     """Seconds of one step: the host's (before: plan, fill and launch; commit) and the device's (copy_in, step,
-    copy_out). `decode`: whether the step counts for active and idle."""
+    copy_out). `decode`: whether the step counts for active and idle. `hidden`: host work right after the launch, which
+    the device does not wait for even in the synchronous loop."""
 
     before: float
     copy_in: float
@@ -41,6 +44,7 @@ class StepCost(NamedTuple):
     copy_out: float
     commit: float
     decode: bool = True
+    hidden: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ def simulate(costs: Sequence[StepCost], slots: int) -> Run:
         host += cost.before
         # Three streams, each in order: a step waits for its inputs and for the step before it.
         copied_in = max(copied_in, host) + cost.copy_in
+        host += cost.hidden
         starts.append(max(step_end, copied_in))
         step_end = starts[-1] + cost.step
         copied_out = max(copied_out, step_end) + cost.copy_out
@@ -88,14 +93,15 @@ def simulate(costs: Sequence[StepCost], slots: int) -> Run:
 
 def async_step_s(cost: StepCost, slots: int = 2) -> float:
     """The closed form: seconds a step takes in the steady state when all steps cost the same (see the top)."""
-    host = cost.before + cost.commit
+    host = cost.before + cost.hidden + cost.commit
     way = cost.before + cost.copy_in + cost.step + cost.copy_out + cost.commit
     return max(host, cost.step, cost.copy_in, cost.copy_out, way / slots)
 
 
-def costs_of(timeline: Timeline) -> list[StepCost]:
-    """The costs of each step of a synchronous run, from its spans. What the device waited beyond them (a host that had
-    to wake up, time between two spans) counts as the host's, in `before`. Steps without a device span are left out."""
+def costs_of(timeline: Timeline, slots: int = 1) -> list[StepCost]:
+    """The costs of each step, from its spans. What the device of a synchronous run (`slots` 1) waited beyond them (a
+    host that had to wake up, time between two spans) counts as the host's, in `before`; what it did not wait of them
+    (the rest of a launch, while the step runs) is `hidden`. Steps without a device span are left out."""
     seconds: dict[tuple[int, str], float] = {}
     for span in timeline.spans:
         seconds[span.step, span.name] = seconds.get((span.step, span.name), 0.0) + span.end - span.start
@@ -108,10 +114,11 @@ def costs_of(timeline: Timeline) -> list[StepCost]:
             found.append(StepCost(before, *device, of["commit"], step.kind == "decode"))
     _, _, starts, ends = timeline.lane("compute")
     told = simulate(found, 1)
-    if len(starts) == len(found) > 1:
+    if slots == 1 and len(starts) == len(found) > 1:
         missing = (starts[1:] - ends[:-1]) - (told.starts[1:] - told.ends[:-1])
-        for number, more in enumerate(np.where(missing > 1e-9, missing, 0.0).tolist(), 1):
-            found[number] = found[number]._replace(before=found[number].before + more)
+        for number, more in enumerate(np.where(abs(missing) > 1e-9, missing, 0.0).tolist(), 1):
+            before = max(found[number].before + more, 0.0)
+            found[number] = found[number]._replace(before=before, hidden=max(-more, 0.0))
     return found
 
 
@@ -172,6 +179,61 @@ def predict(costs: Sequence[StepCost], slots: int = 2, early_stops: int = 0, row
     device = float(np.median([cost.step for cost in costs]))
     more = [costs[len(costs) // 2]] * round(early_stops * (slots - 1) / rows)
     return Prediction(simulate(costs, 1), simulate([*costs, *more], slots), host, device)
+
+
+class WhatIf(NamedTuple):
+    """The run with `factor` (0 or 0.5) of a latency point's time, `where` it is on the host or the device: seconds of
+    both loops, and the share of each one's total that this saves."""
+
+    point: str
+    where: str
+    factor: float
+    sync_s: float
+    async_s: float
+    sync_saves: float
+    async_saves: float
+
+
+def what_if(timeline: Timeline, slots: int = 1, async_slots: int = 2) -> list[WhatIf]:
+    """For each latency point of a run with `slots` slots: both loops' totals if it took no time, or half. First those
+    of the host, then those of the device, each by what the loop that ran would save. Waiting is no point of its own:
+    it is what the others leave. Empty where no step was measured."""
+    costs = costs_of(timeline, slots)
+    if not costs:
+        return []
+    computed = {span.step for span in timeline.spans if span.lane == "compute"}
+    order = (step.step for step in timeline.steps if step.step in computed)  # as in `costs_of`
+    place = {step: index for index, step in enumerate(order)}
+    less: dict[tuple[str, str], np.ndarray] = {}  # (point, where): seconds [N, 5], as in StepCost
+
+    def note(point: str, where: str, field: str, of_step: dict[int, float]) -> None:
+        taken = less.setdefault((point, where), np.zeros((len(costs), 5)))
+        for step, seconds in of_step.items():
+            if step in place:
+                taken[place[step], StepCost._fields.index(field)] += seconds
+
+    host, device = seconds_by_step(timeline)
+    for (point, after), of_step in host.items():
+        # Between two turns of the asynchronous loop, the device is seldom waiting for the caller.
+        if point not in (WAIT, NO_REQUEST) and not (point == CALLBACKS and slots > 1):
+            note(point, "host", "commit" if after else "before", of_step)
+    fields = {"copy in": "copy_in", "copy out": "copy_out"}
+    for point, of_step in device.items():
+        note(point, "device", fields.get(point, "step"), of_step)
+
+    whole = np.array([cost[:5] for cost in costs])
+    base = [simulate(costs, number).total_s for number in (1, async_slots)]
+    found = []
+    for (point, where), taken in less.items():
+        for factor in (0.0, 0.5):
+            left = np.maximum(whole - (1 - factor) * taken, 0.0).tolist()
+            changed = [StepCost._make([*row, *cost[5:]]) for row, cost in zip(left, costs, strict=True)]
+            totals = [simulate(changed, number).total_s for number in (1, async_slots)]
+            saves = [1 - total / before if before else 0.0 for total, before in zip(totals, base, strict=True)]
+            found.append(WhatIf(point, where, factor, *totals, *saves))
+    ran = "sync_saves" if slots == 1 else "async_saves"
+    best = {key: max(getattr(one, ran) for one in found if (one.point, one.where) == key) for key in less}
+    return sorted(found, key=lambda one: (one.where == "device", -best[one.point, one.where], one.point, one.factor))
 
 
 def main() -> int:

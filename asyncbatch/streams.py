@@ -65,8 +65,10 @@ class Stream(Protocol):
 class Device(Protocol):
     """Three streams and a program. `spans(slot)` gives, once the slot's last command is done, the (start, end) of its
     newest command on each stream, float64 [3, 2], in seconds of the host's `now()`. `failure(slot)` gives the text of
-    the error in the slot's newest commands, or None. `charge(phase, plan)` says that the host does a part of a step
-    ("plan", "fill", "launch", "wait" or "commit"): it moves the virtual clock, others move by themselves."""
+    the error in the slot's newest commands, or None. `parts(slot)` gives the seconds that the slot's newest step spent
+    on carry-over, on the model and on sampling, 0 where the device does not tell them apart. `charge(phase, plan)` says
+    that the host does a part of a step ("plan", "fill", "launch", "wait" or "commit"): it moves the virtual clock,
+    others move by themselves. In `wait_until` the host does nothing until a time of `now()`."""
 
     clock: str
 
@@ -74,10 +76,32 @@ class Device(Protocol):
     def streams(self) -> tuple[Stream, Stream, Stream]: ...
     def now(self) -> float: ...
     def charge(self, phase: str, plan: Any) -> None: ...
+    def wait_until(self, moment: float) -> None: ...
     def event(self) -> Event: ...
     def spans(self, slot: int) -> np.ndarray: ...
+    def parts(self, slot: int) -> list[float]: ...
     def failure(self, slot: int) -> str | None: ...
     def close(self) -> None: ...
+
+
+def order(earlier: Stream, later: Stream, event: Any) -> None:
+    """What is launched on `later` from now on starts after all that `earlier` has been given so far. The host waits for
+    none of it. (`torch.cuda` calls these two lines `later.wait_stream(earlier)`.)"""
+    earlier.record_event(event)
+    later.wait_event(event)
+
+
+def launch_step(streams: tuple[Stream, Stream, Stream], slot: Any) -> None:
+    """Tell the three streams to copy a step's inputs in, to compute it and to copy its results out, each after the one
+    before. The host waits for none of it; later it waits for `slot.outputs_ready`. `slot` (`slot.py`) names the command
+    and has the three events. The copy in waits for nobody: the host fills a slot only when its last step is done."""
+    h2d, compute, d2h = streams
+    h2d.launch("copy_in", slot.index)
+    order(h2d, compute, slot.inputs_ready)
+    compute.launch(slot.command, slot.index)
+    order(compute, d2h, slot.step_done)
+    d2h.launch("copy_out", slot.index)
+    d2h.record_event(slot.outputs_ready)
 
 
 class _RealTime:
@@ -88,6 +112,9 @@ class _RealTime:
 
     def charge(self, phase: str, plan: Any) -> None:
         pass
+
+    def wait_until(self, moment: float) -> None:
+        time.sleep(max(0.0, moment - self.now()))
 
 
 def open_device(model: torch.nn.Module, program: Callable[..., Any], num_slots: int, **arguments: Any) -> Device:
@@ -235,8 +262,8 @@ class HostStream:
 
 
 class HostDevice(_RealTime):
-    """One program in a `DeviceProcess`. `times` and `failed` are shared: the device writes them, before the event that
-    the host waits for; the host reads them after it."""
+    """One program in a `DeviceProcess`. `times`, `failed` and `parts_s` are shared: the device writes them, before the
+    event that the host waits for; the host reads them after it."""
 
     clock = "host"
 
@@ -244,11 +271,12 @@ class HostDevice(_RealTime):
         self.process, self.session = process, next(process.sessions)
         self.times = torch.zeros(num_slots, len(STREAMS), 2, dtype=torch.float64).share_memory_()
         self.failed = torch.zeros(num_slots, dtype=torch.int32).share_memory_()
+        self.parts_s = torch.zeros(num_slots, 3, dtype=torch.float64).share_memory_()
         self._events: list[HostEvent] = []
         self.streams = (HostStream(self, 0), HostStream(self, 1), HostStream(self, 2))
         self._events += [stream._end for stream in self.streams]
         try:
-            process.ask("open", self.session, program, arguments, self.times, self.failed)
+            process.ask("open", self.session, program, arguments, self.times, self.failed, self.parts_s)
         except DeviceError:
             self._give_events_back()
             raise
@@ -259,6 +287,9 @@ class HostDevice(_RealTime):
 
     def spans(self, slot: int) -> np.ndarray:
         return self.times.numpy()[slot].copy()
+
+    def parts(self, slot: int) -> list[float]:
+        return self.parts_s[slot].tolist()
 
     def failure(self, slot: int) -> str | None:
         return self.process.ask("failure", self.session, slot) if self.failed[slot] else None
@@ -337,8 +368,11 @@ class _Worker:
         gc.collect()
         gc.freeze()  # the model's many objects never become garbage: no collection has to look at them
 
-    def open(self, session: int, program: Callable, arguments: dict, times, failed) -> None:
-        self._programs[session] = (program(self._model, **arguments), times.numpy(), failed.numpy(), {})
+    def open(self, session: int, program: Callable, arguments: dict, times, failed, parts_s) -> None:
+        made = program(self._model, **arguments)
+        if hasattr(made, "parts_s"):
+            made.parts_s = parts_s.numpy()
+        self._programs[session] = (made, times.numpy(), failed.numpy(), {})
 
     def failure(self, session: int, slot: int) -> str:
         return self._programs[session][3].get(slot, "")
@@ -479,6 +513,9 @@ class CudaDevice(_RealTime):
             (start, self.origin_event), self.origin = pairs[1], float(spans[1, 1])
             pairs[1] = (start, torch.cuda.Event(enable_timing=True))
         return spans
+
+    def parts(self, slot: int) -> list[float]:
+        return [0.0, 0.0, 0.0]  # a step is one graph
 
     def failure(self, slot: int) -> str | None:
         return self.errors[slot]

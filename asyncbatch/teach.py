@@ -19,10 +19,10 @@ import math
 import platform
 import textwrap
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
-from .lessons import idle
+from . import needs
 from .lessons.parts import Exercise, with_widget
 
 LETTERS = "ABCDEFGH"
@@ -37,16 +37,14 @@ def _say(text: str) -> None:
 def setup() -> str:
     """Say which versions, device and clock the notebook runs with; return the device, "cuda" or "cpu".
 
-    RuntimeError, with the line to type, when torch or transformers are too old. Changes no settings and no seeds.
+    Installs what the notebooks need and is missing, never torch (see needs.py); RuntimeError, with the line to type,
+    where that cannot be done. Changes no settings and no seeds.
     """
+    needs.provide()
     import torch
 
-    found = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
-    for name, needed in (("torch", (2, 11)), ("transformers", (5, 17))):
-        if tuple(int(part) for part in found[name].split(".")[:2]) < needed:
-            wanted = ".".join(map(str, needed))
-            raise RuntimeError(f"{name} {found[name]} is too old: pip install '{name}>={wanted}', restart the kernel")
-    print(f"Python {platform.python_version()}, " + ", ".join(f"{name} {version}" for name, version in found.items()))
+    found = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers")]
+    print(f"Python {platform.python_version()}, {', '.join(found)}")
     if torch.cuda.is_available():
         print(f"Device: cuda ({torch.cuda.get_device_name()}). Clock: cuda, the device's own streams and events.")
         return "cuda"
@@ -113,12 +111,24 @@ def predict(question: str, options: Sequence[str]) -> Prediction:
 
 
 # ------------------------------------------------------------------------------------------- exercises
-EXERCISES: dict[str, Exercise] = {**idle.EXERCISES}
+@cache
+def _exercises() -> dict[str, Exercise]:
+    """All exercises by name. Their modules are imported late: `setup` may have to install what they need."""
+    from .lessons import idle, streams
+
+    return {**idle.EXERCISES, **streams.EXERCISES}
+
+
+def __getattr__(name: str) -> Any:
+    """`teach.EXERCISES`: all exercises by name."""
+    if name == "EXERCISES":
+        return _exercises()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _same(got: Any, want: Any) -> bool:
-    """Equal; numbers up to rounding, pairs member by member."""
-    if isinstance(want, tuple):
+    """Equal; numbers up to rounding, pairs and lists member by member."""
+    if isinstance(want, tuple | list):
         return isinstance(got, tuple | list) and len(got) == len(want) and all(map(_same, got, want))
     if isinstance(want, int | float):
         try:
@@ -185,9 +195,9 @@ def _show_picture(exercise: Exercise, args: tuple[Any, ...], got: Any, want: Any
 
 
 def _exercise(name: str) -> Exercise:
-    if name not in EXERCISES:
-        raise ValueError(f"there is no exercise {name!r}; there are {', '.join(EXERCISES)}")
-    return EXERCISES[name]
+    if name not in _exercises():
+        raise ValueError(f"there is no exercise {name!r}; there are {', '.join(_exercises())}")
+    return _exercises()[name]
 
 
 def hint(name: str, number: int) -> None:

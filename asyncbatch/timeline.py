@@ -10,6 +10,7 @@ opens.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -98,6 +99,20 @@ def idle_share(host_s: float, device_s: float) -> float:
 
     `host_s` and `device_s` are seconds of one step. ZeroDivisionError if both are 0."""
     return host_s / (host_s + device_s)
+
+
+def overlap_gain(host_s: float, device_s: float) -> float:
+    """How many times as fast the asynchronous loop can be: in turns a step costs both times, overlapped the longer one.
+
+    `host_s` and `device_s` are seconds of one step. ZeroDivisionError if both are 0."""
+    return (host_s + device_s) / max(host_s, device_s)
+
+
+def idle_gaps(starts, ends) -> list[tuple[int, float]]:
+    """(i, seconds) for every step i that begins later than the step before it ends: for so long the device was idle.
+
+    `starts` and `ends` are lists of seconds of successive device steps, as in `device_activity`."""
+    return [(i, starts[i] - ends[i - 1]) for i in range(1, len(starts)) if starts[i] > ends[i - 1]]
 
 
 def device_activity(starts, ends, counted=None) -> tuple[float, float]:
@@ -192,8 +207,9 @@ class Timeline:
 
         They add up to the idle time behind `summary().idle`."""
         _, steps, starts, ends = self.lane("compute")
-        wanted = np.flatnonzero(np.isin(steps[1:], self._decode_steps()) & (starts[1:] > ends[:-1]))
-        steps, begins, stops = steps[wanted + 1], ends[wanted], starts[wanted + 1]
+        late = np.array([i for i, _ in idle_gaps(starts.tolist(), ends.tolist())], np.int64)
+        wanted = late[np.isin(steps[late], self._decode_steps())]
+        steps, begins, stops = steps[wanted], ends[wanted - 1], starts[wanted]
         names, _, starts, ends = self.lane("host")
         kinds = np.array(names, object)
         host_s: list[dict[str, float]] = [{} for _ in wanted]
@@ -224,9 +240,12 @@ class Timeline:
 
 
 def save_trace(path: str | Path, timelines: Sequence[Timeline]) -> None:
-    """Write several timelines into one Chrome trace, as processes 1, 2, ..., each beginning at time 0."""
+    """Write several timelines into one Chrome trace, as processes 1, 2, ..., each beginning at time 0.
+
+    Arrows ("flow events") lead from a step's copy in to the step and on to its copy out."""
     events: list[dict[str, Any]] = []
     notes = []
+    flows = itertools.count(1)  # their ids: unique over all timelines, or Perfetto would join two runs
     for pid, timeline in enumerate(timelines, 1):
         origin = timeline.origin
         notes.append({"pid": pid, "label": timeline.label, "clock": timeline.clock, "origin": origin})
@@ -240,6 +259,7 @@ def save_trace(path: str | Path, timelines: Sequence[Timeline]) -> None:
             where = {"ph": "M", "pid": pid, "tid": tid}
             events.append({**where, "name": "thread_name", "args": {"name": lane}})
             events.append({**where, "name": "thread_sort_index", "args": {"sort_index": tid}})
+        slices: dict[int, dict[str, dict[str, Any]]] = {}  # step -> device lane -> its first event
         for lane, name, step, start, end in timeline.spans:
             # ts and dur are microseconds for the viewer, both ends rounded alike so that neighbours still touch;
             # args keep the exact seconds for `load`.
@@ -247,8 +267,28 @@ def save_trace(path: str | Path, timelines: Sequence[Timeline]) -> None:
             args = {"step": step, "start_s": start, "end_s": end}
             event = {"ph": "X", "pid": pid, "tid": tids[lane], "name": name, "cat": lane}
             events.append({**event, "ts": ts, "dur": round(stop - ts, 3), "args": args})
+            if lane in LANES[1:]:
+                slices.setdefault(step, {}).setdefault(lane, events[-1])
+        for found in slices.values():
+            if len(found) == len(LANES[1:]):
+                events += _arrows([found[lane] for lane in LANES[1:]], next(flows))
     trace = {"traceEvents": events, "displayTimeUnit": "ms", "metadata": {"asyncbatch": notes}}
     Path(path).write_text(json.dumps(trace, allow_nan=False), encoding="utf-8")
+
+
+def _arrows(slices: Sequence[dict[str, Any]], number: int) -> list[dict[str, Any]]:
+    """The flow events `number` through the slices ("X" events) of a step; none where an arrow would lead back in time.
+
+    A flow event belongs to the slice that is open on its thread at its time, so it stands in the middle of it: at an
+    end, a neighbour that touches it could be meant as well."""
+    times = [round(event["ts"] + event["dur"] / 2, 3) for event in slices]
+    if times != sorted(times):
+        return []
+    flow = {"name": f"step {slices[0]['args']['step']}", "cat": "flow", "id": number, "bp": "e"}
+    return [
+        {"ph": phase, "pid": event["pid"], "tid": event["tid"], "ts": ts, **flow}
+        for phase, event, ts in zip("stf", slices, times, strict=True)
+    ]
 
 
 def load_trace(path: str | Path) -> list[Timeline]:

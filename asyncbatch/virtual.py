@@ -223,6 +223,9 @@ class VirtualDevice:
         self.now()
         return self._times[slot].copy()
 
+    def parts(self, slot: int) -> list[float]:
+        return [0.0, 0.0, 0.0]  # a step has one cost
+
     def failure(self, slot: int) -> str | None:
         self.now()
         return self._errors[slot]
