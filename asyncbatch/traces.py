@@ -666,7 +666,7 @@ def main_trace(options) -> int:
     try:
         others = [name for name in options.changed if name not in ("trace", "json", "out", "debug")]
         if others:
-            flags = ", ".join("--" + name.replace("_", "-") for name in others)
+            flags = ", ".join(sorted("--" + name.replace("_", "-") for name in others))
             raise ValueError(f"--trace reads a file and measures nothing: it cannot be had with {flags}")
         if options.out is not None:
             options.out.mkdir(parents=True, exist_ok=True)
