@@ -467,11 +467,11 @@ def report_on(label: str, events: Events) -> TraceReport:
         active, _ = device_activity(found.steps[:, 0], found.steps[:, 1])
         report.step_active = active / (end - begin)
         report.kernel_busy_in_steps = _busy_share(busy, begin, end)
-        notes += _difference(report, busy, begin, end)
+        notes += _difference(report, begin, end)
     return report
 
 
-def _difference(report: TraceReport, busy: tuple[np.ndarray, np.ndarray], begin: int, end: int) -> list[str]:
+def _difference(report: TraceReport, begin: int, end: int) -> list[str]:
     """A note where the two methods differ by more than two points, with what makes the difference."""
     assert report.step_active is not None
     assert report.kernel_busy_in_steps is not None
@@ -480,10 +480,9 @@ def _difference(report: TraceReport, busy: tuple[np.ndarray, np.ndarray], begin:
         return []
     inside = report.gaps.inside & (report.gaps.steps > 0)
     empty = 100 * int(report.gaps.ns[inside].sum()) / (end - begin)
-    return [
-        f"Step active and kernel busy differ by {abs(points):.1f} points: in {empty:.1f} % of the time nothing runs "
-        f"inside a step, and in {empty - points:.1f} % a copy or another stream runs between steps."
-    ]
+    parts = (empty, "nothing runs inside a step"), (empty - points, "a copy or another stream runs between steps")
+    said = " and ".join(f"in {share:.1f} % of the time {what}" for share, what in parts if share >= 0.05)
+    return [f"Step active and kernel busy differ by {abs(points):.1f} points: {said}."]
 
 
 def _rows(table: Table, which: np.ndarray) -> Table:
@@ -667,7 +666,7 @@ def main_trace(options) -> int:
     try:
         others = [name for name in options.changed if name not in ("trace", "json", "out", "debug")]
         if others:
-            flags = ", ".join("--" + name.replace("_", "-") for name in others)
+            flags = ", ".join(sorted("--" + name.replace("_", "-") for name in others))
             raise ValueError(f"--trace reads a file and measures nothing: it cannot be had with {flags}")
         if options.out is not None:
             options.out.mkdir(parents=True, exist_ok=True)
