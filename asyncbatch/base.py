@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -22,7 +23,7 @@ from .request import Completion, Request, RequestError, check_request, contains_
 from .runner import Runner, TimedRunner
 from .scheduler import BatchPlan, RunState, Scheduler
 from .slot import Slot, StepShape, host_buffers
-from .streams import CudaDevice, Device, DeviceError, open_device
+from .streams import CudaDevice, Device, DeviceError, launch_step, open_device
 from .timeline import LANES, Timeline
 from .virtual import Costs, VirtualDevice
 
@@ -258,7 +259,7 @@ class BatcherBase:
                     now = self.device.now()
                     answers.append(Completion([], "error", error, submitted_s=now, finished_s=now))
             pending = [answer for answer in answers if isinstance(answer, Handle)]
-            with _progress_bar(pending, progress) as update:
+            with _progress_bar(pending, self.timeline, progress) as update:
                 for handle in pending:
                     while handle.completion is None:
                         self._turn()
@@ -268,6 +269,17 @@ class BatcherBase:
             raise
         self._drain()
         return [answer.completion if isinstance(answer, Handle) else answer for answer in answers]  # type: ignore[misc]
+
+    def turn(self) -> bool:
+        """One turn of the loop for whoever has submitted requests; for callers that do other things between two turns.
+        False if no request is under way: then nothing is, for steps still in flight for nobody are committed first.
+        RequestError on a closed batcher."""
+        self._check_open()
+        if self._handles:
+            self._turn()
+            return True
+        self._drain()
+        return False
 
     def stream(self, request: Request) -> Iterator[int]:
         """Give the request's tokens as they are committed. Leaving the loop early cancels the request. An error in the
@@ -338,15 +350,7 @@ class BatcherBase:
     @host_span
     def launch(self, slot: Slot) -> None:
         """Tell the three streams what to do, and in which order. The host waits for none of it."""
-        h2d, compute, d2h = self.device.streams
-        h2d.launch("copy_in", slot.index)
-        h2d.record_event(slot.inputs_ready)
-        compute.wait_event(slot.inputs_ready)
-        compute.launch(slot.command, slot.index)
-        compute.record_event(slot.step_done)
-        d2h.wait_event(slot.step_done)
-        d2h.launch("copy_out", slot.index)
-        d2h.record_event(slot.outputs_ready)
+        launch_step(self.device.streams, slot)
 
     @host_span
     def wait(self, slot: Slot) -> None:
@@ -511,10 +515,11 @@ class BatcherBase:
 
 
 class _progress_bar:
-    """A tqdm bar on standard error that counts generated tokens, or nothing."""
+    """A tqdm bar on standard error that counts generated tokens and says how idle the device was, or nothing."""
 
-    def __init__(self, handles: list[Handle], wanted: bool):
+    def __init__(self, handles: list[Handle], timeline: Timeline, wanted: bool):
         self.handles, self.wanted = handles, wanted
+        self.idle, self.looked = _IdleSoFar(timeline), time.monotonic()
 
     def __enter__(self):
         if not self.wanted:
@@ -526,10 +531,47 @@ class _progress_bar:
 
         def update() -> None:
             done = sum(len(handle._state.generated) for handle in self.handles)
+            now = time.monotonic()
+            if now - self.looked >= 1:
+                self.looked = now
+                self.say_idle()
             self.bar.update(done - self.bar.n)
 
         return update
 
+    def say_idle(self) -> None:
+        idle = self.idle()
+        if idle is not None:
+            self.bar.set_postfix_str(f"idle {100 * idle:.1f} %", refresh=False)
+
     def __exit__(self, *_) -> None:
         if self.wanted:
             self.bar.close()
+
+
+class _IdleSoFar:
+    """The idle share of a timeline that still grows, as `Timeline.summary` has it. Each call looks at what has come
+    since the call before, so a long run does not slow itself down by being watched."""
+
+    def __init__(self, timeline: Timeline):
+        self.timeline = timeline
+        self.spans, self.steps = len(timeline.spans), len(timeline.steps)  # so many have been looked at
+        self.kinds: dict[int, str] = {}  # of steps that have been noted and whose span has not been looked at
+        self.last_end: float | None = None
+        self.active_s = self.period_s = 0.0
+
+    def __call__(self) -> float | None:
+        """The share from 0 to 1; None before there is one."""
+        new_steps = self.timeline.steps[self.steps :]
+        self.steps += len(new_steps)
+        self.kinds |= {step.step: step.kind for step in new_steps}
+        for lane, _, step, start, end in self.timeline.spans[self.spans :]:
+            if lane == "compute":
+                if step not in self.kinds:
+                    break  # another thread is committing it just now
+                if self.kinds.pop(step) == "decode" and self.last_end is not None:
+                    self.active_s += end - start
+                    self.period_s += end - self.last_end
+                self.last_end = end
+            self.spans += 1
+        return max(0.0, 1 - self.active_s / self.period_s) if self.period_s > 0 else None

@@ -25,7 +25,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from .models import check_model
 from .request import Completion, Request, RequestError, check_request, finish_reason
 from .runner import kv_heads_and_dim, splits_for
 from .timeline import Timeline
+from .workload import NO_REQUEST, arrival_order
 
 ATTENTIONS = ("auto", "sdpa", "flash_attention_2", "stand-in")
 # transformers takes an attention for flash attention, with its fast path for decoding, if its name matches
@@ -167,21 +168,25 @@ class TransformersBatcher:
 
     # ---- for callers -----------------------------------------------------------------------------------------
 
-    def run(self, requests: list[Request], progress: bool = False) -> list[Completion]:
+    def run(
+        self, requests: list[Request], progress: bool = False, arrivals_s: Sequence[float] | None = None
+    ) -> list[Completion]:
         """Serve all requests and return their completions in the order given. Starts a new `timeline`.
 
+        arrivals_s: seconds from the beginning at which each request arrives (`workload.serve`); None: all at once.
         Raises RequestError (a ValueError), before anything is computed, for a request that cannot be served: one that
         samples, has stop strings, or is too long. A request that fails later has finish_reason "error"."""
         if self._closed:
             raise RequestError(self._closed)
         requests = list(requests)
         stops = [self._check(request) for request in requests]
+        order = list(range(len(requests))) if arrivals_s is None else arrival_order(requests, arrivals_s)
         self.timeline = self._new_timeline()
         if not requests:
             return []
         try:
             with self._borrowed_model():
-                outputs, recorder, submitted = self._serve(requests, stops, progress)
+                outputs, recorder, submitted = self._serve(requests, stops, progress, arrivals_s, order)
         except BaseException as error:
             if not isinstance(error, KeyboardInterrupt):
                 self._closed = f"the batcher failed: {error}"
@@ -220,7 +225,7 @@ class TransformersBatcher:
 
     # ---- behind them -----------------------------------------------------------------------------------------
 
-    def _serve(self, requests, stops, progress):
+    def _serve(self, requests, stops, progress, arrivals_s, order):
         manager, processor = self.manager, self.manager.batch_processor
         if processor is None:
             raise _unknown_version("its manager has no batch_processor after warmup()")
@@ -230,12 +235,35 @@ class TransformersBatcher:
         bar = _bar(len(requests), progress)
         while manager.get_result(timeout=0) is not None:
             pass  # left over from a run that was interrupted
+
+        def collect(timeout_s: float) -> None:
+            output = manager.get_result(timeout=timeout_s)
+            if output is not None and (output.is_finished() or output.error is not None):
+                outputs[output.request_id] = output
+                bar.update(1)
+            elif output is None and not manager.is_running():
+                raise RuntimeError("the loop of transformers ended early; it has logged why")
+
+        def until(due_s: float) -> None:
+            """Until then the loop serves those that are there."""
+            while (now := time.perf_counter()) < due_s:
+                recorder.ready.set()
+                if len(outputs) < len(submitted):
+                    collect(due_s - now)
+                else:
+                    time.sleep(due_s - now)
+                    self.timeline.add(*NO_REQUEST, now, time.perf_counter())
+
         with recorder.hooks():
             manager.start()
             hard_stop = True
             try:
-                for index, (request, stop) in enumerate(zip(requests, stops, strict=True)):
-                    submitted[str(index)] = time.perf_counter()
+                start_s = time.perf_counter()
+                for index in order:
+                    request, stop = requests[index], stops[index]
+                    if arrivals_s is not None:
+                        until(start_s + arrivals_s[index])
+                    submitted[str(index)] = time.perf_counter() if arrivals_s is None else start_s + arrivals_s[index]
                     given = manager.add_request(
                         [int(token) for token in request.token_ids],
                         request_id=str(index),
@@ -244,14 +272,9 @@ class TransformersBatcher:
                     )
                     if given is None:
                         raise RuntimeError("transformers did not take a request: its manager is stopping")
-                recorder.ready.set()  # the loop plans its first batch only now, when all requests are there
+                recorder.ready.set()  # but for arrivals, the loop plans its first batch only now, with all requests
                 while len(outputs) < len(requests):
-                    output = manager.get_result(timeout=1)
-                    if output is not None and (output.is_finished() or output.error is not None):
-                        outputs[output.request_id] = output
-                        bar.update(1)
-                    elif output is None and not manager.is_running():
-                        raise RuntimeError("the loop of transformers ended early; it has logged why")
+                    collect(timeout_s=1)
                 recorder.all_answered = True
                 hard_stop = False
             finally:

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -124,27 +125,46 @@ class TimelineFigure(Picture):
         title = _one_line(title or "", 90)
         super().__init__(_draw(self.tracks, title, self.window, self.end), title or ", ".join(names))
 
-    @cached_property
-    def widget(self):
-        """The interactive view (an anywidget), or None where anywidget or ipywidgets is not installed."""
-        if not (find_spec("anywidget") and find_spec("ipywidgets")):
-            return None
-        spans, names = _pack(self.tracks)
-        tracks = [{"name": track.name, "caption": track.caption} for track in self.tracks]
+    @property
+    def num_spans(self) -> int:
+        """How many spans there are on the lanes that are drawn."""
+        return sum(len(steps) for track in self.tracks for _, steps, _, _ in track.layers.values())
+
+    def packed(self, most: int | None = None) -> tuple[dict[str, Any], bytes]:
+        """What static/timeline.js draws, in the notebook and in the report's page: a dict, and the spans as bytes, 24 a
+        span. With `most`, no more spans than that: `about["lanes"]` says of each lane from when to when its spans are
+        there ("kept", seconds; None where all are), and the rest is drawn as left out."""
+        middle = sum(self.window) / 2
+        reach = _reach(self.tracks, middle, self.num_spans if most is None else most)
+        spans, names = _pack(self.tracks, middle, reach)
+        tracks = [{"name": track.name, "caption": track.caption, "end": track.end} for track in self.tracks]
         layers = [
             {"key": key, "lane": LANES.index(lane), "face": face, "text": text, "line": HATCH.get(key), "words": words}
             for key, (lane, face, text, _, words) in LAYERS.items()
         ]
+        lanes = []
+        for lane in LANES:
+            stretch = [max(0.0, middle - reach[lane]), min(self.end, middle + reach[lane])]
+            kept = None if math.isinf(reach[lane]) else stretch
+            lanes.append({"words": WORDS[lane], "height": HEIGHTS[lane], "kept": kept})
         about = {
             "title": self.title,
             "tracks": tracks,
-            "lanes": [{"words": WORDS[lane], "height": HEIGHTS[lane]} for lane in LANES],
+            "lanes": lanes,
             "layers": layers,
             "idle": {"face": IDLE[0], "line": IDLE[1]},
             "names": names,
             "window": list(self.window),
             "end": self.end,
         }
+        return about, spans
+
+    @cached_property
+    def widget(self):
+        """The interactive view (an anywidget), or None where anywidget or ipywidgets is not installed."""
+        if not (find_spec("anywidget") and find_spec("ipywidgets")):
+            return None
+        about, spans = self.packed()
         return _widget_class()(about=about, spans=spans)
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
@@ -168,8 +188,13 @@ def _widget_class():
     return TimelineWidget
 
 
+def _drawable(text: str) -> str:
+    """The text with "?" for lone surrogates, as in names of files that are no UTF-8: matplotlib refuses them."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def _one_line(text: str, longest: int) -> str:
-    text = " ".join(text.split())
+    text = _drawable(" ".join(text.split()))
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
@@ -204,18 +229,45 @@ class _Track:
             self.layers[key] = (names, steps[mask], starts[mask] - origin, ends[mask] - origin)
         self.steps = lanes["compute"][2] - origin, lanes["compute"][3] - origin
         factor, unit = _unit(2 * self.end)  # one number reads well in seconds from 1 s on
-        parts = [f"{self.end * factor:.4g} {unit} in all", f"{timeline.clock} clock"]
+        parts = [f"{self.end * factor:.4g} {unit} in all", _one_line(f"{timeline.clock} clock", 60)]
         if not math.isnan(summary.idle):
             parts = [f"device active {100 * summary.device_active:.1f} %", f"idle {100 * summary.idle:.1f} %", *parts]
         self.caption = ", ".join(parts) if timeline.spans else "no spans"
 
 
-def _pack(tracks: list[_Track]) -> tuple[bytes, list[str]]:
-    """All spans as bytes, 24 a span, and the table of their names that they point into."""
+def _away(starts: np.ndarray, ends: np.ndarray, time: float) -> np.ndarray:
+    """How far (seconds) each span lies from a point in time; 0 for one that it lies in."""
+    return np.maximum(0, np.maximum(starts - time, time - ends))
+
+
+def _reach(tracks: list[_Track], middle: float, most: int) -> dict[str, float]:
+    """How far from `middle` (seconds) the spans of each lane are kept so that they are no more than `most`; inf: all.
+
+    Steps of the device come first, and all of them where they are no more than four fifths: between them are the idle
+    gaps, which a timeline is looked at for."""
+    parts: dict[str, list[np.ndarray]] = {lane: [] for lane in LANES}
+    for track in tracks:
+        for key, (_, _, starts, ends) in track.layers.items():
+            parts[LAYERS[key][0]].append(_away(starts, ends, middle))
+    away = {lane: np.concatenate(of_lane) for lane, of_lane in parts.items()}
+    cut, room = list(LANES), most
+    if len(away["compute"]) <= 0.8 * most:
+        cut.remove("compute")
+        room -= len(away["compute"])
+    ordered = np.sort(np.concatenate([away[lane] for lane in cut]))
+    reach = float(ordered[room]) if len(ordered) > room else math.inf
+    return {lane: reach if lane in cut else math.inf for lane in LANES}
+
+
+def _pack(tracks: list[_Track], middle: float, reach: dict[str, float]) -> tuple[bytes, list[str]]:
+    """The spans nearer to `middle` than the `reach` of their lane, as bytes, 24 a span, and the table of their names
+    that they point into."""
     layout = np.dtype([("start", "<f8"), ("end", "<f8"), ("step", "<i4"), ("name", "<u2"), ("layer", "<u2")])
     parts, number = [], {}
     for i, track in enumerate(tracks):
-        for j, (names, steps, starts, ends) in enumerate(track.layers.values()):
+        for j, (key, layer) in enumerate(track.layers.items()):
+            near = _away(*layer[2:], middle) < reach[LAYERS[key][0]]
+            names, steps, starts, ends = (column[near] for column in layer)
             part = np.zeros(len(steps), layout)
             part["start"], part["end"], part["step"] = starts, ends, steps
             part["name"] = [number.setdefault(name, len(number)) for name in names]
@@ -301,7 +353,7 @@ class _Pane:
         """Plain text, in the middle of (x, y) unless told, with a thin rim to be read on a hatch."""
         options = {"size": 7.5, "color": TEXT, "ha": "center", "va": "center"} | options
         effects = [withStroke(linewidth=2, foreground=rim)]
-        return self.axes.text(x * self.factor, y, text, parse_math=False, path_effects=effects, **options)
+        return self.axes.text(x * self.factor, y, _drawable(text), parse_math=False, path_effects=effects, **options)
 
     def bars(self, starts, ends, y: float, tall: float, face: str, edge=None, hatch: str = "", lw: float = 0.0) -> None:
         """Rectangles from starts to ends (seconds), cut off at the window."""

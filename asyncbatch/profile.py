@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import copy
 import gc
-import itertools
 import json
 import math
 import os
@@ -31,9 +30,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from . import compare
 from .base import BatcherBase
 from .batcher import AsyncBatcher, SyncBatcher
 from .floor import copy_bandwidth, kv_bytes_per_token, weight_bytes
@@ -45,6 +44,8 @@ from .request import Completion, Request
 from .streams import DeviceError, device_threads
 from .terminal import show
 from .timeline import Timeline, device_activity, save_trace
+from .workload import Arrivals, Lengths, PromptFile, arrival_times, make_requests, most_context, note_sizes, uneven
+from .workload import serve as serve_requests
 
 BATCHERS: dict[str, type[BatcherBase]] = {"sync": SyncBatcher, "async": AsyncBatcher}
 ENGINES = (OWN, "transformers")
@@ -63,11 +64,20 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
 }
 KINETO_TOKENS = 64  # of each request under torch.profiler: thousands of steps would fill gigabytes
+EPILOG = """examples:
+  python -m asyncbatch.profile --out out
+      the embedded model on a chat's questions, sync against async; table, report.json, picture and trace
+  python -m asyncbatch.profile --model random:llama-1b --prompt-tokens 512 --new-tokens 256 --batch-size 32 --compile
+      on a GPU: a shape with random weights, nothing to download, and every request runs to its last token
+  python -m asyncbatch.profile --model ./my-model --prompts prompts.jsonl --arrivals poisson:5 --out a
+      your model and prompts, arriving over time as from users: look at the latencies
+  python -m asyncbatch.profile --emulate h200-llama-8b --new-tokens lognormal:200:0.7
+      no GPU: steps take what they took on a recorded one, the host's work is this machine's
+  python -m asyncbatch.profile --compare a/report.json b/report.json
+      two reports side by side, with ratios
+
+Exit status: 0, 1 if the two gave different tokens, 2 if something could not be done."""
 PROBE_TOKENS = 32  # a peer first generates so many: is the rest of it bearable?
-TOPICS = (
-    "the sea", "a library", "rain", "old trains", "bread", "a lost key", "the moon", "two cats", "music", "winter",
-    "a lighthouse", "gravity", "a market", "prime numbers", "the desert", "a letter",
-)  # fmt: skip
 
 
 # ---- the command line ---------------------------------------------------------------------------------------------
@@ -101,6 +111,23 @@ def some_of(allowed: Sequence[str]):
     return parse
 
 
+def lengths(text: str) -> int | str:
+    """A number, or the text of a distribution, in its shortest form."""
+    found = _parsed(Lengths.parse, text)
+    return found.lowest if found.fixed else str(found)
+
+
+def arrivals(text: str) -> str:
+    return str(_parsed(Arrivals.parse, text))
+
+
+def _parsed(parse, text: str):
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def file_name(text: str) -> str:
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", text):
         raise argparse.ArgumentTypeError(f"{text!r} was given; allowed are small letters, digits, '-', '.' and '_'")
@@ -113,34 +140,54 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="asyncbatch.profile",
         usage="python -m asyncbatch.profile [options]",
         description="Serve the same requests with both batchers, in turns, and say how idle the device was.",
-        epilog="Exit status: 0, 1 if the two gave different tokens, 2 if something could not be done.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
+    add = parser.add_argument_group("workload").add_argument
     add("--model", help=f"one of {ALLOWED} (default smollm2)".replace('"', ""))
+    add("--prompts", metavar="FILE", help="serve the lines of FILE: .txt has a prompt a line, .jsonl an object a line "
+        'with "prompt", "messages" or "token_ids", and perhaps "max_new_tokens"')  # fmt: skip
+    add("--requests", type=whole(1), metavar="N", help="requests in all (default 16, or the lines of --prompts once)")
+    add("--prompt-tokens", type=lengths, metavar="N", help="random prompts of N tokens: 64, or drawn for each request "
+        "from 16-128 (uniform) or lognormal:64:0.5 (median, sigma; rounded, at least 1, and cut so that prompt and new "
+        "tokens fit the model) (default: short questions)")  # fmt: skip
+    add("--new-tokens", type=lengths, metavar="N", help="the most tokens to generate (default 64). Drawn as above, "
+        "each request gets its own number, and is not ended by a stop token before it")  # fmt: skip
+    add("--arrivals", type=arrivals, default="all", metavar="WHEN", help="all (default: at the beginning), or "
+        "poisson:RATE, requests per second")  # fmt: skip
+    add("--seed", type=whole(0), default=0, metavar="N", help="of all that is random: prompts, lengths, arrivals, "
+        "weights (default 0)")  # fmt: skip
+    add = parser.add_argument_group("engine and loop").add_argument
+    add("--engine", type=some_of(ENGINES), metavar="ENGINES", help="asyncbatch (default), transformers, or both")
     modes = some_of([*BATCHERS])
     add("--mode", type=modes, default=[*BATCHERS], metavar="MODES", help="sync,async (default), or one of them")
-    add("--engine", type=some_of(ENGINES), metavar="ENGINES", help="asyncbatch (default), transformers, or both")
     add("--batch-size", type=whole(1, 4096), metavar="N", help="the most requests in one step (default 8)")
-    add("--requests", type=whole(1), metavar="N", help="requests in all (default 16)")
-    add("--prompt-tokens", type=whole(1), metavar="N", help="random prompts of N tokens (default: short questions)")
-    add("--new-tokens", type=whole(1), metavar="N", help="the most tokens to generate (default 64)")
-    add("--seed", type=whole(0), default=0, metavar="N", help="of random prompts and random weights (default 0)")
-    add("--repeats", type=whole(1), metavar="N", help="runs of each mode, in turns (default 3)")
     add("--slots", type=whole(1, 64), default=2, metavar="N", help="slots of the asynchronous batcher (default 2)")
     add("--prefill-tokens", type=whole(1, 65536), metavar="N", help="the most prompt tokens computed in one step")
     add("--compile", action=argparse.BooleanOptionalAction, help="compile the step (default: in presets only)")
+    add = parser.add_argument_group("device").add_argument
     add("--host-work-ms", type=milliseconds, default=0.0, metavar="MS", help="burn Python for MS in every step")
     add("--step-ms", type=milliseconds, metavar="MS", help="a timed device: a step takes MS and computes nothing")
     add("--emulate", metavar="NAME", help="a timed device: steps take what this recording's GPU took")
+    add = parser.add_argument_group("what to measure").add_argument
+    add("--repeats", type=whole(1), metavar="N", help="runs of each mode, in turns (default 3)")
     add("--preset", choices=[*PRESETS], help="a set of workloads for a GPU, with both engines")
     add("--peer-limit-s", type=whole(1), default=600, metavar="S", help="leave out a peer that would take longer")
-    add("--record", type=file_name, metavar="NAME", help="write the recording DIR/NAME.json (GPU, with --out DIR)")
     add("--kineto", action="store_true", help="run once more under torch.profiler: kernel-level busy time (CUDA)")
     add("--overhead", action="store_true", help="measure what measuring costs: runs with and without it")
-    add("--out", type=Path, metavar="DIR", help="write report.json, timeline.png and trace.json there")
+    add("--trace", type=Path, metavar="FILE", help="measure nothing: report on a torch.profiler trace of any engine")
+    add("--compare", nargs=2, metavar=("A.json", "B.json"), help="measure nothing: put two report.json files side by "
+        "side, with a warning for each thing that makes them hard to compare")  # fmt: skip
+    add = parser.add_argument_group("output").add_argument
+    add("--out", type=Path, metavar="DIR", help="write report.html, report.json, timeline.png and trace.json there")
+    add("--record", type=file_name, metavar="NAME", help="write the recording DIR/NAME.json (GPU, with --out DIR)")
     add("--json", action="store_true", help="print the report as JSON instead of the table")
     add("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(arguments)
+    options.changed = [name for name, value in vars(options).items() if value != parser.get_default(name)]
+    others = [name for name in options.changed if name not in ("compare", "json", "debug")]
+    if options.compare and others:
+        parser.error(f"--compare measures nothing: {_flag(others[0])} cannot be had with it")
     options.given = list(sys.argv[1:] if arguments is None else arguments)
     return options
 
@@ -155,11 +202,18 @@ def settle(
         defaults = emulated_defaults(options, recording)
     else:
         defaults = {**DEFAULTS, **PRESETS.get(options.preset, {})}
+    if options.prompts is not None:
+        defaults["prompt_tokens"] = None
     of_preset = defaults.pop("workloads", None)
     for name, value in defaults.items():
         if getattr(options, name) is None:
             setattr(settled, name, value)
     refuse(settled)
+    settled.prompt_file = settled.prompts_sha256 = None
+    if options.prompts is not None:
+        settled.prompt_file = PromptFile.read(options.prompts)
+        settled.prompts_sha256 = settled.prompt_file.sha256
+        settled.requests = options.requests or len(settled.prompt_file.lines)
     if of_preset is None:
         return settled, [copy.copy(settled)]
     settled.model = options.model or ", ".join(dict.fromkeys(model for model, _ in of_preset))
@@ -190,12 +244,20 @@ def refuse(options: argparse.Namespace) -> None:
     timed = [name for name in ("emulate", "step_ms") if getattr(options, name) is not None]
     not_together = [(a, b) for a in timed for b in ("preset", "record") if getattr(options, b)]
     not_together += [("emulate", "step_ms")] if len(timed) == 2 else []
+    if options.prompts is not None and options.prompt_tokens is not None:
+        not_together.append(("prompts", "prompt_tokens"))
     others = [engine for engine in options.engine if engine != OWN]
     ours = [name for name in timed if others] + (["host_work_ms"] if others and options.host_work_ms else [])
     for a, b in not_together:
         raise ValueError(f"{_flag(a)} and {_flag(b)} were given: only one of them can be had at a time")
     for name in ours:
         raise ValueError(f"{_flag(name)} is for asyncbatch's own batchers: it cannot be had with --engine {others[0]}")
+    for a in ("preset", "record"):
+        for b in uneven(options) if getattr(options, a) else ():
+            raise ValueError(
+                f"{_flag(a)} is for requests of one length that are all there at the beginning: "
+                f"{_flag(b)} {getattr(options, b)} cannot be had with it"
+            )
     if options.record and options.out is None:
         raise ValueError(f"--record {options.record} needs --out DIR, the folder to write {options.record}.json into")
     if options.kineto and (timed or not torch.cuda.is_available()):
@@ -215,26 +277,6 @@ def _flag(name: str) -> str:
 
 
 # ---- measuring ----------------------------------------------------------------------------------------------------
-
-
-def make_requests(options: argparse.Namespace, model, tokenizer) -> list[Request]:
-    """Random prompts of a fixed length that run to the length limit, or, for a chat model, questions that the model may
-    also end by itself. ValueError if they are too long for the model."""
-    config = model.config.get_text_config()
-    if options.prompt_tokens is None and getattr(tokenizer, "chat_template", None):
-        chats = [[{"role": "user", "content": f"Tell me about {topic}."}] for topic in TOPICS]
-        prompts = [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False) for c in chats]
-        length, stop = max(map(len, prompts)), None
-    else:
-        prompts, length, stop = [], options.prompt_tokens or 16, ()
-    most = getattr(config, "max_position_embeddings", None)
-    if most is not None and length + options.new_tokens > most:
-        raise ValueError(f"prompts of {length} tokens and {options.new_tokens} new ones: {options.model} allows {most}")
-    if not prompts:
-        generator = np.random.default_rng(options.seed)
-        prompts = generator.integers(0, config.vocab_size, (options.requests, length)).tolist()
-    cycle = itertools.islice(itertools.cycle(prompts), options.requests)
-    return [Request(prompt, options.new_tokens, stop_token_ids=stop) for prompt in cycle]
 
 
 class Session:
@@ -270,11 +312,11 @@ class Session:
             self._look_at_gpu(workload.model, model)
         self.device = device_name(model, workload, self.recording)
         requests = make_requests(workload, model, tokenizer)
-        workload.longest_prompt = max(len(request.token_ids) for request in requests)
+        note_sizes(workload, requests)
         step_s = None if workload.step_ms is None else 1e-3 * workload.step_ms
         if self.recording is not None:
             step_s = self.recording.step_times(workload.batch_size, workload.model)
-            most = min(workload.requests, workload.batch_size) * (workload.longest_prompt + workload.new_tokens - 1)
+            most = most_context(requests, workload.batch_size)
             if most > step_s.max_context:
                 raise ValueError(
                     f"the emulated run would reach a context of {most} tokens over all rows of a step, and "
@@ -311,6 +353,7 @@ class Session:
     def _serve_group(self, workload, group, model, requests, step_s) -> None:
         """Open, warm up and run the batchers of `group`, pairs of engine and mode, in turns, then close them."""
         few = [Request(r.token_ids, min(2, r.max_new_tokens)) for r in requests[: workload.batch_size]]
+        arrivals_s = arrival_times(workload.arrivals, len(requests), workload.seed)
         alive: dict[tuple[str, str], tuple[Any, Measured]] = {}
 
         @contextlib.contextmanager
@@ -345,7 +388,7 @@ class Session:
                     with noting_failure(engine, mode):
                         batcher, found = alive[engine, mode]
                         with self._keeping_what_ran(alive, batcher, found):
-                            served = serve(batcher, requests, progress=sys.stderr.isatty(), points=True)
+                            served = serve(batcher, requests, arrivals_s, sys.stderr.isatty(), points=True)
                         steps_from(served[0])  # a ValueError now is better than a report that cannot be made
                         found.runs.append(served)
                         wall_s = served[0].summary().wall_s
@@ -410,14 +453,18 @@ class Session:
             recording=self.recording,
         )
 
-    def write(self) -> None:
-        """Write report.json, the recording if asked for, and, but for the long runs of a preset, picture and trace."""
-        folder, (result, timelines) = self.options.out, self.report()
+    def write(self, made: tuple[dict[str, Any], list[Timeline]] | None = None) -> None:
+        """Write the report that was `made`, else a new one: report.json, the recording if asked for, and, but for the
+        long runs of a preset, page, picture and trace."""
+        folder, (result, timelines) = self.options.out, made or self.report()
         (folder / "report.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         if self.options.record and timelines:
             Recording.from_runs(self.options.record, result, timelines).save(folder / f"{self.options.record}.json")
+        from .page import write_page  # matplotlib is needed for pictures only
+
+        write_page(folder / "report.html", result, [] if self.options.preset else timelines)
         if timelines and not self.options.preset:
-            from .plot import plot  # matplotlib is needed for pictures only
+            from .plot import plot
 
             plot(*timelines, title=f"{result['model']} on {result['device']}").savefig(folder / "timeline.png")
             save_trace(folder / "trace.json", timelines)
@@ -427,7 +474,7 @@ def open_batcher(engine: str, mode: str, model, options: argparse.Namespace, ste
     """A batcher for the workload, not yet warm. Whatever the engine raises where it cannot serve the model here."""
     limits: dict[str, Any] = {
         "max_batch_size": options.batch_size,
-        "max_length": options.longest_prompt + options.new_tokens,
+        "max_length": options.max_length,
     }
     if engine != OWN:
         from .peers import TransformersBatcher  # only here: what it needs may not be installed
@@ -443,10 +490,14 @@ def open_batcher(engine: str, mode: str, model, options: argparse.Namespace, ste
 
 
 def serve(
-    batcher, requests: list[Request], progress: bool = False, points: bool = False
+    batcher,
+    requests: list[Request],
+    arrivals_s: Sequence[float] | None = None,
+    progress: bool = False,
+    points: bool = False,
 ) -> tuple[Timeline, list[Completion]]:
     with record_points(batcher) if points else contextlib.nullcontext():
-        completions = batcher.run(requests, progress)
+        completions = serve_requests(batcher, requests, arrivals_s, progress)
     for completion in completions:
         if completion.error is not None:
             raise completion.error
@@ -526,8 +577,9 @@ def check_speed(batcher, requests: list[Request], options: argparse.Namespace) -
     """RuntimeError if the workload would take longer than --peer-limit-s, judged by its first tokens."""
     if options.new_tokens < 2 * PROBE_TOKENS:
         return
-    short = [Request(r.token_ids, PROBE_TOKENS, stop_token_ids=r.stop_token_ids) for r in requests]
-    expected_s = serve(batcher, short)[0].summary().wall_s * options.new_tokens / PROBE_TOKENS
+    short = [replace(r, max_new_tokens=min(PROBE_TOKENS, r.max_new_tokens)) for r in requests]
+    whole, probed = (sum(r.max_new_tokens for r in each) for each in (requests, short))
+    expected_s = serve(batcher, short)[0].summary().wall_s * whole / probed
     if expected_s > options.peer_limit_s:
         setting = getattr(batcher, "setting", None) or "its setting"
         raise RuntimeError(
@@ -592,8 +644,16 @@ def one_line(error: BaseException) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
+    if options.trace is not None:
+        from .traces import main_trace  # the streaming JSON parser is needed for traces only
+
+        return main_trace(options)
     interrupted = False
     try:
+        if options.compare:
+            a, b = options.compare
+            print(compare.run(a, b, options.json))
+            return 0
         session = Session(options)
         if options.out is not None:  # before anything is measured: otherwise the results would be lost
             options.out.mkdir(parents=True, exist_ok=True)
@@ -606,10 +666,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise
             interrupted = True  # what ran is not thrown away
             tell("asyncbatch.profile: interrupted; the report is about what ran")
-        result, _ = session.report()
+        made = session.report()
+        result = made[0]
         print(json.dumps(result, indent=1)) if options.json else show(result)
         if options.out is not None:
-            session.write()
+            session.write(made)
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
         if options.debug:
             raise

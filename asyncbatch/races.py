@@ -17,7 +17,7 @@ clock does not count the first one. For each resource only the last write and ea
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,27 +83,49 @@ class Mark:
 
     def __init__(self, name: str = "an event"):
         self.name = name
-        self.clock: tuple[int, ...] = ()
+        self.clock: dict[str, int] = {}
         self.lane: str | None = None
         self.waited: set[str] = set()
         self.meant_for: tuple[str, int | None] | None = None
 
 
-class _Use(NamedTuple):
-    """An access, the number of its lane, its own number in that lane, and its slot if it has one."""
+class Use(NamedTuple):
+    """An access, its number in its lane (the lane's first operation is number 1), and its slot if it has one."""
 
     access: Access
-    lane: int
     number: int
-    slot: int | None
+    slot: int | None = None
+
+    @property
+    def lane(self) -> str:
+        return self.access.lane
+
+    @property
+    def kind(self) -> str:
+        return self.access.kind
+
+    def __repr__(self) -> str:
+        return f"{self.lane}'s operation {self.number} {self.kind}"
+
+
+def racing(clock: Mapping[str, int], kind: str, earlier: Iterable[Use]) -> list[Use]:
+    """Which of the `earlier` uses of a resource race with a new one: nothing orders the two, and one of them writes.
+
+    clock: for each lane, how many of its operations are surely done when the new one starts. kind: what the new one
+    does, "reads" or "writes"."""
+    return [use for use in earlier if "writes" in (kind, use.kind) and clock[use.lane] < use.number]
 
 
 class _Uses:
     """The newest uses of one resource: its last write, and each lane's newest read since."""
 
     def __init__(self) -> None:
-        self.write: _Use | None = None
-        self.reads: dict[int, _Use] = {}
+        self.write: Use | None = None
+        self.reads: dict[str, Use] = {}
+
+    @property
+    def newest(self) -> list[Use]:
+        return [*([] if self.write is None else [self.write]), *self.reads.values()]
 
 
 class RaceChecker:
@@ -117,8 +139,7 @@ class RaceChecker:
         self.collect = collect
         self.races: list[RaceError] = []
         self._seen: set[tuple] = set()
-        self._number: dict[str, int] = {}
-        self._clocks: dict[str, list[int]] = {}
+        self._clocks: dict[str, dict[str, int]] = {}
         self._uses: dict[Hashable, _Uses] = {}
         self._marks: list[Mark] = []
         for lane in (HOST, *lanes):
@@ -126,10 +147,15 @@ class RaceChecker:
 
     def add_lane(self, lane: str) -> None:
         """One more stream. Nothing of it is done yet, and nobody has seen anything of it."""
-        self._number[lane] = len(self._number)
         for clock in self._clocks.values():
-            clock.append(0)
-        self._clocks[lane] = [0] * len(self._number)
+            clock[lane] = 0
+        self._clocks[lane] = dict.fromkeys([*self._clocks, lane], 0)
+
+    def clock(self, lane: str) -> dict[str, int]:
+        """For every lane, how many of its operations are surely done when the next one on `lane` starts."""
+        clock = dict(self._clocks[lane])
+        _join(clock, self._clocks[HOST])  # it starts after its launch
+        return clock
 
     def mark(self, name: str = "an event") -> Mark:
         """A new event."""
@@ -147,27 +173,25 @@ class RaceChecker:
     ) -> None:
         """The host does something (lane "host"), or launches a command on a stream. RaceError, before it counts as
         launched, if it races with an earlier one."""
-        number = self._number[lane]
-        clock = list(self._clocks[lane])
-        _join(clock, self._clocks[HOST])  # it starts after its launch
+        clock = self.clock(lane)
         written = dict.fromkeys(writes)
         read = [resource for resource in dict.fromkeys(reads) if resource not in written]
         for resource, kind in [(r, "reads") for r in read] + [(r, "writes") for r in written]:
             second = Access(lane, name, step, kind)
-            for first in self._conflicts(resource, kind):
-                if clock[first.lane] < first.number:
+            if resource in self._uses:
+                for first in racing(clock, kind, self._uses[resource].newest):
                     self._found(first, second, resource)
-        clock[number] += 1
+        clock[lane] += 1
         self._clocks[lane] = clock
         for resource in read:
             uses = self._uses.setdefault(resource, _Uses())
-            uses.reads[number] = _Use(Access(lane, name, step, "reads"), number, clock[number], slot)
+            uses.reads[lane] = Use(Access(lane, name, step, "reads"), clock[lane], slot)
         for resource in written:
             uses = self._uses.setdefault(resource, _Uses())
-            uses.write, uses.reads = _Use(Access(lane, name, step, "writes"), number, clock[number], slot), {}
+            uses.write, uses.reads = Use(Access(lane, name, step, "writes"), clock[lane], slot), {}
 
     def record(self, lane: str, mark: Mark) -> None:
-        mark.clock, mark.lane = tuple(self._clocks[lane]), lane
+        mark.clock, mark.lane = dict(self._clocks[lane]), lane
         mark.waited.clear()
 
     def wait(self, lane: str, mark: Mark) -> None:
@@ -179,14 +203,7 @@ class RaceChecker:
         """The host has seen that all work of the stream is done."""
         _join(self._clocks[HOST], self._clocks[lane])
 
-    def _conflicts(self, resource: Hashable, kind: str) -> list[_Use]:
-        uses = self._uses.get(resource)
-        if uses is None:
-            return []
-        reads = list(uses.reads.values()) if kind == "writes" else []
-        return reads if uses.write is None else [uses.write, *reads]
-
-    def _found(self, first: _Use, second: Access, resource: Hashable) -> None:
+    def _found(self, first: Use, second: Access, resource: Hashable) -> None:
         key = resource, first.access._replace(step=None), second._replace(step=None)
         if key in self._seen:
             return
@@ -196,7 +213,7 @@ class RaceChecker:
         self._seen.add(key)
         self.races.append(race)
 
-    def _mend(self, use: _Use, second: Access) -> str:
+    def _mend(self, use: Use, second: Access) -> str:
         """The call that would order the two: a wait for an event that is recorded after the first one, or, if there is
         no such event, the record and the wait."""
 
@@ -225,11 +242,11 @@ class RaceChecker:
         return f"{first.lane}.record_event(event) {after}, and {waiting('event')}"
 
 
-def _join(clock: list[int], other: Sequence[int]) -> None:
+def _join(clock: dict[str, int], other: Mapping[str, int]) -> None:
     """Count as done what either clock counts."""
-    for number, count in enumerate(other):
-        if count > clock[number]:
-            clock[number] = count
+    for lane, count in other.items():
+        if count > clock[lane]:
+            clock[lane] = count
 
 
 # ---- around a batcher's device -----------------------------------------------------------------------------------
@@ -269,6 +286,9 @@ class CheckedDevice:
 
     def charge(self, phase: str, plan: BatchPlan | None) -> None:
         self.device.charge(phase, plan)
+
+    def wait_until(self, moment: float) -> None:
+        self.device.wait_until(moment)
 
     def close(self) -> None:
         self.device.close()

@@ -26,6 +26,7 @@ from .recording import Recording, Steps, steps_from, steps_of
 from .request import Completion
 from .simulate import costs_of, predict, what_if
 from .timeline import Timeline, idle_share, overlap_gain
+from .workload import latency, uneven
 
 SCHEMA = 3
 WORTH_SAYING = 0.01  # a latency point that would give back less is not worth eliminating
@@ -49,10 +50,14 @@ class Measured:
     interrupted: bool = False  # its one run was ended by Ctrl-C: times and steps of what ran, and no completions
 
     @property
-    def typical(self) -> Timeline:
-        """The timeline of median wall time, the lower one of two."""
-        by_wall = sorted((timeline for timeline, _ in self.runs), key=lambda timeline: timeline.summary().wall_s)
+    def typical_run(self) -> tuple[Timeline, list[Completion]]:
+        """The run of median wall time, the lower one of two."""
+        by_wall = sorted(self.runs, key=lambda run: run[0].summary().wall_s)
         return by_wall[(len(by_wall) - 1) // 2]
+
+    @property
+    def typical(self) -> Timeline:
+        return self.typical_run[0]
 
     @property
     def tokens(self) -> list[list[list[int]]]:
@@ -89,7 +94,10 @@ def report(
     seconds, but milliseconds in keys with `ms` (host_ms_per_step and device_ms_per_step are medians over the decode
     steps); device_active and idle are shares of the decode steps (see `Timeline`). These four are null where nothing
     could be measured. On CUDA also floor_s of the run, time_over_floor, and for the decode steps of most rows at the
-    smallest and the largest context `first_context` and `last_context` (see `floor_numbers`).
+    smallest and the largest context `first_context` and `last_context` (see `floor_numbers`). `latency` has
+    first_token_ms, per_token_ms and end_to_end_ms, each as median and p99 over the requests (see `workload.latency`).
+    prompt_tokens and new_tokens of a run are the largest of its requests; in `workload` they are as asked for, so a
+    distribution is text, beside `arrivals` ("all" or "poisson:RATE"), `prompts` (a file, or null) and prompts_sha256.
     `failed`: what could not be measured, with `error`. `recorded`: when a recording is emulated, what it says itself.
     `comparisons`: one for each workload, of this package's two modes: `async_speedup` is the median over the repeats of
     sync wall time / async wall time, null without one of them; `law_idle` is host / (host + device) from the sync run's
@@ -104,6 +112,7 @@ def report(
         timeline, workload = one.typical, one.workload
         row = {"engine": one.engine, "mode": one.mode, **timeline.summary().as_dict()}
         row["device_ms_per_step"] = device_ms(timeline)
+        row["latency"] = latency(one.typical_run[1])
         row["wall_s_of_each_run"] = [timeline.summary().wall_s for timeline, _ in one.runs]
         row |= {key: getattr(workload, key) for key in WORKLOAD}
         row |= {"setting": one.setting, "prefill_tokens": one.prefill_tokens}
@@ -120,7 +129,8 @@ def report(
             tokens = [given for item in group if item["one"].engine == engine for given in item["one"].tokens]
             of_engine.setdefault(engine, []).append(all(other == tokens[0] for other in tokens[1:]))
     same = {engine: all(each) for engine, each in of_engine.items()}
-    names = ("batch_size", "requests", "prompt_tokens", "new_tokens", "seed", "repeats", "slots", "host_work_ms")
+    names = ("batch_size", "requests", "prompt_tokens", "new_tokens", "seed", "repeats", "slots", "host_work_ms",
+             "step_ms", "arrivals", "prompts", "prompts_sha256")  # fmt: skip
     only = compared[0] if len(compared) == 1 else {}
     result = {
         "schema": SCHEMA,
@@ -132,11 +142,11 @@ def report(
         "peers_same_tokens": same,
         "runs": rows,
         "failed": list(failed),
-        "recorded": recorded_rows(recording, rows) if recording else [],
+        "recorded": recorded_rows(recording, rows, even=not uneven(options)) if recording else [],
         "comparisons": compared,
         "async_speedup": only.get("async_speedup"),
         "law_idle": only.get("law_idle"),
-        "workload": {name: getattr(options, name) for name in (*names, "step_ms")},
+        "workload": {name: getattr(options, name) for name in names},
         "gpu": gpu,
         "copy_bandwidth_bytes_per_s": bandwidth,
         "models": models,
@@ -281,9 +291,10 @@ def floor_numbers(
     return numbers
 
 
-def recorded_rows(recording: Recording, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def recorded_rows(recording: Recording, rows: Sequence[dict[str, Any]], even: bool = True) -> list[dict[str, Any]]:
     """For each emulated run what the recording says of the same model, batch size and mode. Where the emulated run is
-    the beginning of the recorded one, only that many steps of it are counted (`setting` says so)."""
+    the beginning of the recorded one, only that many steps of it are counted (`setting` says so). It is not, unless
+    its requests are `even`: all of one length, and there at the beginning."""
     found = []
     for row in rows:
         for run in recording.runs:
@@ -291,7 +302,7 @@ def recorded_rows(recording: Recording, rows: Sequence[dict[str, Any]]) -> list[
                 continue
             steps, setting = steps_of(run), "the whole run"
             begins_so = all(run[key] == row[key] for key in ("requests", "prompt_tokens", "prefill_tokens"))
-            if begins_so and row["steps"] < len(steps.kind):
+            if even and begins_so and row["steps"] < len(steps.kind):
                 steps, setting = steps.first(row["steps"]), f"the first {row['steps']} steps"
             made = {key: run[key] for key in (*WORKLOAD, "engine", "mode", "prefill_tokens")}
             made |= {**steps.totals(), "setting": setting}
@@ -372,6 +383,7 @@ FLOOR_ROWS = (
     ("floor of the run", "floor_s", "{:.3f} s", 1),
     ("time over floor", "time_over_floor", "{:.3f}x", 1),
 )
+LATENCY_ROWS = (("first token", "first_token_ms"), ("per token", "per_token_ms"), ("end to end", "end_to_end_ms"))
 POINT_ROWS = (
     ("device per step", "ms", "{:.3f} ms"),
     ("floor of a step", "floor_ms", "{:.3f} ms"),
@@ -424,6 +436,10 @@ def columns(result: dict[str, Any]) -> list[str]:
         spec = spec.replace(".1f} %", ".2f} %") if floors else spec  # on a GPU the hundredths count: 99.97 is not 99.99
         values = [run.get(key) for run in runs]
         lines.append(filled(label, [None if value is None else value * factor for value in values], spec))
+    for label, key in LATENCY_ROWS if result["workload"]["arrivals"] != "all" else ():
+        for part in ("median", "p99"):
+            values = [run["latency"][key][part] if "latency" in run else None for run in runs]
+            lines.append(filled(f"{label}, {part}", values, "{:.1f} ms"))
     for key, name in (("first_context", "smallest"), ("last_context", "largest")) if floors else ():
         points = [run.get(key) for run in runs]
         lines.append(filled(f"{name} context/row", [p and p["context"] / p["rows"] for p in points], "{:.0f}"))
@@ -473,6 +489,10 @@ def notes(result: dict[str, Any]) -> list[str]:
     said += [f"{_who(row, several)} was not measured: {row['error']}" for row in result["failed"]]
     said += [f"{engine}: sync and async gave different tokens" for engine, same in result["peers_same_tokens"].items()
              if not same]  # fmt: skip
+    if result["workload"]["arrivals"] != "all":
+        arrivals = result["workload"]["arrivals"]
+        said.append(f"requests arrive over time ({arrivals}): that bounds wall time and tokens per second, so the")
+        said.append("latencies, in milliseconds from a request's arrival, are what to compare.")
     if result["emulated"]:
         counted = ", ".join(dict.fromkeys(row["setting"] for row in result["recorded"])) or "no run of this batch size"
         said.append(f"emulated: the device's times come from the recording {result['emulated']}, the host's work is")

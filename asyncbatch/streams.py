@@ -68,7 +68,7 @@ class Device(Protocol):
     the error in the slot's newest commands, or None. `parts(slot)` gives the seconds that the slot's newest step spent
     on carry-over, on the model and on sampling, 0 where the device does not tell them apart. `charge(phase, plan)` says
     that the host does a part of a step ("plan", "fill", "launch", "wait" or "commit"): it moves the virtual clock,
-    others move by themselves."""
+    others move by themselves. In `wait_until` the host does nothing until a time of `now()`."""
 
     clock: str
 
@@ -76,11 +76,32 @@ class Device(Protocol):
     def streams(self) -> tuple[Stream, Stream, Stream]: ...
     def now(self) -> float: ...
     def charge(self, phase: str, plan: Any) -> None: ...
+    def wait_until(self, moment: float) -> None: ...
     def event(self) -> Event: ...
     def spans(self, slot: int) -> np.ndarray: ...
     def parts(self, slot: int) -> list[float]: ...
     def failure(self, slot: int) -> str | None: ...
     def close(self) -> None: ...
+
+
+def order(earlier: Stream, later: Stream, event: Any) -> None:
+    """What is launched on `later` from now on starts after all that `earlier` has been given so far. The host waits for
+    none of it. (`torch.cuda` calls these two lines `later.wait_stream(earlier)`.)"""
+    earlier.record_event(event)
+    later.wait_event(event)
+
+
+def launch_step(streams: tuple[Stream, Stream, Stream], slot: Any) -> None:
+    """Tell the three streams to copy a step's inputs in, to compute it and to copy its results out, each after the one
+    before. The host waits for none of it; later it waits for `slot.outputs_ready`. `slot` (`slot.py`) names the command
+    and has the three events. The copy in waits for nobody: the host fills a slot only when its last step is done."""
+    h2d, compute, d2h = streams
+    h2d.launch("copy_in", slot.index)
+    order(h2d, compute, slot.inputs_ready)
+    compute.launch(slot.command, slot.index)
+    order(compute, d2h, slot.step_done)
+    d2h.launch("copy_out", slot.index)
+    d2h.record_event(slot.outputs_ready)
 
 
 class _RealTime:
@@ -91,6 +112,9 @@ class _RealTime:
 
     def charge(self, phase: str, plan: Any) -> None:
         pass
+
+    def wait_until(self, moment: float) -> None:
+        time.sleep(max(0.0, moment - self.now()))
 
 
 def open_device(model: torch.nn.Module, program: Callable[..., Any], num_slots: int, **arguments: Any) -> Device:

@@ -10,6 +10,7 @@ opens.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -239,9 +240,12 @@ class Timeline:
 
 
 def save_trace(path: str | Path, timelines: Sequence[Timeline]) -> None:
-    """Write several timelines into one Chrome trace, as processes 1, 2, ..., each beginning at time 0."""
+    """Write several timelines into one Chrome trace, as processes 1, 2, ..., each beginning at time 0.
+
+    Arrows ("flow events") lead from a step's copy in to the step and on to its copy out."""
     events: list[dict[str, Any]] = []
     notes = []
+    flows = itertools.count(1)  # their ids: unique over all timelines, or Perfetto would join two runs
     for pid, timeline in enumerate(timelines, 1):
         origin = timeline.origin
         notes.append({"pid": pid, "label": timeline.label, "clock": timeline.clock, "origin": origin})
@@ -255,6 +259,7 @@ def save_trace(path: str | Path, timelines: Sequence[Timeline]) -> None:
             where = {"ph": "M", "pid": pid, "tid": tid}
             events.append({**where, "name": "thread_name", "args": {"name": lane}})
             events.append({**where, "name": "thread_sort_index", "args": {"sort_index": tid}})
+        slices: dict[int, dict[str, dict[str, Any]]] = {}  # step -> device lane -> its first event
         for lane, name, step, start, end in timeline.spans:
             # ts and dur are microseconds for the viewer, both ends rounded alike so that neighbours still touch;
             # args keep the exact seconds for `load`.
@@ -262,8 +267,28 @@ def save_trace(path: str | Path, timelines: Sequence[Timeline]) -> None:
             args = {"step": step, "start_s": start, "end_s": end}
             event = {"ph": "X", "pid": pid, "tid": tids[lane], "name": name, "cat": lane}
             events.append({**event, "ts": ts, "dur": round(stop - ts, 3), "args": args})
+            if lane in LANES[1:]:
+                slices.setdefault(step, {}).setdefault(lane, events[-1])
+        for found in slices.values():
+            if len(found) == len(LANES[1:]):
+                events += _arrows([found[lane] for lane in LANES[1:]], next(flows))
     trace = {"traceEvents": events, "displayTimeUnit": "ms", "metadata": {"asyncbatch": notes}}
     Path(path).write_text(json.dumps(trace, allow_nan=False), encoding="utf-8")
+
+
+def _arrows(slices: Sequence[dict[str, Any]], number: int) -> list[dict[str, Any]]:
+    """The flow events `number` through the slices ("X" events) of a step; none where an arrow would lead back in time.
+
+    A flow event belongs to the slice that is open on its thread at its time, so it stands in the middle of it: at an
+    end, a neighbour that touches it could be meant as well."""
+    times = [round(event["ts"] + event["dur"] / 2, 3) for event in slices]
+    if times != sorted(times):
+        return []
+    flow = {"name": f"step {slices[0]['args']['step']}", "cat": "flow", "id": number, "bp": "e"}
+    return [
+        {"ph": phase, "pid": event["pid"], "tid": event["tid"], "ts": ts, **flow}
+        for phase, event, ts in zip("stf", slices, times, strict=True)
+    ]
 
 
 def load_trace(path: str | Path) -> list[Timeline]:

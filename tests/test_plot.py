@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from asyncbatch.plot import COLORS, LAYERS, Picture, TimelineFigure, figure, plot
-from asyncbatch.timeline import Timeline
+from asyncbatch.timeline import LANES, Timeline
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -88,7 +90,8 @@ def test_each_layer_can_be_told_apart_without_colour():
 
 def test_labels_are_text_and_not_markup():
     timeline = run(r"$\frac{<b>x</b>$" + " long" * 50, 30)
-    timeline.add("host", r"$\bad{$", 3, 50.0, 50.1)
+    timeline.clock = "\ud83d$\n"
+    timeline.add("host", "$\\bad{$\ud83d", 3, 50.0, 50.1)
     fig = plot(timeline, title=r"$\sqrt{$", window=(0, 0.1))
     assert fig.png().startswith(b"\x89PNG")
     assert fig.title == r"$\sqrt{$"
@@ -136,6 +139,40 @@ def test_the_widget_gets_every_span_in_24_bytes():
     assert sorted(got) == sorted(expected)
     prefills = [row for row in rows if layers[row["layer"] % len(layers)] == "prefill"]
     assert len(prefills) == 10 + 3
+
+
+def unpacked(about, spans) -> dict[str, set]:
+    """The spans on each lane, as (track, name, step, start, end)."""
+    layout = np.dtype([("start", "<f8"), ("end", "<f8"), ("step", "<i4"), ("name", "<u2"), ("layer", "<u2")])
+    found: dict[str, set] = {lane: set() for lane in LANES}
+    for row in np.frombuffer(spans, layout).tolist():
+        start, end, step, name, layer = row
+        lane = LANES[about["layers"][layer % len(LAYERS)]["lane"]]
+        found[lane].add((layer // len(LAYERS), about["names"][name], step, start, end))
+    return found
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 60), st.integers(0, 60), st.integers(1, 700))
+def test_of_too_many_spans_those_around_the_middle_are_kept_and_every_step_as_long_as_it_fits(sync, async_, most):
+    fig = plot(run("sync", sync), run("async", async_, active=1.0))
+    everything, (about, spans) = unpacked(*fig.packed()), fig.packed(most)
+    some = unpacked(about, spans)
+    assert sum(map(len, everything.values())) == fig.num_spans == 5 * (sync + async_)
+    assert sum(map(len, some.values())) == len(spans) // 24 <= most
+    if fig.num_spans <= most:
+        assert some == everything
+    if len(everything["compute"]) <= 0.8 * most:
+        assert some["compute"] == everything["compute"]
+    for lane, described in zip(LANES, about["lanes"], strict=True):
+        if described["kept"] is None:
+            assert some[lane] == everything[lane]
+            continue
+        low, high = described["kept"]
+        assert 0 <= low <= high <= fig.end
+        inside = {span for span in everything[lane] if span[3] < high - 1e-9 and span[4] > low + 1e-9 and low < high}
+        assert inside <= some[lane] <= everything[lane]
+        assert all(span[4] >= low - 1e-9 and span[3] <= high + 1e-9 for span in some[lane])
 
 
 def test_figure_is_an_empty_picture_in_the_same_style(tmp_path):

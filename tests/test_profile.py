@@ -17,7 +17,7 @@ from asyncbatch import AsyncBatcher, SyncBatcher, Timeline, load_model, profile
 from asyncbatch import report as report_module
 from asyncbatch.models import ModelError
 from asyncbatch.recording import Recording, steps_of
-from asyncbatch.report import Measured
+from asyncbatch.report import Measured, table
 from asyncbatch.timeline import load_trace
 
 SMALL = ["--batch-size", "3", "--requests", "5", "--new-tokens", "6", "--repeats", "2"]
@@ -50,7 +50,7 @@ def call(capsys):
 
 
 def check_report(report, modes):
-    assert report["schema"] == 2
+    assert report["schema"] == 3
     assert report["same_tokens"] is True
     assert isinstance(report["device"], str)
     assert [run["mode"] for run in report["runs"]] == modes
@@ -286,7 +286,7 @@ def closing(sync, others):
     runs = [("sync", [sync] * len(others)), ("async", others)]
     measured = [Measured(workload, "asyncbatch", mode, runs=[(t, []) for t in each]) for mode, each in runs]
     result, _ = profile.report(options, measured, "none")
-    text = profile.table(result)
+    text = table(result)
     return result, text[text.index("same tokens") :]
 
 
@@ -352,7 +352,7 @@ def test_the_table_of_an_emulation_has_what_was_recorded_beside_it(call, recordi
     assert status == 0
     assert ["emulated", "emulated", "recorded", "recorded"] in [line.split() for line in out.splitlines()]
     assert ["sync", "async", "sync", "async"] in [line.split() for line in out.splitlines()]
-    assert out.splitlines()[1].startswith("device: emulated: A GPU")
+    assert any(line.startswith("device: emulated: A GPU") for line in out.splitlines())
 
 
 def test_emulation_beyond_the_recording_is_refused_before_it_starts(call, recording_file):
@@ -561,7 +561,7 @@ def test_an_interrupted_sweep_keeps_what_it_has(call, gpu, tmp_path):
     gpu.ours["sync"] = Stopped
     status, out, error = call("--preset", "sweep", "--out", tmp_path, "--record", "mine", "--json")
     assert status == 130
-    assert error.splitlines()[-1].endswith("interrupted")
+    assert "interrupted; the report is about what ran" in error.splitlines()[-1]
     assert len(json.loads(out)["runs"]) == len(json.loads((tmp_path / "report.json").read_text())["runs"]) == 4
     assert len(Recording.load(tmp_path / "mine.json").runs) == 4
 
@@ -634,12 +634,12 @@ def test_the_targets_are_reached_or_not_as_the_numbers_say():
     assert first["over_floor"] == pytest.approx(1.1, abs=1e-3)
     assert last["floor_ms"] == pytest.approx(1e3 * (15e9 + last["context"] * 131072) / 4e12)
     assert near["runs"][0]["kv_bytes_per_s"] == pytest.approx(4e12 / 1.1, rel=1e-3)
-    text = profile.table(near)
+    text = table(near)
     assert "NOT REACHED" not in text
     assert text.count("  reached") == len(near["targets"]) == 8
     far = reached(headline(host_s=6e-4, device_share=1.5, peer_factor=0.9))
     assert [what for what, is_reached in far.items() if is_reached] == ["device active, async99.9 %"]
-    assert "NOT REACHED" in profile.table(headline(host_s=6e-4, device_share=1.5))
+    assert "NOT REACHED" in table(headline(host_s=6e-4, device_share=1.5))
 
 
 def test_a_shortened_headline_claims_nothing_about_the_whole():
@@ -647,7 +647,7 @@ def test_a_shortened_headline_claims_nothing_about_the_whole():
     assert short["total, async"] is None
     assert short["total, async, over its floor"] is None
     assert [value for what, value in short.items() if what.startswith("decode step")] == [True, None]
-    assert "no claim: another length" in profile.table(headline(4e-4, 1.0, new_tokens=256))
+    assert "no claim: another length" in table(headline(4e-4, 1.0, new_tokens=256))
 
 
 def test_the_small_shape_is_held_to_its_target_where_the_law_allows_it():

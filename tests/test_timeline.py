@@ -182,6 +182,81 @@ def test_the_trace_is_as_perfetto_wants_it(tmp_path):
         assert all(round(a["ts"] + a["dur"], 3) <= b["ts"] for a, b in zip(own, own[1:], strict=False)), "no overlap"
 
 
+def flows_of(path) -> tuple[list[dict], list[list[dict]]]:
+    """The slices of a trace and its flows, each the list of its events."""
+    events = json.loads(path.read_text())["traceEvents"]
+    flows: dict[int, list[dict]] = {}
+    for event in events:
+        if event["ph"] in "stf":
+            flows.setdefault(event["id"], []).append(event)
+    return [event for event in events if event["ph"] == "X"], list(flows.values())
+
+
+def two_device_runs() -> list[Timeline]:
+    """Two runs of three steps that follow each other without a gap; the last step of each has no copy out."""
+    timelines = [Timeline("sync", "virtual"), Timeline("async", "virtual")]
+    for timeline in timelines:
+        for step in range(3):
+            timeline.add("H2D", "copy_in", step, 10.0 + step, 10.25 + step)
+            timeline.add("compute", "step", step, 10.25 + step, 11.25 + step)
+            if step < 2:
+                timeline.add("D2H", "copy_out", step, 11.25 + step, 11.5 + step)
+    return timelines
+
+
+def test_arrows_lead_from_copy_in_to_step_to_copy_out(tmp_path):
+    save_trace(tmp_path / "trace.json", two_device_runs())
+    slices, flows = flows_of(tmp_path / "trace.json")
+    assert len(flows) == 2 * 2, "a flow has an id of its own, in every run; a step without a copy out has none"
+    assert len({flow[0]["pid"] for flow in flows}) == 2
+    for flow in flows:
+        assert [event["ph"] for event in flow] == ["s", "t", "f"]
+        assert {(event["name"], event["cat"], event["bp"]) for event in flow} == {(flow[0]["name"], "flow", "e")}
+        on = []
+        for event in flow:
+            (open_then,) = (
+                x
+                for x in slices
+                if x["tid"] == event["tid"] and x["pid"] == event["pid"] and x["ts"] < event["ts"] < x["ts"] + x["dur"]
+            )
+            on.append((open_then["name"], f"step {open_then['args']['step']}"))
+        assert on == [(name, flow[0]["name"]) for name in ("copy_in", "step", "copy_out")]
+
+
+@given(st.lists(runs(), min_size=1, max_size=2), st.floats(-1, 5))
+def test_every_arrow_begins_and_ends_in_a_slice_of_its_step_and_leads_forward(tmp_path_factory, timelines, late):
+    for timeline in timelines:
+        for span in [span for span in timeline.spans if span.lane == "compute"]:
+            timeline.add("H2D", "copy_in", span.step, span.start - 1, span.start + late)
+            timeline.add("D2H", "copy_out", span.step, span.end, span.end + 1)
+    path = tmp_path_factory.mktemp("traces") / "trace.json"
+    save_trace(path, timelines)
+    slices, flows = flows_of(path)
+    of = {(x["tid"], f"step {x['args']['step']}"): x for x in slices}
+    for flow in flows:
+        assert [event["ts"] for event in flow] == sorted(event["ts"] for event in flow)
+        for event in flow:
+            on = of[event["tid"], event["name"]]
+            assert on["ts"] <= event["ts"] <= on["ts"] + on["dur"]
+    forward = sum(
+        of_step["H2D"] <= of_step["compute"] <= of_step["D2H"]
+        for timeline in timelines
+        for of_step in middles(timeline)
+    )
+    assert len(flows) == forward
+    assert [vars(timeline) for timeline in load_trace(path)] == [vars(timeline) for timeline in timelines]
+
+
+def middles(timeline: Timeline) -> list[dict[str, float]]:
+    """For each step the middle of its span on each lane, in microseconds as a trace has them."""
+    found: dict[int, dict[str, float]] = {}
+    for lane, _, step, start, end in timeline.spans:
+        ts, stop = (round(1e6 * (t - timeline.origin), 3) for t in (start, end))
+        if lane != "host":
+            found.setdefault(step, {})[lane] = round(ts + round(stop - ts, 3) / 2, 3)
+    return list(found.values())
+
+
 def test_one_timeline_saves_and_loads(tmp_path):
     timeline = worked_example()
     timeline.save(tmp_path / "trace.json")

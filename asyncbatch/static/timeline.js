@@ -1,8 +1,10 @@
 // The interactive timeline of plot.py: one canvas, drawn like the static picture, to zoom, drag, hover over and read out.
 // It fetches nothing. Spans come as bytes, 24 a span: start and end (float64, seconds), step (int32), name and layer
 // (uint16). Where spans are too small to draw one by one, each pixel column is filled to the share of its time that was busy.
+// A lane may have spans for a part of the run only ("kept", from when to when): the rest of it is drawn as left out.
 
-const LEFT = 108, RIGHT = 10, ROW = 30, HEAD = 26, PAUSE = 8, STRIP = 14, GAP = 26, FONT = "12px system-ui, sans-serif";
+const RIGHT = 10, ROW = 30, HEAD = 26, LINE = 15, PAUSE = 8, STRIP = 14, GAP = 26, FONT = "12px system-ui, sans-serif";
+const NAME_FONT = "bold 14px system-ui, sans-serif";
 
 // How many of the ascending `values` are <= t.
 function upTo(values, t) {
@@ -51,10 +53,10 @@ function render({ model, el }) {
     { ...lane, track, index: i, layers: layers.filter((layer) => layer.track === track && layer.lane === i) })));
   const [canvas, tip, live, help] = ["canvas", "div", "div", "div"].map((tag) => document.createElement(tag));
   const root = document.createElement("div"), ctx = canvas.getContext("2d");
-  let [from, to] = about.window, width = 800, height = 0, drag = null, queued = 0;
+  let [from, to] = about.window, width = 800, height = 0, LEFT = 108, drag = null, queued = 0;
 
   root.style.cssText = "position:relative;color:var(--jp-content-font-color1,var(--vscode-foreground,CanvasText));" + `font:${FONT}`;
-  canvas.style.cssText = "display:block;width:100%;outline-offset:-2px;touch-action:none;cursor:grab";
+  canvas.style.cssText = "display:block;width:100%;outline-offset:-2px;touch-action:pan-y;cursor:grab";
   canvas.tabIndex = 0;
   canvas.setAttribute("role", "img");
   canvas.setAttribute("aria-label", `Timeline of ${about.tracks.map((t) => `${t.name}: ${t.caption}`).join("; ")}. ` +
@@ -66,10 +68,12 @@ function render({ model, el }) {
   live.className = "asyncbatch-live";
   live.setAttribute("aria-live", "polite");
   help.textContent = "Click the picture, then: wheel or + and - zoom, drag or arrow keys move, 0 goes back.";
-  // The fill of a layer, or of "idle", as a small canvas: its colour, with a hatch where a hatch tells it from another.
+  const others = { idle: about.idle, left: { face: "#8883", line: "#8886" } };
+  // The fill of a layer, of "idle", or of what is left out, as a small canvas: its colour, with a hatch where a hatch
+  // tells it from another.
   function tile(key) {
     const made = document.createElement("canvas"), pen = made.getContext("2d");
-    const { face, line } = key === "idle" ? about.idle : about.layers.find((layer) => layer.key === key);
+    const { face, line } = others[key] ?? about.layers.find((layer) => layer.key === key);
     made.width = made.height = 8;
     pen.fillStyle = face; pen.fillRect(0, 0, 8, 8);
     pen.strokeStyle = line; pen.lineWidth = 1.5;
@@ -77,10 +81,13 @@ function render({ model, el }) {
     if (line) pen.stroke();
     return made;
   }
-  const fills = Object.fromEntries([...about.layers, { key: "idle" }].map(({ key }) => [key, ctx.createPattern(tile(key), "repeat")]));
+  const fills = Object.fromEntries([...about.layers.map((layer) => layer.key), ...Object.keys(others)].map(
+    (key) => [key, ctx.createPattern(tile(key), "repeat")]));
 
   const legend = document.createElement("div");
-  for (const [words, key] of [...about.layers.map((layer) => [layer.words, layer.key]), ["device idle", "idle"]]) {
+  const entries = [...about.layers.map((layer) => [layer.words, layer.key]), ["device idle", "idle"]];
+  if (about.lanes.some((lane) => lane.kept)) entries.push(["left out of this page", "left"]);
+  for (const [words, key] of entries) {
     const swatch = document.createElement("img"), item = document.createElement("span");
     swatch.src = tile(key).toDataURL(); swatch.alt = "";
     swatch.style.cssText = "width:16px;height:10px;margin-right:5px;object-fit:cover";
@@ -111,6 +118,16 @@ function render({ model, el }) {
     if (low < high) ctx.fillRect(x + (low - a) / (b - a) * w, y, (high - low) / (b - a) * w, h);
   }
 
+  function leftOut(kept, until, a, b, x, y, w, h, words = "") {  // cover what of [a, b] is not kept, as far as `until`
+    const parts = kept ? [[a, Math.min(b, kept[0], until)], [Math.max(a, kept[1]), Math.min(b, until)]] : [];
+    for (const [start, stop] of parts) {
+      const left = x + (start - a) / (b - a) * w, room = (stop - start) / (b - a) * w;
+      if (room <= 0) continue;
+      ctx.fillStyle = fills.left; ctx.fillRect(left, y, room, h);
+      if (room > 60) write(words, left + room / 2, y + h / 2, getComputedStyle(root).color, "center");
+    }
+  }
+
   function spansOf(lane, a, b) {  // [layer, index] of the spans that touch [a, b]
     return lane.layers.flatMap((layer) => {
       const first = Math.max(0, upTo(layer.starts, a) - 1), last = upTo(layer.starts, b), found = [];
@@ -133,6 +150,30 @@ function render({ model, el }) {
     ctx.font = font; ctx.fillStyle = fill; ctx.textAlign = align; ctx.fillText(text, x, y, room);
   }
 
+  // A track's caption as [what fits beside its name, the lines below it]: all of it beside, or all of it below.
+  function captionOf(track) {
+    const room = width - LEFT - RIGHT, fits = (text, used = 0) => ctx.measureText(text).width + used <= room;
+    ctx.font = NAME_FONT;
+    const used = ctx.measureText(track.name).width + 12;
+    ctx.font = FONT;
+    if (fits(track.caption, used)) return [track.caption, []];
+    const lines = [""];
+    for (const part of track.caption.split(", ")) {
+      const longer = lines.at(-1) ? `${lines.at(-1)}, ${part}` : part;
+      if (lines.at(-1) && !fits(longer)) lines.push(part); else lines[lines.length - 1] = longer;
+    }
+    return ["", lines];
+  }
+
+  function resize() {
+    width = Math.max(180, canvas.clientWidth);
+    LEFT = width < 520 ? 62 : 108;
+    height = GAP + lanes.length * PAUSE + lanes.reduce((sum, lane) => sum + lane.height * ROW, 0) +
+      about.tracks.reduce((sum, track) => sum + HEAD + STRIP + LINE * captionOf(track)[1].length, 0);
+    canvas.style.height = `${height}px`;
+    show(from, to);
+  }
+
   function draw() {
     queued = 0;
     const began = performance.now(), w = width - LEFT - RIGHT, color = getComputedStyle(root).color;
@@ -142,9 +183,10 @@ function render({ model, el }) {
     const toX = (t) => LEFT + (t - from) / (to - from) * w;
     about.tracks.forEach((track, i) => {  // the whole run, and where in it we are
       const parts = lanes[i * about.lanes.length + 2].layers, y = i * STRIP + 2;
-      write(`whole run, ${track.name}`, LEFT - 6, y + STRIP / 2, color, "right", FONT, LEFT - 8);
+      write(LEFT < 100 ? track.name : `whole run, ${track.name}`, LEFT - 6, y + STRIP / 2, color, "right", FONT, LEFT - 8);
       idleBand(parts, 0, end, LEFT, y, w, STRIP - 3);
       columns(parts, 0, end, LEFT, y, w, STRIP - 3);
+      leftOut(about.lanes[2].kept, track.end, 0, end, LEFT, y, w, STRIP - 3);
     });
     const strip = STRIP * about.tracks.length;
     ctx.strokeStyle = color; ctx.lineWidth = 1.5;
@@ -153,14 +195,15 @@ function render({ model, el }) {
     for (const lane of lanes) {
       if (lane.index === 0) {
         const track = about.tracks[lane.track];
+        const [beside, below] = captionOf(track);
         y += HEAD;
-        write(track.name, LEFT, y - 10, color, "left", "bold 14px system-ui, sans-serif");
-        const after = LEFT + ctx.measureText(track.name).width + 12;
-        write(track.caption, after, y - 10, color);
+        write(track.name, LEFT, y - 10, color, "left", NAME_FONT);
+        if (beside) write(beside, LEFT + ctx.measureText(track.name).width + 12, y - 10, color);
+        for (const line of below) { write(line, LEFT, y + LINE / 2 - 2, color); y += LINE; }
       }
       const h = lane.height * ROW, found = spansOf(lane, from, to), few = found.length <= w / 8;
       lane.y = y; lane.h = h;
-      write(lane.words, LEFT - 6, y + h / 2, color, "right");
+      write(LEFT < 100 ? lane.words.split(" (")[0] : lane.words, LEFT - 6, y + h / 2, color, "right");
       ctx.fillStyle = color; ctx.globalAlpha = 0.3; ctx.fillRect(LEFT, y + h, w, 0.5); ctx.globalAlpha = 1;
       if (lane.index === 2) idleBand(lane.layers, from, to, LEFT, y, w, h);
       if (!few) columns(lane.layers, from, to, LEFT, y, w, h);
@@ -178,9 +221,10 @@ function render({ model, el }) {
         if (text) write(text, (a + b) / 2, y + h / 2, layer.text, "center");
       }
       if (lane.index === 2 && few) gaps(found, toX, y, h, w);
+      leftOut(lane.kept, about.tracks[lane.track].end, from, to, LEFT, y, w, h, "left out");
       y += h + PAUSE;
     }
-    const rough = (to - from) / (w / 110), power = 10 ** Math.floor(Math.log10(rough)), digits = Math.ceil(Math.log10(to / power)) + 1;
+    const rough = (to - from) / Math.max(3, w / 110), power = 10 ** Math.floor(Math.log10(rough)), digits = Math.ceil(Math.log10(to / power)) + 1;
     const tick = power * [1, 2, 5, 10].find((m) => m * power >= rough);
     for (let k = Math.ceil(from / tick); k * tick <= to; k++) {
       ctx.fillStyle = color; ctx.fillRect(toX(k * tick), y - 4, 1, 5);
@@ -230,16 +274,16 @@ function render({ model, el }) {
       const [layer, i] = found.reduce((best, span) => (off(span) < off(best) ? span : best));
       text = `${about.tracks[lane.track].name}, ${lane.words}: ${layer.names[i]}, step ${layer.steps[i]}, ` +
         `${seconds(layer.ends[i] - layer.starts[i])}, from ${seconds(layer.starts[i], 6)}`;
-    } else if (found && lane.index === 2) text = `${about.tracks[lane.track].name}, ${lane.words}: idle`;
+    } else if (found && lane.kept && (t < lane.kept[0] || t > lane.kept[1])) text = "left out of this page";
+    else if (found && lane.index === 2) text = `${about.tracks[lane.track].name}, ${lane.words}: idle`;
     tip.textContent = text;
     tip.style.display = text ? "block" : "none";
     tip.style.left = `${Math.min(event.offsetX + 12, Math.max(0, width - tip.offsetWidth))}px`;
     tip.style.top = `${event.offsetY + 16}px`;
   };
 
-  const last = lanes.length * PAUSE + about.tracks.length * (HEAD + STRIP) + lanes.reduce((sum, lane) => sum + lane.height * ROW, 0);
-  height = last + GAP; canvas.style.height = `${height}px`;
-  const resized = new ResizeObserver(() => { width = Math.max(LEFT + RIGHT + 100, canvas.clientWidth); show(from, to); });
+  canvas.addEventListener("show-time", (event) => show(...event.detail));  // for the page around it: [from, to]
+  const resized = new ResizeObserver(resize);
   const themed = new MutationObserver(() => show(from, to));
   resized.observe(canvas);
   themed.observe(document.body, { attributes: true });
