@@ -40,6 +40,7 @@ INSTALL = (
 CHECK = "await __import__('sys').modules['_kernel_watch'].check()"
 WATCH_TIMEOUT_S = 60
 POLL_S = 0.5
+KNOCK_S = 10.0
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -95,9 +96,13 @@ class WatchedKernel(RunningKernel):
         return super().get_message(stream, timeout)
 
     def await_reply(self, msg_id, timeout=None):
-        """As nbval's, but returns without a reply once the kernel is idle again, and raises KernelDied."""
+        """As nbval's, but returns without a reply once the kernel is idle again, and raises KernelDied.
+
+        Asks the kernel for its version every KNOCK_S: ipykernel 7.0 to 7.3 may leave a request unread until another
+        one arrives (its issue 1554)."""
         self.reply = None
         deadline = time.monotonic() + timeout
+        knock = time.monotonic() + KNOCK_S
         idle = False
         while (left := deadline - time.monotonic()) > 0:
             try:
@@ -108,6 +113,9 @@ class WatchedKernel(RunningKernel):
                 if idle:  # idle already in the round before: a reply would have come first
                     return
                 idle = self._idle_published(msg_id)
+                if time.monotonic() > knock:
+                    self.kc.kernel_info()
+                    knock = time.monotonic() + KNOCK_S
                 continue
             if msg["parent_header"].get("msg_id") == msg_id:
                 self.reply = msg["content"]

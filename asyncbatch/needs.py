@@ -24,6 +24,8 @@ NEEDS = {
     "accelerate": "1.1",
     "gguf": "0.17",
     "tqdm": "4.66",
+    "ijson": "3.3",
+    "rich": "13",
     "ipywidgets": "8.1.5",
     "anywidget": "0.9.18",
 }

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from asyncbatch import timeline
+from asyncbatch import simulate, timeline
 from asyncbatch.lessons import idle
+
+SECONDS = st.integers(0, 50)
 
 
 # Wrong answers as learners write them: at least three for each exercise, each with a fault of its own.
@@ -203,3 +207,76 @@ def test_the_sliders_move_the_star_and_say_the_idle_share():
 def test_recorded_servers_follow_the_law():
     for run in idle.RECORDED:
         assert abs(timeline.idle_share(run.host_ms, run.async_ms) - run.idle) < 0.025
+
+
+def test_the_gain_slider_moves_the_star_and_says_the_gain():
+    pytest.importorskip("ipywidgets")
+    law = idle.GainLaw({"one": (1.0, 10.0, 1.05)}, host_ms=5.0, device_ms=2.0)
+    assert law.gain == pytest.approx(1.4)
+    host, device, image = law.widget.children
+    before = image.value
+    host.children[0].value = 2.0
+    assert law.gain == 2.0
+    assert image.value != before
+    device.children[1].value = 8.0
+    assert law.gain == 1.25
+    labels = [text.get_text() for text in law.axes.get_legend().get_texts()]
+    assert labels == ["A  one", "host 2 ms, device 8 ms: 1.25 times"]
+
+
+@given(st.lists(st.tuples(SECONDS, st.integers(1, 50)), min_size=1, max_size=8))
+def test_gaps_are_what_is_missing_from_the_active_time(waits_and_steps):
+    starts, ends = [], []
+    for wait, step in waits_and_steps:
+        starts.append((ends[-1] if ends else 0) + wait)
+        ends.append(starts[-1] + step)
+    gaps = timeline.idle_gaps(starts, ends)
+    active, period = timeline.device_activity(starts, ends)
+    assert sum(seconds for _, seconds in gaps) == period - active
+    assert gaps == [(i, wait) for i, (wait, _) in enumerate(waits_and_steps) if i and wait]
+
+
+@given(st.integers(0, 50), st.integers(1, 50))
+def test_the_gain_is_what_the_closed_form_says_and_undoes_the_idle_share(host, device):
+    gain = timeline.overlap_gain(host, device)
+    cost = simulate.StepCost(before=host, copy_in=0.0, step=device, copy_out=0.0, commit=0.0)
+    assert gain == pytest.approx(simulate.async_step_s(cost, slots=1) / simulate.async_step_s(cost, slots=2))
+    assert 1 <= gain <= 2
+    if host <= device:
+        assert gain == pytest.approx(1 / (1 - timeline.idle_share(host, device)))
+
+
+def words(picture) -> list[str]:
+    return [text.get_text() for text in picture.axes.texts if text.get_text()]
+
+
+def test_pictures_say_what_they_show():
+    budget = idle.draw_budget([40, 30, 10], 4, 64, admitted=1)
+    assert words(budget) == ["40 joins", "30 waits", "10 waits", "budget 64 tokens, 4 free rows"]
+    assert [patch.get_hatch() for patch in budget.axes.patches] == [None, "///", "///"]
+    periods = idle.draw_periods([0, 10, 18], [6, 16, 26])
+    assert [word for word in words(periods) if "period" in word] == ["period 10, active 6", "period 10, active 8"]
+    gaps = idle.draw_gaps([0, 6, 12], [5, 12, 15], [(1, 1.0)])
+    assert words(gaps) == ["step 0", "step 1", "step 2", "1"]
+    (found,) = [patch for patch in gaps.axes.patches if patch.get_hatch()]
+    assert (found.get_x(), found.get_width()) == (5.0, 1.0)
+    costs = idle.draw_costs({1: 40.0, 8: 80.0})
+    assert [list(line.get_ydata()) for line in costs.axes.lines] == [[40.0, 80.0], [40.0, 10.0]]
+
+
+@pytest.mark.parametrize(
+    ("got", "told"),
+    [
+        ([1.0], "a list of pairs"),
+        ([(1, 0), (2, 2)], "Step 1 starts just when step 0 ends"),
+        ([(0, 3), (2, 2)], "Step 0 has no step before it"),
+        ([(1, 2)], "Name the step that comes late"),
+        ([(2, 7)], "from start to start"),
+        ([], "Step 1 ends at 10 and step 2 starts at 12: the device was idle for 2"),
+        ([(2, 9)], None),
+    ],
+)
+def test_what_is_wrong_with_gaps_is_told_in_terms_of_the_steps(got, told):
+    args = ([0, 5, 12], [5, 10, 15])
+    said = idle.explain_gaps(args, got, timeline.idle_gaps(*args))
+    assert said is told is None or told in said

@@ -10,10 +10,14 @@ import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from collections import deque
 from pathlib import Path
+from queue import Empty
 
 import nbformat
 import pytest
+
+import conftest
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = ("pyproject.toml", "conftest.py", "tests/kernel_watch.py", "tests/nbval_sanitize.cfg")
@@ -152,3 +156,28 @@ def test_cells_after_the_fault_still_run(results, name):
 
 def test_good_notebook_passes(results):
     assert results["good"] == {f"Cell {number}": None for number in range(len(GOOD))}
+
+
+def test_a_kernel_that_leaves_a_request_unread_is_asked_something_else(monkeypatch):
+    class Client:
+        """A kernel's client: the reply to request 1 is there once the kernel has been asked for its version."""
+
+        asked = False
+
+        def kernel_info(self):
+            self.asked = True
+
+        def get_shell_msg(self, timeout):
+            if not self.asked:
+                raise Empty
+            return {"parent_header": {"msg_id": 1}, "content": {"status": "ok"}}
+
+        def get_iopub_msg(self, timeout):
+            raise Empty
+
+    kernel = object.__new__(conftest.WatchedKernel)
+    kernel.kc, kernel._published = Client(), deque()
+    monkeypatch.setattr(conftest.WatchedKernel, "is_alive", lambda self: True)
+    monkeypatch.setattr(conftest, "KNOCK_S", 0.0)
+    kernel.await_reply(1, timeout=5)
+    assert kernel.reply == {"status": "ok"}

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from wrong_answers import wrong_answers
+from wrong_answers import cell_source, wrong_answers
 
 from asyncbatch import teach
 
@@ -19,6 +19,16 @@ WRONG = wrong_answers()
 def test_every_exercise_has_three_wrong_answers():
     assert WRONG.keys() == teach.EXERCISES.keys()
     assert {name: len(wrong) for name, wrong in WRONG.items() if len(set(wrong)) < 3} == {}
+
+
+@pytest.mark.parametrize("name", teach.EXERCISES)
+def test_answers_can_be_typed_into_a_notebook(name):
+    """As the browser's test does with the right answer and with the first wrong one."""
+    for function in (teach.EXERCISES[name].reference, WRONG[name][0]):
+        typed = {}
+        exec(cell_source(function, name), typed)
+        assert callable(typed[name])
+        assert typed[name].__name__ == function.__name__
 
 
 @pytest.mark.parametrize("name", teach.EXERCISES)

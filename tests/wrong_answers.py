@@ -29,7 +29,9 @@ def cell_source(function: Callable[..., Any], name: str) -> str:
     """Python that defines `function` under `name` where its module is not at hand, as a learner would have typed it."""
     lines = ["from __future__ import annotations\n"]
     _define(function, lines, set())
-    return "\n".join([*lines, f"{name} = {function.__name__}"])
+    if function.__name__ != name:
+        lines.append(f"{name} = {function.__name__}")
+    return "\n".join(lines)
 
 
 def _define(function: Callable[..., Any], lines: list[str], done: set[str]) -> None:
