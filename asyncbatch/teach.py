@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
-from .lessons import idle
+from .lessons import cache, idle
 from .lessons.parts import Exercise, with_widget
 
 LETTERS = "ABCDEFGH"
@@ -113,7 +113,7 @@ def predict(question: str, options: Sequence[str]) -> Prediction:
 
 
 # ------------------------------------------------------------------------------------------- exercises
-EXERCISES: dict[str, Exercise] = {**idle.EXERCISES}
+EXERCISES: dict[str, Exercise] = {**idle.EXERCISES, **cache.EXERCISES}
 
 
 def _same(got: Any, want: Any) -> bool:
