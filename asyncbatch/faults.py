@@ -277,8 +277,8 @@ def given_back_too_early(batcher: BatcherBase) -> None:
         made = plan()
         for row in made.rows if made else ():
             for block in kv.table(row.state.number)[:1]:
-                if block not in kv._free:
-                    kv._free.append(block)
+                if block not in kv.free:
+                    kv.free.append(block)
         return made
 
     _put(batcher.scheduler, "plan", damaged)
@@ -290,7 +290,7 @@ def freed_twice(batcher: BatcherBase) -> None:
     def damaged(owner: int) -> int:
         blocks = batcher.kv.table(owner)
         given = prune(owner)
-        batcher.kv._free.extend(blocks)
+        batcher.kv.free.extend(blocks)
         return given
 
     _put(batcher.kv, "prune", damaged)
@@ -430,7 +430,7 @@ def trial(fault: Fault | None, seed: int, check_races: bool = True, slots: int =
             if completion.token_ids != expected:
                 return Finding("tokens", f"request {number}: {completion.token_ids}, expected {expected}")
         free = batcher.kv.num_free
-        if free != batcher.kv.num_blocks or len(set(batcher.kv._free)) != free:
+        if free != batcher.kv.num_blocks or len(set(batcher.kv.free)) != free:
             return Finding("books", f"{free} of {batcher.kv.num_blocks} blocks are free at the end")
     return Finding("", "all tokens are right")
 

@@ -64,13 +64,18 @@ def weight_bytes(model) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters() if tied or p is not table)
 
 
+def kv_bytes(layers: int, kv_heads: int, head_size: int, number_bytes: int) -> int:
+    """Bytes of the keys and values of one token: in each layer, each key-value head keeps a key and a value of
+    `head_size` numbers of `number_bytes` bytes."""
+    return 2 * layers * kv_heads * head_size * number_bytes
+
+
 def kv_bytes_per_token(config, dtype: torch.dtype) -> int:
-    """Bytes of the keys and values of one token in all layers: 2 * layers * key-value heads * head size * bytes of a
-    number. config: a transformers config, also one with a text part. dtype: that of the cache."""
+    """`kv_bytes` of a model. config: a transformers config, also one with a text part. dtype: that of the cache."""
     config = config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * size * dtype.itemsize
+    return kv_bytes(config.num_hidden_layers, heads, size, dtype.itemsize)
 
 
 def step_floor_s(weight_bytes: float, kv_bytes_per_token: float, context_tokens: float, bandwidth: float) -> float:

@@ -1,9 +1,9 @@
 """The KV cache, seen from the host: which block of the pool belongs to whom.
 
 Attention reads the keys and values of every earlier token of a request. They lie on the device in a pool of blocks of
-`block_size` tokens. A request's *block table* lists its blocks in order: its token p is in block
-`table[p // block_size]` at place `p % block_size` (Kwon et al. 2023, "PagedAttention"). This class only keeps the
-books, in NumPy on the host: the keys and values themselves never leave the device.
+`block_size` tokens. A request's *block table* lists its blocks in order, and `place` says where in the pool a token is
+(Kwon et al. 2023, "PagedAttention"). `KVCache` only keeps the books, in NumPy on the host: the keys and values
+themselves never leave the device.
 
 `allocate` grows a table, `prune` gives all blocks of a finished request back. Block 0 belongs to nobody: rows of a
 batch that are only padding write there.
@@ -21,14 +21,23 @@ def blocks_for(num_tokens: int, block_size: int) -> int:
     return -(-num_tokens // block_size)
 
 
+def place(tables, row, position, block_size: int):
+    """Where in the pool token number `position` of the request in row `row` lies: its block times `block_size`, and on
+    from there. `tables` has a block table in each row. NumPy or torch; arrays of rows and positions give an array."""
+    return tables[row, position // block_size] * block_size + position % block_size
+
+
 class KVCache:
     """Books of a pool of `num_blocks` blocks (numbered from 1) for owners that are any ints from 0, such as request
-    numbers. Every block is either free or in exactly one owner's table."""
+    numbers. Every block is either free or in exactly one owner's table.
+
+    owner_of: int64 [num_blocks + 1], the owner of each block or NOBODY. free: the free blocks, a stack: the block given
+    back last is handed out first."""
 
     def __init__(self, num_blocks: int, block_size: int, max_blocks_per_owner: int, max_owners: int):
         self.num_blocks, self.block_size = num_blocks, block_size
         self.owner_of = np.full(num_blocks + 1, NOBODY, np.int64)
-        self._free = list(range(num_blocks, 0, -1))  # a stack: the block given back last is handed out first
+        self.free = list(range(num_blocks, 0, -1))
         # Tables are rows of one array, so that a batch's tables are one NumPy gather and not a Python loop.
         self._tables = np.zeros((max_owners, max_blocks_per_owner), np.int32)
         self._free_rows = list(range(max_owners - 1, -1, -1))
@@ -37,7 +46,7 @@ class KVCache:
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        return len(self.free)
 
     def allocate(self, owner: int, num_tokens: int, keep_free: int = 0) -> bool:
         """Grow the owner's table until it holds `num_tokens` tokens. All or nothing: False if the pool has too few
@@ -48,12 +57,12 @@ class KVCache:
 
     def _grow(self, owner: int, used: int, need: int, keep_free: int) -> bool:
         """Hand out `need` blocks to an owner that has `used`. (By itself, since most tokens need no new block.)"""
-        if need > len(self._free) - keep_free:
+        if need > len(self.free) - keep_free:
             return False
         if owner not in self._row:
             self._row[owner] = self._free_rows.pop()
-        blocks = self._free[-need:][::-1]
-        del self._free[-need:]
+        blocks = self.free[-need:][::-1]
+        del self.free[-need:]
         self._tables[self._row[owner], used : used + need] = blocks
         self.owner_of[blocks] = owner
         self._used[owner] = used + need
@@ -65,15 +74,18 @@ class KVCache:
         A block may be handed on at once, even while a step that still writes it is in flight: the next owner's step
         comes after that one on the same compute stream, so its writes come later too.
         """
-        used = self._used.pop(owner, 0)
-        if used:
-            row = self._row.pop(owner)
-            blocks = self._tables[row, :used]
+        blocks = self.table(owner)
+        if blocks:
             self.owner_of[blocks] = NOBODY
-            self._free.extend(blocks[::-1].tolist())
-            self._tables[row, :used] = 0
-            self._free_rows.append(row)
-        return used
+            self.free.extend(reversed(blocks))  # the next owner gets them in the order of the table
+            self.drop_table(owner)
+        return len(blocks)
+
+    def drop_table(self, owner: int) -> None:
+        """Forget the owner's table. Only `prune` does that, which sees to the blocks in it."""
+        row = self._row.pop(owner)
+        self._tables[row, : self._used.pop(owner)] = 0
+        self._free_rows.append(row)
 
     def table(self, owner: int) -> list[int]:
         """The owner's blocks, in order of the tokens."""

@@ -21,6 +21,8 @@ import torch
 
 from .attention import NAME, Batch, register
 from .compile import compile_model
+from .floor import kv_bytes
+from .kv_cache import place
 from .memory import Memory, plan_blocks
 from .recording import StepTimes
 from .slot import StepShape
@@ -140,7 +142,7 @@ class Runner:
         """Bytes of one block's keys and values in all layers."""
         config = self.model.config.get_text_config()
         heads, dim = kv_heads_and_dim(config)
-        return 2 * config.num_hidden_layers * heads * self.shape.block_size * dim * self.model.dtype.itemsize
+        return self.shape.block_size * kv_bytes(config.num_hidden_layers, heads, dim, self.model.dtype.itemsize)
 
     def _make_pools(self) -> None:
         """Give each attention layer its keys and values, [num_blocks + 1, kv_heads, block_size, head_dim] each."""
@@ -225,8 +227,8 @@ class Runner:
         to nobody."""
         live, size = fields["decodes"], self.shape.block_size
         positions = (fields["position"] * live).long()
-        blocks = fields["tables"].gather(1, positions[:, None] // size)[:, 0] * live
-        return self._input_ids(fields), positions, blocks.long() * size + positions % size
+        rows = self.first[: len(positions)].long()
+        return self._input_ids(fields), positions, place(fields["tables"], rows, positions, size) * live
 
     def _input_ids(self, fields) -> torch.Tensor:
         """Carry-over: a row's input token is an output of a step before, or the host has written it. int32 [rows]."""
@@ -239,8 +241,8 @@ class Runner:
         size = self.shape.block_size
         positions, rows = fields["prefill_position"].long(), fields["prefill_row"].long()
         used = torch.arange(len(positions), device=self.device) < count.sum()
-        blocks = torch.where(used, tables[rows, positions // size], 0).long()  # padding goes to block 0
-        batch = self._batch(fields, blocks * size + positions % size, first, count)
+        places = torch.where(used, place(tables, rows, positions, size), 0)  # padding goes to block 0
+        batch = self._batch(fields, places, first, count)
         last = (first + count - 1).clamp(min=0).long()
         ids = fields["prefill_id"][None]
         output = self.model(ids, position_ids=positions[None], use_cache=False, logits_to_keep=last, paged=batch)
