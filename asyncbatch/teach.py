@@ -114,9 +114,9 @@ def predict(question: str, options: Sequence[str]) -> Prediction:
 @cache
 def _exercises() -> dict[str, Exercise]:
     """All exercises by name. Their modules are imported late: `setup` may have to install what they need."""
-    from .lessons import idle, streams
+    from .lessons import idle, measuring, streams
 
-    return {**idle.EXERCISES, **streams.EXERCISES}
+    return {**idle.EXERCISES, **measuring.EXERCISES, **streams.EXERCISES}
 
 
 def __getattr__(name: str) -> Any:
