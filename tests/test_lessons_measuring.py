@@ -264,6 +264,8 @@ def test_pictures_draw_what_they_are_given():
     union = measuring.draw_union((0, 3), (5, 8), ((0,), (8,)))
     assert repr(union) == "<Picture: 2 intervals, 1 stretches, 8 ms busy>"
     assert len(union.axes.patches) == 3
+    gaps = measuring.draw_gaps([300, 0, 322000, 300])
+    assert [text.get_text() for text in gaps.axes.texts] == ["  the longest: 322 ms", "median 0.30 ms"]
     assert measuring.draw_launch(0.03, 20.1).png().startswith(b"\x89PNG")
 
 

@@ -210,6 +210,25 @@ def draw_law(runs: Sequence[RecordedRun]) -> plot.Picture:
     return picture
 
 
+def draw_gaps(gap_us: Sequence[float]) -> plot.Picture:
+    """The idle gap before each step, on a logarithmic axis, with the median and the longest one named."""
+    ms = np.maximum(1e-3 * np.asarray(gap_us, float), 1e-3)
+    picture = plot.figure(8, 2.4, "The idle gap before each step")
+    axes: Any = picture.axes
+    axes.plot(ms, ".", color=BLUE, markersize=4)
+    median, worst = float(np.median(ms)), int(ms.argmax())
+    axes.axhline(median, color=RED, linestyle="--", linewidth=1.5)
+    axes.plot(worst, ms[worst], "D", color=ORANGE, markeredgecolor="black", markersize=8)
+    axes.annotate(f"  the longest: {ms[worst]:.0f} ms", (worst, ms[worst]), va="center", fontsize=9)
+    axes.annotate(f"median {median:.2f} ms", (1.17 * len(ms), median * 1.4), ha="right", fontsize=9, color=RED)
+    axes.set(yscale="log", ylim=(0.05, 3 * ms[worst]), xlim=(-0.02 * len(ms), 1.17 * len(ms)))
+    axes.set(xlabel="decode step", ylabel="idle, ms")
+    axes.set_yticks([y for y in (0.1, 1, 10, 100, 1000) if y < 3 * ms[worst]])
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+    return picture
+
+
 def draw_attribution(found: Mapping[str, Attribution], most: int = 8) -> plot.Picture:
     """Idle time by what the host was doing: a group of bars for each attribution, in ms a step, the `most` largest."""
     rows = sum(min(len(one.by), most + 1) + 1.6 for one in found.values())
@@ -227,7 +246,8 @@ def draw_attribution(found: Mapping[str, Attribution], most: int = 8) -> plot.Pi
         for name, seconds in shown.items():
             ms = 1e3 * seconds / one.steps
             axes.barh(y, ms, 0.75, color=BLUE)
-            axes.text(ms + 0.01 * longest, y, f"{ms:.3f} ms, {100 * seconds / one.idle_s:.0f} %", va="center", fontsize=8)
+            share = 100 * seconds / one.idle_s
+            axes.text(ms + 0.01 * longest, y, f"{ms:.3f} ms, {share:.0f} %", va="center", fontsize=8)
             places.append(y)
             words.append(name)
             y += 1
@@ -333,7 +353,8 @@ def _explain_union(args: tuple[Any, ...], got: Any, want: tuple[list[int], list[
 
 
 def _draw_union(args: tuple[Any, ...], got: Any, want: Any) -> plot.Picture:
-    return draw_union(*args, got)
+    starts, ends = args
+    return draw_union(starts, ends, got)
 
 
 def _books(tables: Mapping[int, Sequence[int]], max_blocks: int) -> KVCache:
