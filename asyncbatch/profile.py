@@ -179,7 +179,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--compare", nargs=2, metavar=("A.json", "B.json"), help="measure nothing: put two report.json files side by "
         "side, with a warning for each thing that makes them hard to compare")  # fmt: skip
     add = parser.add_argument_group("output").add_argument
-    add("--out", type=Path, metavar="DIR", help="write report.json, timeline.png and trace.json there")
+    add("--out", type=Path, metavar="DIR", help="write report.html, report.json, timeline.png and trace.json there")
     add("--record", type=file_name, metavar="NAME", help="write the recording DIR/NAME.json (GPU, with --out DIR)")
     add("--json", action="store_true", help="print the report as JSON instead of the table")
     add("--debug", action="store_true", help="show the traceback of an error")
@@ -460,8 +460,11 @@ class Session:
         (folder / "report.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         if self.options.record and timelines:
             Recording.from_runs(self.options.record, result, timelines).save(folder / f"{self.options.record}.json")
+        from .page import write_page  # matplotlib is needed for pictures only
+
+        write_page(folder / "report.html", result, [] if self.options.preset else timelines)
         if timelines and not self.options.preset:
-            from .plot import plot  # matplotlib is needed for pictures only
+            from .plot import plot
 
             plot(*timelines, title=f"{result['model']} on {result['device']}").savefig(folder / "timeline.png")
             save_trace(folder / "trace.json", timelines)

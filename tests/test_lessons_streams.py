@@ -332,6 +332,7 @@ def all_pictures():
     yield streams.Luck(100.0, 1.0)
     case = streams.EXERCISES["racing"].cases[-1]
     yield streams.draw_clock(*case.args, races.racing(*case.args))
+    yield streams._draw_racing(case.args, case.args[2], [])
 
 
 @pytest.mark.parametrize("picture", list(all_pictures()), ids=str)

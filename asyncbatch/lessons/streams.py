@@ -225,15 +225,15 @@ def who_finds(seeds: int = 5) -> dict[str, tuple[int, int]]:
 
 
 def draw_clock(
-    clock: Mapping[str, int], kind: str, earlier: Sequence[races.Use], found: Sequence[races.Use]
+    clock: Mapping[str, int], kind: str, earlier: Sequence[races.Use], found: Sequence[races.Use], who: str = ""
 ) -> plot.Picture:
     """A vector clock as a front across the lanes: what it counts is surely done. The operations that used the resource
-    before say what they do; those in `found` are called races."""
+    before say what they do; those in `found` are called races, by `who` where it is somebody's opinion."""
     longest = max([*clock.values(), *(use.number for use in earlier)]) + 1
     picture = plot.figure(8, 0.36 * len(clock) + 0.9, f"The new operation {kind}. What surely comes before it?")
     axes: Any = picture.axes
     for row, (lane, count) in enumerate(clock.items()):
-        axes.text(0.85, row + 0.5, lane, ha="right", va="center", fontsize=9)
+        axes.text(0.75, row + 0.5, lane, ha="right", va="center", fontsize=9)
         for number in range(1, longest + 1):
             done = number <= count
             use = next((use for use in earlier if (use.lane, use.number) == (lane, number)), None)
@@ -253,9 +253,9 @@ def draw_clock(
             if use is not None and use in found:
                 edge = {"edgecolor": plot.COLORS["vermillion"], "linewidth": 2.5, "fill": False}
                 axes.add_patch(Rectangle((number, row + 0.1), 0.92, 0.8, zorder=4, **edge))
-                axes.text(longest + 1.1, row + 0.5, f"race with {lane} {number}", va="center", fontsize=9)
+                axes.text(longest + 1.1, row + 0.5, f"{who}race with {lane} {number}", va="center", fontsize=9)
         axes.plot([count + 0.96] * 2, [row, row + 1], color="black", linewidth=2.5)
-    axes.set(xlim=(1, longest + 2.3), ylim=(len(clock), 0), yticks=[], xticks=[])
+    axes.set(xlim=(0.9, longest + 2.8), ylim=(len(clock), 0), yticks=[], xticks=[])
     axes.set_xlabel("operations of each lane; left of the black line: surely done", fontsize=9)
     axes.spines[:].set_visible(False)
     return picture
@@ -417,7 +417,7 @@ def _explain_racing(args: tuple[Any, ...], got: Any, want: list[races.Use]) -> s
 
 def _draw_racing(args: tuple[Any, ...], got: Any, want: Any) -> plot.Picture:
     clock, kind, earlier = args
-    return draw_clock(clock, kind, earlier, [one for one in got if one in earlier])
+    return draw_clock(clock, kind, earlier, [one for one in got if one in earlier], "you: ")
 
 
 def _clock(host: int, h2d: int, compute: int, d2h: int) -> dict[str, int]:
