@@ -131,9 +131,13 @@ class _Recorder:
             if self._turn_ended is not None and self._turn_ended[0] is timeline:
                 self.flush()
                 timeline.add(LANE, CALLBACKS, self.step, self._turn_ended[1], start)
+            served = True
             try:
-                return function()
+                served = function()
+                return served
             finally:
+                if not served:  # nothing to do: a look at the empty queue, maybe long after the timeline's last step
+                    self._name = ""
                 self.flush()
                 self._turn_ended = timeline, self.now()
 

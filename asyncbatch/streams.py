@@ -420,6 +420,18 @@ class _Worker:
         times[slot, number] = start, time.perf_counter()
 
 
+def time_work(work: Callable[[], Any], synchronize: Callable[[], Any], now: Callable[[], float] = time.perf_counter):
+    """(back, done): how long after its call `work` gave the host back, and how long after it the device was done.
+
+    `synchronize` waits for all that the device was given; `now` is the clock, and its unit that of the answer."""
+    synchronize()  # what was launched earlier is not to be measured
+    start = now()
+    work()
+    back = now()
+    synchronize()
+    return back - start, now() - start
+
+
 # ---- cuda: torch's own -------------------------------------------------------------------------------------------
 
 

@@ -115,9 +115,9 @@ def predict(question: str, options: Sequence[str]) -> Prediction:
 def _exercises() -> dict[str, Exercise]:
     """All exercises by name. Their modules are imported late: `setup` may have to install what they need."""
     from .lessons import cache as kv
-    from .lessons import idle, streams
+    from .lessons import idle, measuring, streams
 
-    return {**idle.EXERCISES, **streams.EXERCISES, **kv.EXERCISES}
+    return {**idle.EXERCISES, **streams.EXERCISES, **kv.EXERCISES, **measuring.EXERCISES}
 
 
 def __getattr__(name: str) -> Any:

@@ -189,6 +189,20 @@ def test_all_points_of_a_real_run_are_there_and_parts_fit_into_their_steps(loop)
     assert {span.step for span in spans} <= known | {max(known) + 1}
 
 
+@LOOPS
+def test_a_later_run_notes_nothing_on_the_timeline_of_an_earlier_one(loop):
+    with loop(MODEL, clock=Costs(), step_s=0.0, **SIZES) as batcher:
+        use_toy_model(batcher)
+        with record_points(batcher):
+            batcher.run(workload(0))
+        earlier, spans = batcher.timeline, list(batcher.timeline.spans)
+        batcher.device.work(1.0)
+        with record_points(batcher):
+            batcher.run(workload(0))
+        assert batcher.timeline is not earlier
+        assert earlier.spans == spans
+
+
 def test_launches_follow_each_other_within_the_launch():
     timeline = run_virtually(AsyncBatcher, Costs(), workload(1))
     launches = {(span.step, span.name): span for span in timeline.spans if span.name == "launch"}

@@ -6,7 +6,7 @@ import ctypes
 import io
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -113,12 +113,9 @@ def measure_copies(mib: int = 256) -> tuple[CopyTime, ...]:
     for kind in ("pinned", "pageable"):
         here = torch.zeros(mib << 20, dtype=torch.uint8, pin_memory=kind == "pinned")
         for name, target, source in (("host to device", there, here), ("device to host", here, there)):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            target.copy_(source, non_blocking=True)
-            back = time.perf_counter()
-            torch.cuda.synchronize()
-            found.append(CopyTime(f"{kind}, {name}", 1e3 * (back - start), 1e3 * (time.perf_counter() - start)))
+            copy = partial(target.copy_, source, non_blocking=True)
+            back_s, done_s = streams.time_work(copy, torch.cuda.synchronize)
+            found.append(CopyTime(f"{kind}, {name}", 1e3 * back_s, 1e3 * done_s))
     return tuple(sorted(found, key=lambda copy: [other.name for other in RECORDED_COPIES].index(copy.name)))
 
 
