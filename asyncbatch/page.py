@@ -504,7 +504,11 @@ def _measured(report: dict[str, Any], runs: list[Run]) -> Child:
     parts = {"memory_gib": "{} GiB", "driver": "driver {}", "compute_capability": "compute capability {}"}
     card = [gpu.get("name"), *(form.format(gpu[key]) for key, form in parts.items() if gpu.get(key))]
     versions = [f"{name} {number}" for name, number in (report.get("versions") or {}).items() if number]
-    wanted = [f"{name} {value}" for name, value in _flat(workload)]
+    wanted = [
+        f"{key.replace('_', ' ')} {f'{value:g}' if isinstance(value, float) else value}"
+        for key, value in workload.items()
+        if value is not None
+    ]
     facts: dict[str, Child] = {
         "Command": tag("code", report.get("command")) if report.get("command") else None,
         "Date": report.get("date"),

@@ -21,8 +21,6 @@ SCHEMA, PAGE = DOCS / "report.schema.json", DOCS / "report.md"
 # Where each part of the report stands, and its name among the schema's $defs.
 PARTS = {
     "runs[]": "run",
-    "runs[].latency": "latency",
-    "runs[].latency.first_token_ms, ...": "median_and_p99",
     "runs[].points[]": "point",
     "runs[].gaps": "gaps",
     "runs[].gaps.longest[]": "gap",
