@@ -266,11 +266,12 @@ def test_a_trace_file_gives_a_label_back_as_it_was(text, tmp_path):
 
 @pytest.mark.parametrize("text", MARKUP)
 def test_a_report_writes_names_and_errors_as_they_are(text):
-    """A report is text and JSON, never HTML: nothing in it is written in any other way."""
+    """The report in a terminal is text: nothing in it is written in any other way. (Its page: tests/test_page.py.)"""
     row = SimpleNamespace(engine=text, mode="sync", error=text, setting=None)
     result = {
         "model": text, "device": text, "copy_bandwidth_bytes_per_s": None, "runs": [], "comparisons": [],
         "failed": [vars(row)], "peers_same_tokens": {}, "emulated": None, "same_tokens": True, "targets": [],
+        "first": None, "verdict": None, "workload": {"arrivals": "all"},
     }  # fmt: skip
     lines = table(result).split("\n")
     assert lines[:2] == [f"model: {text}", f"device: {text}"]
