@@ -203,7 +203,7 @@ def check_idle(batcher) -> None:
     assert sorted(kv.free) == list(range(1, kv.num_blocks + 1))
     assert (kv.owner_of == NOBODY).all()
     assert not kv._used
-    assert len(set(kv.free_rows)) == len(kv._tables)
+    assert len(set(kv._free_rows)) == len(kv._tables)
     assert (len(batcher._handles), len(batcher._inbox)) == (0, 0)
     assert (len(scheduler.waiting), len(scheduler.running), len(scheduler.finished)) == (0, 0, 0)
     assert all(slot.plan is None for slot in batcher.slots)

@@ -5,6 +5,7 @@ Each `tests/test_lessons_<notebook>.py` has a dict WRONG: the name of an exercis
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import textwrap
@@ -34,10 +35,17 @@ def cell_source(function: Callable[..., Any], name: str) -> str:
     return "\n".join(lines)
 
 
+def _of_defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    """What the defaults of its parameters name: they are evaluated when the function is defined."""
+    arguments = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0].args
+    nodes = [node for default in arguments.defaults for node in ast.walk(default) if isinstance(node, ast.Name)]
+    return {node.id: function.__globals__[node.id] for node in nodes if node.id in function.__globals__}
+
+
 def _define(function: Callable[..., Any], lines: list[str], done: set[str]) -> None:
     """Append the source of `function`, behind what it uses of its module."""
     done.add(function.__name__)
-    for used, value in inspect.getclosurevars(function).globals.items():
+    for used, value in {**inspect.getclosurevars(function).globals, **_of_defaults(function)}.items():
         if used in done:
             continue
         done.add(used)
