@@ -38,8 +38,11 @@ run: $(STAMP)
 	@echo "The same numbers as JSON:     $(CURDIR)/out/report.json"
 	@echo "The notebooks:                make lab"
 
+# What waits for a browser or a notebook's kernel runs alone; all else in two processes, a file at a time.
+BROWSED := tests/test_browser.py tests/test_page_browser.py
 test: check
-	$(PY) -m pytest
+	$(PY) -m pytest tests -n 2 --dist loadfile $(addprefix --ignore=,$(BROWSED))
+	$(PY) -m pytest notebooks $(BROWSED)
 
 check: $(STAMP)
 	$(PY) -m ruff check

@@ -29,6 +29,7 @@ from .timeline import Timeline, idle_share, overlap_gain
 from .workload import latency, uneven
 
 SCHEMA = 3
+OVER_TIME = "Requests arrive over time, so no total time is predicted: compare the latencies of the two loops."
 WORTH_SAYING = 0.01  # a latency point that would give back less is not worth eliminating
 OWN = "asyncbatch"
 NOT_MEASURED = "not measured"
@@ -119,6 +120,8 @@ def report(
         row |= {"prompt_tokens": getattr(workload, "longest_prompt", workload.prompt_tokens)}
         row |= {"interrupted": one.interrupted, "overhead": one.overhead, "kineto": one.kineto}
         row |= diagnosis(timeline, one.mode, workload.slots)
+        if workload.arrivals != "all":
+            row["prediction"] = None  # the arrivals, not the loop, decide how long the run takes
         if bandwidth is not None:
             row |= floor_numbers(steps_from(timeline), row["wall_s"], models.get(workload.model), bandwidth)
         rows.append(row)
@@ -157,6 +160,9 @@ def report(
         "first": first_line(rows) if len(compared) == 1 else None,
         "verdict": verdict(rows, only.get("async_speedup")) if len(compared) == 1 else None,
     }
+    if options.arrivals != "all":
+        result["verdict"] = OVER_TIME
+        result["first"] = result["first"] and f"{result['first']} (As if there were always requests waiting.)"
     result["targets"] = targets(result) if options.preset else []
     return result, [one.typical for one in measured]
 
