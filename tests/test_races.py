@@ -129,7 +129,7 @@ def mistakes():
         yield "no wait", CALLS[:waits] + CALLS[waits + 1 :], event, wait
         yield "no record", CALLS[:at] + CALLS[at + 1 :], event, record
         yield "record too early", [CALLS[at], *CALLS[:at], *CALLS[at + 1 :]], event, record
-        for other in {"H2D", "compute", "D2H"} - {lane}:
+        for other in sorted({"H2D", "compute", "D2H"} - {lane}):
             elsewhere = [*CALLS[:at], (other, "record_event", event), *CALLS[at + 1 :]]
             yield f"record on {other}", elsewhere, event, f"{record} (it was recorded on {other})"
         if event != "outputs_ready":

@@ -1,0 +1,77 @@
+"""The report in a terminal: the same words with and without rich, and text of others is never markup."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from types import SimpleNamespace
+
+import pytest
+from reports import measured
+
+from asyncbatch.profile import kineto_result
+from asyncbatch.terminal import sections, show
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(scope="module")
+def report():
+    report, _ = measured()
+    report["model"] = "[bold]a[/bold] [red]model"
+    return report
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"[\w.%]+", text)
+
+
+def test_rich_and_plain_say_the_same(report, monkeypatch):
+    screen, plain = Screen(), io.StringIO()
+    monkeypatch.setenv("COLUMNS", "200")
+    show(report, screen)
+    show(report, plain)
+    assert "\x1b[" not in plain.getvalue()
+    without_colours = re.sub(r"\x1b\[[0-9;]*m", "", screen.getvalue())
+    assert sorted(words(without_colours)) == sorted(words(plain.getvalue()))
+    assert "[bold]a[/bold] [red]model" in without_colours
+    assert plain.getvalue().startswith("Eliminate this first: ")
+
+
+def test_without_rich_a_screen_gets_plain_text(report, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    screen, plain = Screen(), io.StringIO()
+    show(report, screen)
+    show(report, plain)
+    assert screen.getvalue() == plain.getvalue()
+
+
+def test_sections_have_the_reports_numbers_in_its_order(report):
+    idle = [section for section in sections(report) if "idle for" in section.title]
+    assert len(idle) == 2
+    for section, run in zip(idle, report["runs"], strict=True):
+        assert [row[0] for row in section.rows] == list(run["gaps"]["by"])[: len(section.rows)]
+        assert f"{1e3 * run['gaps']['idle_s']:.3f} ms" in section.title
+    (what_if,) = [section for section in sections(report) if section.title.startswith("What if")]
+    sync = [one for one in report["runs"][0]["what_if"] if one["factor"] == 0]
+    assert [row[0] for row in what_if.rows] == [f"{one['point']} ({one['where']})" for one in sync][: len(what_if.rows)]
+
+
+@pytest.mark.parametrize(
+    ("busy", "active", "launches", "kernels", "differs", "said"),
+    [
+        (0.95, 0.96, (10, 900), 1000, False, "10 graph replays, 900 of 1000 kernels in them"),
+        (0.90, 0.99, (10, 900), 1000, True, "DISAGREE by more than 2 points"),
+        (0.02, 0.99, (10, 0), 5, True, "did not see into the graphs"),
+        (0.95, 0.96, None, 1000, False, "does not say which kernels came from graph replays"),
+    ],
+)
+def test_two_methods_are_compared_in_words(busy, active, launches, kernels, differs, said):
+    trace = SimpleNamespace(graph_launches=launches, num_kernels=kernels)
+    found = kineto_result(busy, active, trace, steps=10)
+    assert found["differs"] is differs
+    assert said in found["note"]
