@@ -220,13 +220,16 @@ def asking(lab: Lab, kernel: str) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def knocking(lab: Lab, kernel: str) -> Iterator[None]:
-    """Ask the kernel for its version every KNOCK_S, from another thread, so that it reads what else has arrived."""
+    """Ask the kernel for its version every KNOCK_S, from another thread, so that it reads what else has arrived. Not
+    while it works: asked then, it can fall silent for good."""
     done = threading.Event()
 
     def knock() -> None:
         with asking(lab, kernel) as client:
             while not done.wait(KNOCK_S):
-                client.kernel_info()
+                with contextlib.suppress(OSError):  # a server that is too busy to say
+                    if lab.api("GET", f"kernels/{kernel}")["execution_state"] != "busy":
+                        client.kernel_info()
 
     thread = threading.Thread(target=knock)
     thread.start()

@@ -181,3 +181,27 @@ def test_a_kernel_that_leaves_a_request_unread_is_asked_something_else(monkeypat
     monkeypatch.setattr(conftest, "KNOCK_S", 0.0)
     kernel.await_reply(1, timeout=5)
     assert kernel.reply == {"status": "ok"}
+
+
+def test_a_kernel_at_work_is_not_asked(monkeypatch):
+    class Client:
+        polls = 0
+
+        def get_shell_msg(self, timeout):
+            self.polls += 1
+            if self.polls < 5:
+                raise Empty
+            return {"parent_header": {"msg_id": 1}, "content": {"status": "ok"}}
+
+        def get_iopub_msg(self, timeout):
+            if self.polls != 1:
+                raise Empty
+            self.polls += 1
+            return {"parent_header": {"msg_id": 1}, "content": {"execution_state": "busy"}}
+
+    kernel = object.__new__(conftest.WatchedKernel)
+    kernel.kc, kernel._published = Client(), deque()  # without kernel_info: asking it would be an AttributeError
+    monkeypatch.setattr(conftest.WatchedKernel, "is_alive", lambda self: True)
+    monkeypatch.setattr(conftest, "KNOCK_S", 0.0)
+    kernel.await_reply(1, timeout=5)
+    assert kernel.reply == {"status": "ok"}
