@@ -33,6 +33,7 @@ help:
 run: $(STAMP)
 	$(PY) -m asyncbatch.profile --out out $(ARGS)
 	@echo
+	@echo "The whole report as a page:   $(CURDIR)/out/report.html"
 	@echo "Both timelines as a picture:  $(CURDIR)/out/timeline.png"
 	@echo "Every span, to zoom into:     $(CURDIR)/out/trace.json (open it at https://ui.perfetto.dev)"
 	@echo "The same numbers as JSON:     $(CURDIR)/out/report.json"
