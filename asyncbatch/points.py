@@ -22,6 +22,7 @@ import gc
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,9 +71,9 @@ class _Recorder:
     """Times calls and puts them on the timeline that the batcher has at that moment."""
 
     def __init__(self, batcher: Any):
-        self.batcher, self.now = batcher, getattr(batcher.device, "now", None) or _perf_counter()
+        self.batcher, self.now = batcher, getattr(batcher.device, "now", perf_counter)
         self.step = 0
-        self._name, self._start, self._sum, self._end = "", 0.0, 0.0, 0.0
+        self._name, self._start, self._sum = "", 0.0, 0.0
         self._turn_ended: tuple[Timeline, float] | None = None
         self._collecting = 0.0
 
@@ -164,12 +165,6 @@ class _Recorder:
             self._collecting = self.now()
         elif self._collecting:
             self.batcher.timeline.add(LANE, GC, self.step, self._collecting, self.now())
-
-
-def _perf_counter() -> Callable[[], float]:
-    import time
-
-    return time.perf_counter
 
 
 class _TimedTokenizer:

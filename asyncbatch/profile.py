@@ -5,9 +5,10 @@
     python -m asyncbatch.profile --preset headline --record h200-llama-8b --out out       (needs a GPU)
 
 It serves the same requests with both batchers, in turns and several times, checks that the tokens are the same, and
-prints a table. `--json` prints the same as JSON (`report.report` says what is in it), `--out` writes report.json,
-timeline.png and trace.json. Every number is measured here and now, but for the device's times of `--emulate`, which
-come from a recording; each column of the table is the run of median wall time.
+says what to eliminate first, what asynchronous batching brings, and how the idle time divides. `--json` prints the same
+as JSON (docs/report.md says what is in it); `--out` writes it as a page, as JSON, as a picture and as a trace. Every
+number is measured here and now, but for the device's times of `--emulate`, which come from a recording; each column of
+the table is the run of median wall time. `--compare` and `--trace` measure nothing.
 """
 
 from __future__ import annotations
@@ -20,11 +21,8 @@ import json
 import math
 import os
 import re
-import statistics
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +33,7 @@ import torch
 from . import compare
 from .base import BatcherBase
 from .batcher import AsyncBatcher, SyncBatcher
+from .crosscheck import kineto, overhead
 from .floor import copy_bandwidth, kv_bytes_per_token, weight_bytes
 from .models import ALLOWED, load_model
 from .points import record_points
@@ -43,7 +42,7 @@ from .report import OWN, Measured, report
 from .request import Completion, Request
 from .streams import DeviceError, device_threads
 from .terminal import show
-from .timeline import Timeline, device_activity, save_trace
+from .timeline import Timeline, save_trace
 from .workload import Arrivals, Lengths, PromptFile, arrival_times, make_requests, most_context, note_sizes, uneven
 from .workload import serve as serve_requests
 
@@ -63,7 +62,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         new_tokens=512,
     ),
 }
-KINETO_TOKENS = 64  # of each request under torch.profiler: thousands of steps would fill gigabytes
 EPILOG = """examples:
   python -m asyncbatch.profile --out out
       the embedded model on a chat's questions, sync against async; table, report.json, picture and trace
@@ -502,75 +500,6 @@ def serve(
         if completion.error is not None:
             raise completion.error
     return batcher.timeline, completions
-
-
-class _Blind(Timeline):
-    """A timeline that notes nothing."""
-
-    def add(self, *_: Any) -> None:
-        pass
-
-    def add_step(self, *_: Any) -> None:
-        pass
-
-
-def overhead(batcher, requests: list[Request], pairs: int) -> dict[str, Any]:
-    """What measuring costs: runs with all of it and with no span noted, in turns. share: the median over the pairs of
-    time with / time without, less 1; ms_per_step: the same share of a step; pairs: each pair's own."""
-    seconds: dict[bool, list[float]] = {True: [], False: []}
-    timeline = batcher.timeline
-    for pair in range(pairs):
-        for measuring in (True, False) if pair % 2 else (False, True):
-            if not measuring:
-                batcher._new_timeline = _Blind
-            try:
-                start = time.perf_counter()
-                serve(batcher, requests, points=measuring)
-                seconds[measuring].append(time.perf_counter() - start)
-            finally:
-                vars(batcher).pop("_new_timeline", None)
-            if measuring:
-                timeline = batcher.timeline
-    each = [with_ / without - 1 for with_, without in zip(seconds[True], seconds[False], strict=True)]
-    share, steps = statistics.median(each), max(1, len(timeline.steps))
-    return {"share": share, "ms_per_step": 1e3 * share * statistics.median(seconds[False]) / steps, "pairs": each}
-
-
-def kineto(batcher, requests: list[Request]) -> dict[str, Any]:
-    """Run once more under torch.profiler, at most KINETO_TOKENS of each request, and compare two methods on that run:
-    busy, the union of kernels and copies in its trace; event_active, its steps between CUDA events. Both over the time
-    from the end of the first step to the end of the last one. differs: by more than 2 points; note: in words."""
-    from .traces import busy_in, read_trace
-
-    few = [replace(request, max_new_tokens=min(request.max_new_tokens, KINETO_TOKENS)) for request in requests]
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        timeline, _ = serve(batcher, few)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        trace = read_trace(path)
-    _, _, starts, ends = timeline.lane("compute")
-    active_s, period_s = device_activity(starts, ends)
-    busy = busy_in(trace, float(trace.steps[0, 1]), float(trace.steps[-1, 1]))
-    return kineto_result(busy, active_s / period_s, trace, len(starts))
-
-
-def kineto_result(busy: float, active: float, trace: Any, steps: int) -> dict[str, Any]:
-    """The two methods side by side, and what to think of them. `trace`: a TraceReport; `steps`: steps that were run."""
-    replays = trace.graph_launches
-    if replays is None:
-        said = "the trace does not say which kernels came from graph replays"
-    else:
-        said = f"{replays[0]} graph replays, {replays[1]} of {trace.num_kernels} kernels in them"
-    if trace.num_kernels < steps:
-        said += f"; fewer kernels than the {steps} steps: the profiler did not see into the graphs"
-    differs = abs(busy - active) > 0.02
-    if differs:
-        said += (
-            "; THE TWO METHODS DISAGREE by more than 2 points: between the kernels of a step the device is idle too, "
-            "which events around the step cannot see, and the profiler slows the host down"
-        )
-    return {"busy": busy, "event_active": active, "differs": differs, "kernels": trace.num_kernels, "note": said}
 
 
 def check_speed(batcher, requests: list[Request], options: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -49,6 +50,11 @@ class Measured:
     overhead: dict[str, Any] | None = None
     kineto: dict[str, Any] | None = None
     interrupted: bool = False  # its one run was ended by Ctrl-C: times and steps of what ran, and no completions
+
+    @cached_property
+    def diagnosis(self) -> dict[str, Any]:
+        """`diagnosis` of the typical run, made once: a preset writes its report anew after each workload."""
+        return diagnosis(self.typical, self.mode, self.workload.slots)
 
     @property
     def typical_run(self) -> tuple[Timeline, list[Completion]]:
@@ -119,7 +125,7 @@ def report(
         row |= {"setting": one.setting, "prefill_tokens": one.prefill_tokens}
         row |= {"prompt_tokens": getattr(workload, "longest_prompt", workload.prompt_tokens)}
         row |= {"interrupted": one.interrupted, "overhead": one.overhead, "kineto": one.kineto}
-        row |= diagnosis(timeline, one.mode, workload.slots)
+        row |= one.diagnosis
         if workload.arrivals != "all":
             row["prediction"] = None  # the arrivals, not the loop, decide how long the run takes
         if bandwidth is not None:

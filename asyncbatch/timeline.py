@@ -126,17 +126,27 @@ def device_activity(starts, ends, counted=None) -> tuple[float, float]:
     return float((ends - starts)[1:][counted].sum()), float(np.diff(ends)[counted].sum())
 
 
+def union(starts, ends) -> tuple[np.ndarray, np.ndarray]:
+    """(starts, ends) of the stretches that the intervals cover together, in order, none touching the next. `starts` and
+    `ends` are arrays in any order and of any unit; an interval without length covers nothing."""
+    starts, ends = np.asarray(starts), np.asarray(ends)
+    real = ends > starts
+    starts, ends = starts[real], ends[real]
+    if not len(starts):
+        return starts, ends
+    order = np.argsort(starts, kind="stable")
+    starts, reach = starts[order], np.maximum.accumulate(ends[order])
+    first = np.flatnonzero(np.r_[True, starts[1:] > reach[:-1]])  # where a new stretch begins
+    return starts[first], reach[np.r_[first[1:] - 1, len(reach) - 1]]
+
+
 def busy_curve(starts, ends) -> tuple[np.ndarray, np.ndarray]:
     """The corners (times, busy seconds up to then) of the busy time of spans given in any order, overlaps counted once.
 
     `np.interp(t, times, busy)` is then the busy time before t, for any number of spans and points."""
-    starts, ends = np.asarray(starts, float), np.asarray(ends, float)
+    starts, ends = union(np.asarray(starts, float), np.asarray(ends, float))
     if not len(starts):
         return np.zeros(1), np.zeros(1)
-    order = np.argsort(starts, kind="stable")
-    starts, reach = starts[order], np.maximum.accumulate(ends[order])
-    first = np.flatnonzero(np.r_[True, starts[1:] > reach[:-1]])  # where a new busy stretch begins
-    starts, ends = starts[first], reach[np.r_[first[1:] - 1, len(reach) - 1]]
     busy = np.cumsum(ends - starts)
     return np.column_stack([starts, ends]).ravel(), np.column_stack([np.r_[0.0, busy[:-1]], busy]).ravel()
 

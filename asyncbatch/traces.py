@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .timeline import Gap, Timeline, device_activity
+from .timeline import Gap, Timeline, device_activity, union
 from .trace_events import (
     ANNOTATION,
     COPY,
@@ -97,18 +97,6 @@ class TraceGap(Gap):
 
 
 # ---- intervals, in whole nanoseconds ------------------------------------------------------------------------------
-
-
-def union(starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The stretches that the intervals cover together, in order, none touching the next. Int64, any order."""
-    real = ends > starts
-    starts, ends = starts[real], ends[real]
-    if not len(starts):
-        return starts, ends
-    order = np.argsort(starts, kind="stable")
-    starts, reach = starts[order], np.maximum.accumulate(ends[order])
-    first = np.flatnonzero(np.r_[True, starts[1:] > reach[:-1]])
-    return starts[first], reach[np.r_[first[1:] - 1, len(reach) - 1]]
 
 
 def outside(starts: np.ndarray, ends: np.ndarray, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:

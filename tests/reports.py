@@ -1,4 +1,4 @@
-"""Real reports for the tests of the page and of the schema, each measured once in a test session."""
+"""The profiling script called in this process, and real reports, each measured once in a test session."""
 
 from __future__ import annotations
 
@@ -26,6 +26,15 @@ def _measured(arguments: tuple[str, ...]) -> tuple[dict[str, Any], list[Timeline
         assert status == 0
         report = json.loads((Path(folder) / "report.json").read_text())
         return report, load_trace(Path(folder) / "trace.json")
+
+
+def call_script(capsys, *arguments) -> tuple[Any, str, str]:
+    """Run the profiling script in this process: (exit status, standard output, standard error)."""
+    try:
+        status = profile.main([str(argument) for argument in arguments])
+    except SystemExit as end:  # argparse ends so
+        status = end.code
+    return status, *capsys.readouterr()
 
 
 def measured(arguments: tuple[str, ...] = REAL) -> tuple[dict[str, Any], list[Timeline]]:

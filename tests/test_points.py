@@ -19,7 +19,6 @@ from asyncbatch.points import (
     GC,
     LANE,
     MEANING,
-    NOTHING,
     WAIT,
     attribute,
     host_segments,
@@ -44,8 +43,6 @@ def run_virtually(loop, costs, requests, **options):
 
 
 # ---- which point counts ---------------------------------------------------------------------------------------------
-
-ends = st.tuples(st.integers(0, 40), st.integers(1, 40)).map(lambda pair: (pair[0], pair[0] + pair[1]))
 
 
 @st.composite
@@ -246,5 +243,4 @@ def test_host_points_come_first_and_the_best_of_them_at_the_top():
     saved = [one.sync_saves for one in found if one.where == "host" and one.factor == 0]
     assert saved == sorted(saved, reverse=True)
     assert WAIT not in {one.point for one in found}
-    assert NOTHING not in {one.point for one in found}
     assert what_if(Timeline()) == []

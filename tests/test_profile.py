@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -11,6 +12,7 @@ import types
 
 import pytest
 import torch
+from reports import call_script
 from test_recording import MODEL, SESSION, example, made_timeline, recorded, row_of
 
 from asyncbatch import AsyncBatcher, SyncBatcher, Timeline, load_model, profile
@@ -38,15 +40,7 @@ def _one_model():
 @pytest.fixture
 def call(capsys):
     """Run the script in this process: (exit status, standard output, standard error)."""
-
-    def run(*arguments):
-        try:
-            status = profile.main([str(argument) for argument in arguments])
-        except SystemExit as end:  # argparse ends so
-            status = end.code
-        return status, *capsys.readouterr()
-
-    return run
+    return functools.partial(call_script, capsys)
 
 
 def check_report(report, modes):

@@ -5,12 +5,10 @@ from __future__ import annotations
 import io
 import re
 import sys
-from types import SimpleNamespace
 
 import pytest
 from reports import measured
 
-from asyncbatch.profile import kineto_result
 from asyncbatch.terminal import sections, show
 
 
@@ -59,19 +57,3 @@ def test_sections_have_the_reports_numbers_in_its_order(report):
     (what_if,) = [section for section in sections(report) if section.title.startswith("What if")]
     sync = [one for one in report["runs"][0]["what_if"] if one["factor"] == 0]
     assert [row[0] for row in what_if.rows] == [f"{one['point']} ({one['where']})" for one in sync][: len(what_if.rows)]
-
-
-@pytest.mark.parametrize(
-    ("busy", "active", "launches", "kernels", "differs", "said"),
-    [
-        (0.95, 0.96, (10, 900), 1000, False, "10 graph replays, 900 of 1000 kernels in them"),
-        (0.90, 0.99, (10, 900), 1000, True, "DISAGREE by more than 2 points"),
-        (0.02, 0.99, (10, 0), 5, True, "did not see into the graphs"),
-        (0.95, 0.96, None, 1000, False, "does not say which kernels came from graph replays"),
-    ],
-)
-def test_two_methods_are_compared_in_words(busy, active, launches, kernels, differs, said):
-    trace = SimpleNamespace(graph_launches=launches, num_kernels=kernels)
-    found = kineto_result(busy, active, trace, steps=10)
-    assert found["differs"] is differs
-    assert said in found["note"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import types
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from reports import call_script
 from test_batcher import OPTIONS, alone, requests
 from test_recording import example
 from test_virtual import costs, kinds
@@ -57,14 +59,7 @@ def call(capsys, monkeypatch, tiny):
         profile, "load_model", lambda name, **kw: (tiny, None) if name == "random:tiny" else load(name, **kw)
     )
 
-    def run(*arguments):
-        try:
-            status = profile.main([str(argument) for argument in arguments])
-        except SystemExit as end:  # argparse ends so
-            status = end.code
-        return status, *capsys.readouterr()
-
-    return run
+    return functools.partial(call_script, capsys)
 
 
 # ---- lengths ---------------------------------------------------------------------------------------------------------

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any, NamedTuple
 
-import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.patches import Rectangle
-from PIL import Image
 
 from .. import plot, request, scheduler, timeline
-from .parts import Case, Exercise, slider, with_widget
+from .live import Sliders
+from .parts import Case, Exercise
 
 
 def explain_gaps(args: tuple[Any, ...], got: Any, want: list[tuple[int, float]]) -> str | None:
@@ -307,48 +303,18 @@ RECORDED = (
 )
 
 
-class Law(plot.Picture):
+class Law(Sliders):
     """A picture of a law, with a star for one server whose host's and device's milliseconds a step are two sliders in a
     notebook. A subclass draws, moves its star in `_update`, and calls `_settle` when all is drawn."""
 
+    controls = (("host_ms", "host, ms", 0.1, 20.0, 0.1), ("device_ms", "device, ms", 0.5, 100.0, 0.1))
     host_ms: float
     device_ms: float
-
-    def _update(self) -> None:
-        raise NotImplementedError
 
     def _settle(self) -> None:
         self._update()
         self.figure.draw_without_rendering()
         self.figure.set_layout_engine("none")  # laid out once: redrawing then takes half the time
-
-    def _live_png(self) -> bytes:
-        """As `png`, but large and soon done: it follows a slider."""
-        canvas, file = FigureCanvasAgg(self.figure), io.BytesIO()
-        canvas.draw()
-        Image.fromarray(np.asarray(canvas.buffer_rgba())).save(file, "png", compress_level=1)
-        return file.getvalue()
-
-    @cached_property
-    def widget(self) -> Any:
-        """Two sliders, each with a box to type into, above the picture."""
-        import ipywidgets
-
-        image = ipywidgets.Image(value=self._live_png(), format="png", layout=ipywidgets.Layout(max_width="100%"))
-
-        def control(name: str, label: str, lowest: float, highest: float) -> Any:
-            def moved(value: float) -> None:
-                setattr(self, name, value)
-                self._update()
-                image.value = self._live_png()
-
-            return slider(label, getattr(self, name), lowest, highest, moved)
-
-        host, device = control("host_ms", "host, ms", 0.1, 20.0), control("device_ms", "device, ms", 0.5, 100.0)
-        return ipywidgets.VBox([host, device, image])
-
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        return with_widget(self, super()._repr_mimebundle_())
 
 
 class IdleLaw(Law):

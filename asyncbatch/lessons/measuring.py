@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .. import kv_cache, plot, streams, traces
+from .. import kv_cache, plot, streams, timeline
 from ..batcher import SyncBatcher
 from ..faults import carrier
 from ..kv_cache import KVCache
@@ -430,7 +430,7 @@ EXERCISES = {
         answer=_on_desk, explain=_explain_times,
     ),
     "union": Exercise(
-        traces.union, "For kernels that start at {0} and end at {1} ms", "found",
+        timeline.union, "For kernels that start at {0} and end at {1} ms", "found",
         (
             Case(((0, 10), (4, 16)), "The two do not touch, so they stay two stretches."),
             Case(((0, 3, 12), (8, 10, 15)), "The first two overlap from 3 to 8: together they are one stretch, 0 to "

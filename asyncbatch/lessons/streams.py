@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import ctypes
-import io
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.patches import Rectangle
-from PIL import Image
 
 from .. import explore, plot, races, streams
 from .lab import COMMANDS, LANES, LOOKS, Call, Lab, LabSlot, draw, program, serve, serve_without_waiting, spend_on_gpu
-from .parts import Case, Exercise, slider, with_widget
+from .live import Sliders
+from .parts import Case, Exercise
 
 # ---- right by luck ---------------------------------------------------------------------------------------------------
 
 
-class Luck(plot.Picture):
+class Luck(Sliders):
     """Four batches that are read without waiting. The host's other work after each launch and the length of a step are
     two sliders in a notebook; they decide whether what is read is right."""
 
     numbers, right = (7, 8, 9, 10), (42, 48, 54, 60)
+    controls = (("host_ms", "host, ms", 0.0, 100.0, 1.0), ("step_ms", "step, ms", 1.0, 100.0, 1.0))
 
     def __init__(self, host_ms: float, step_ms: float) -> None:
         self.host_ms, self.step_ms = host_ms, step_ms
@@ -38,34 +36,6 @@ class Luck(plot.Picture):
         name = f"host busy for {self.host_ms:g} ms, a step takes {self.step_ms:g} ms"
         picture = draw({name: lab}, self.right)
         super().__init__(picture.figure, f"{name}: read {self.read}", picture.axes)
-
-    def _live_png(self) -> bytes:
-        """As `png`, but soon done: it follows a slider."""
-        canvas, file = FigureCanvasAgg(self.figure), io.BytesIO()
-        canvas.draw()
-        Image.fromarray(np.asarray(canvas.buffer_rgba())).save(file, "png", compress_level=1)
-        return file.getvalue()
-
-    @cached_property
-    def widget(self) -> Any:
-        """Two sliders, each with a box to type into, above the picture."""
-        import ipywidgets
-
-        image = ipywidgets.Image(value=self._live_png(), format="png", layout=ipywidgets.Layout(max_width="100%"))
-
-        def control(name: str, label: str, lowest: float, highest: float) -> Any:
-            def moved(value: float) -> None:
-                setattr(self, name, value)
-                self._update()
-                image.value = self._live_png()
-
-            return slider(label, getattr(self, name), lowest, highest, moved, step=1.0)
-
-        host, step = control("host_ms", "host, ms", 0.0, 100.0), control("step_ms", "step, ms", 1.0, 100.0)
-        return ipywidgets.VBox([host, step, image])
-
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        return with_widget(self, super()._repr_mimebundle_())
 
 
 # ---- what was measured on a GPU --------------------------------------------------------------------------------------

@@ -1,0 +1,51 @@
+"""Pictures with sliders: what a slider changes is drawn anew while it moves."""
+
+from __future__ import annotations
+
+import io
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
+
+from .. import plot
+from .parts import slider, with_widget
+
+
+class Sliders(plot.Picture):
+    """A picture that a notebook shows below sliders, each with a box to type into. controls: of each slider the
+    attribute that it sets, its label, lowest and highest value, and step. A subclass draws in `_update`."""
+
+    controls: tuple[tuple[str, str, float, float, float], ...]
+
+    def _update(self) -> None:
+        raise NotImplementedError
+
+    def _live_png(self) -> bytes:
+        """As `png`, but large and soon done: it follows a slider."""
+        canvas, file = FigureCanvasAgg(self.figure), io.BytesIO()
+        canvas.draw()
+        Image.fromarray(np.asarray(canvas.buffer_rgba())).save(file, "png", compress_level=1)
+        return file.getvalue()
+
+    @cached_property
+    def widget(self) -> Any:
+        """The sliders above the picture (an ipywidgets box)."""
+        import ipywidgets
+
+        image = ipywidgets.Image(value=self._live_png(), format="png", layout=ipywidgets.Layout(max_width="100%"))
+
+        def control(name: str, label: str, lowest: float, highest: float, step: float) -> Any:
+            def moved(value: float) -> None:
+                setattr(self, name, value)
+                self._update()
+                image.value = self._live_png()
+
+            return slider(label, getattr(self, name), lowest, highest, moved, step)
+
+        return ipywidgets.VBox([*(control(*one) for one in self.controls), image])
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        return with_widget(self, super()._repr_mimebundle_())
