@@ -1,5 +1,5 @@
-"""Measuring is measured on a batcher that measures again afterwards, two methods are compared on one run, and a run that
-is ended early still gives a report."""
+"""A batcher goes on measuring after its overhead was measured, two methods are compared on one run, and after Ctrl-C
+there is still a report."""
 
 from __future__ import annotations
 
