@@ -31,27 +31,32 @@ class _Blind(Timeline):
         pass
 
 
-def overhead(batcher, requests: list[Request], pairs: int) -> dict[str, Any]:
-    """What measuring costs: runs with all of it and with no span noted, in turns. share: the median over the pairs of
-    time with / time without, less 1; ms_per_step: the same share of a step; pairs: each pair's own."""
+def overhead(measuring, plain, requests: list[Request], pairs: int) -> dict[str, Any]:
+    """What measuring costs: runs of the batcher `measuring` with all of it, and of `plain` (which may be the same one)
+    with no span noted, in turns. share: the median over the pairs of time with / time without, less 1; ms_per_step: the
+    same share of a step; pairs: each pair's own."""
     seconds: dict[bool, list[float]] = {True: [], False: []}
-    timeline = batcher.timeline
     for pair in range(pairs):
-        for measuring in (True, False) if pair % 2 else (False, True):
-            if not measuring:
-                batcher._new_timeline = _Blind
-            try:
-                start = time.perf_counter()
-                with record_points(batcher) if measuring else contextlib.nullcontext():
-                    serve(batcher, requests)
-                seconds[measuring].append(time.perf_counter() - start)
-            finally:
-                vars(batcher).pop("_new_timeline", None)
-            if measuring:
-                timeline = batcher.timeline
+        for with_all in (True, False) if pair % 2 else (False, True):
+            if with_all:
+                seconds[True].append(_timed(measuring, requests, record_points(measuring)))
+                timeline = measuring.timeline
+            else:
+                plain._new_timeline = _Blind
+                try:
+                    seconds[False].append(_timed(plain, requests, contextlib.nullcontext()))
+                finally:
+                    del plain._new_timeline
     each = [with_ / without - 1 for with_, without in zip(seconds[True], seconds[False], strict=True)]
     share, steps = statistics.median(each), max(1, len(timeline.steps))
     return {"share": share, "ms_per_step": 1e3 * share * statistics.median(seconds[False]) / steps, "pairs": each}
+
+
+def _timed(batcher, requests: list[Request], within: contextlib.AbstractContextManager) -> float:
+    start = time.perf_counter()
+    with within:
+        serve(batcher, requests)
+    return time.perf_counter() - start
 
 
 def kineto(batcher, requests: list[Request]) -> dict[str, Any]:

@@ -51,7 +51,7 @@ MEANING = {
     "carry-over": "tokens of the step before become inputs",
     "forward": "the model",
     "sample": "choosing the next tokens",
-    "step": "the whole step on the device, where its parts are not told apart (one CUDA graph)",
+    "step": "the whole step on the device, where its parts are not told apart (a timed device, another engine)",
     "copy out": "the output ids, device to host",
 }
 OF_SPAN = {"plan": "schedule", "fill": "fill buffers", "launch": "step launch"}  # what a host span is without its parts
@@ -149,10 +149,11 @@ class _Recorder:
         parts_of = getattr(self.batcher.device, "parts", None)
 
         def spans(slot: int):
+            parts = () if parts_of is None else parts_of(slot)
             found = function(slot)
-            if parts_of is not None:
+            if parts:
                 start = float(found[1, 0])
-                for name, seconds in zip(PARTS, parts_of(slot), strict=True):
+                for name, seconds in zip(PARTS, parts, strict=True):
                     if seconds > 0:
                         self.batcher.timeline.add(DEVICE_LANE, name, self.step, start, start + float(seconds))
                         start += float(seconds)

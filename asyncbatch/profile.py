@@ -397,12 +397,22 @@ class Session:
                     who = f"{self._where(workload)}{_who(workload, engine, mode)}"
                     if workload.overhead and engine == OWN:
                         tell(f"{who}: with and without measuring")
-                        found.overhead = overhead(batcher, requests, max(3, workload.repeats))
+                        found.overhead = self._overhead(batcher, mode, model, workload, requests, step_s)
                     if workload.kineto:
                         tell(f"{who}: once more under torch.profiler")
                         found.kineto = kineto(batcher, requests)
             # Inside: what was measured stays, even if closing a broken device fails.
             self.measured += [found for _, found in alive.values()]
+
+    def _overhead(self, batcher, mode, model, workload, requests, step_s) -> dict[str, Any]:
+        """What measuring with `batcher` costs. On CUDA its graphs are others, so there a second batcher measures
+        nothing."""
+        pairs = max(3, workload.repeats)
+        if not is_on_cuda(model):
+            return overhead(batcher, batcher, requests, pairs)
+        with open_batcher(OWN, mode, model, workload, step_s, parts=False) as plain:
+            serve(plain, requests)  # warm-up
+            return overhead(batcher, plain, requests, pairs)
 
     @contextlib.contextmanager
     def _keeping_what_ran(self, alive, batcher, found: Measured):
@@ -468,8 +478,9 @@ class Session:
             save_trace(folder / "trace.json", timelines)
 
 
-def open_batcher(engine: str, mode: str, model, options: argparse.Namespace, step_s):
-    """A batcher for the workload, not yet warm. Whatever the engine raises where it cannot serve the model here."""
+def open_batcher(engine: str, mode: str, model, options: argparse.Namespace, step_s, parts: bool = True):
+    """A batcher for the workload, not yet warm. parts: on CUDA it tells a step's parts apart; in a preset, whose times
+    are recorded, it never does. Whatever the engine raises where it cannot serve the model here."""
     limits: dict[str, Any] = {
         "max_batch_size": options.batch_size,
         "max_length": options.max_length,
@@ -480,6 +491,7 @@ def open_batcher(engine: str, mode: str, model, options: argparse.Namespace, ste
         return TransformersBatcher(model, mode=mode, **limits)
     if options.compile:
         limits["compile"] = True
+    limits["parts"] = parts and not (options.preset or options.record)
     if options.prefill_tokens is not None:
         limits["prefill_tokens"] = options.prefill_tokens
     slots = options.slots if mode == "async" else 1

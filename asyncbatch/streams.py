@@ -16,6 +16,7 @@ serves a model.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import itertools
 import os
@@ -65,8 +66,9 @@ class Stream(Protocol):
 class Device(Protocol):
     """Three streams and a program. `spans(slot)` gives, once the slot's last command is done, the (start, end) of its
     newest command on each stream, float64 [3, 2], in seconds of the host's `now()`. `failure(slot)` gives the text of
-    the error in the slot's newest commands, or None. `parts(slot)` gives the seconds that the slot's newest step spent
-    on carry-over, on the model and on sampling, 0 where the device does not tell them apart. `charge(phase, plan)` says
+    the error in the slot's newest commands, or None. `parts(slot)`, asked before `spans`, gives the seconds that the
+    slot's newest step spent on carry-over, on the model and on sampling, 0 where the device does not tell them apart.
+    `charge(phase, plan)` says
     that the host does a part of a step ("plan", "fill", "launch", "wait" or "commit"): it moves the virtual clock,
     others move by themselves. In `wait_until` the host does nothing until a time of `now()`."""
 
@@ -262,7 +264,7 @@ class HostStream:
 
 
 class HostDevice(_RealTime):
-    """One program in a `DeviceProcess`. `times`, `failed` and `parts_s` are shared: the device writes them, before the
+    """One program in a `DeviceProcess`. `times`, `failed` and `moments` are shared: the device writes them, before the
     event that the host waits for; the host reads them after it."""
 
     clock = "host"
@@ -271,12 +273,12 @@ class HostDevice(_RealTime):
         self.process, self.session = process, next(process.sessions)
         self.times = torch.zeros(num_slots, len(STREAMS), 2, dtype=torch.float64).share_memory_()
         self.failed = torch.zeros(num_slots, dtype=torch.int32).share_memory_()
-        self.parts_s = torch.zeros(num_slots, 3, dtype=torch.float64).share_memory_()
+        self.moments = torch.zeros(num_slots, 4, dtype=torch.float64).share_memory_()
         self._events: list[HostEvent] = []
         self.streams = (HostStream(self, 0), HostStream(self, 1), HostStream(self, 2))
         self._events += [stream._end for stream in self.streams]
         try:
-            process.ask("open", self.session, program, arguments, self.times, self.failed, self.parts_s)
+            process.ask("open", self.session, program, arguments, self.times, self.failed, self.moments)
         except DeviceError:
             self._give_events_back()
             raise
@@ -289,7 +291,7 @@ class HostDevice(_RealTime):
         return self.times.numpy()[slot].copy()
 
     def parts(self, slot: int) -> list[float]:
-        return self.parts_s[slot].tolist()
+        return np.diff(self.moments.numpy()[slot]).tolist()
 
     def failure(self, slot: int) -> str | None:
         return self.process.ask("failure", self.session, slot) if self.failed[slot] else None
@@ -368,10 +370,10 @@ class _Worker:
         gc.collect()
         gc.freeze()  # the model's many objects never become garbage: no collection has to look at them
 
-    def open(self, session: int, program: Callable, arguments: dict, times, failed, parts_s) -> None:
+    def open(self, session: int, program: Callable, arguments: dict, times, failed, moments) -> None:
         made = program(self._model, **arguments)
-        if hasattr(made, "parts_s"):
-            made.parts_s = parts_s.numpy()
+        if hasattr(made, "moments"):
+            made.moments = moments.numpy()
         self._programs[session] = (made, times.numpy(), failed.numpy(), {})
 
     def failure(self, session: int, slot: int) -> str:
@@ -446,6 +448,13 @@ def _cuda_errors():
             f"CUDA failed, and this process cannot use the GPU any more ({reason}). Start Python, or the notebook's "
             "kernel, anew; with CUDA_LAUNCH_BLOCKING=1 in its environment the traceback shows what failed"
         ) from error
+
+
+def never_free(thing: Any) -> None:
+    """Keep `thing` and all that it holds for as long as this process lives, past the end of Python. For pinned memory
+    after an error of CUDA: torch asks CUDA for an event when it frees some, and where that fails it ends the process
+    ("terminate called ...", seen with torch 2.11)."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 class CudaEvent(torch.cuda.Event):
@@ -527,7 +536,12 @@ class CudaDevice(_RealTime):
         return spans
 
     def parts(self, slot: int) -> list[float]:
-        return [0.0, 0.0, 0.0]  # a step is one graph
+        marks, (start, end) = getattr(self.program, "marks", None), self.timing[slot][1]
+        if marks is None:
+            return [0.0, 0.0, 0.0]
+        moments = (start, *marks[slot], end)
+        with _cuda_errors():
+            return [1e-3 * before.elapsed_time(after) for before, after in itertools.pairwise(moments)]
 
     def failure(self, slot: int) -> str | None:
         return self.errors[slot]

@@ -30,12 +30,23 @@ def test_overhead_runs_in_turns_and_leaves_a_batcher_that_measures(loop, monkeyp
             return completions
 
         monkeypatch.setattr(batcher, "run", watched)
-        found = overhead(batcher, REQUESTS, pairs=3)
+        found = overhead(batcher, batcher, REQUESTS, pairs=3)
         assert seen == [(False, False), (True, True), (True, True), (False, False), (False, False), (True, True)]
         assert len(found["pairs"]) == 3
         assert found["share"] == sorted(found["pairs"])[1]
         batcher.run(REQUESTS)
         assert seen[-1] == (True, False)
+
+
+def test_overhead_can_compare_with_another_batcher():
+    with SyncBatcher(tiny_model(), max_batch_size=2) as measuring, SyncBatcher(tiny_model(), max_batch_size=2) as plain:
+        found = overhead(measuring, plain, REQUESTS, pairs=4)
+        assert len(found["pairs"]) == 4
+        assert measuring.timeline.summary().steps == 12
+        assert {span.lane for span in measuring.timeline.spans} >= {"compute", "points"}
+        assert plain.timeline.spans == []
+        plain.run(REQUESTS)
+        assert "compute" in {span.lane for span in plain.timeline.spans}
 
 
 def test_kineto_compares_both_methods_over_the_same_steps(monkeypatch):

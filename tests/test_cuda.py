@@ -13,6 +13,7 @@ from tiny import tiny_model
 
 from asyncbatch import AsyncBatcher, Request, SamplingParams, SyncBatcher, load_model, streams
 from asyncbatch.attention import NAME
+from asyncbatch.points import DEVICE_LANE, PARTS, points_of, record_points
 from asyncbatch.streams import open_device
 
 pytestmark = [
@@ -108,6 +109,30 @@ def test_the_device_spans_lie_on_the_hosts_clock_and_in_order(model, monkeypatch
         assert compute[1] <= copy_out[0] + 1e-5
         assert copy_out[1] <= host["wait", step][1] + slack
         assert step == 0 or spans["compute", step - 1][1] <= compute[0] + 1e-5
+
+
+@pytest.mark.parametrize("batcher_class", [SyncBatcher, AsyncBatcher])
+def test_the_parts_of_a_step_are_told_apart_inside_its_graph(model, batcher_class, monkeypatch):
+    monkeypatch.setattr(streams, "ORIGIN_S", 0.002)
+    with batcher_class(model, parts=True, **OPTIONS) as batcher:
+        assert batcher.device.program.graphs
+        batcher.run(workload(model.config.vocab_size, 8))  # other steps have used the same events
+        with record_points(batcher):
+            batcher.run(workload(model.config.vocab_size, 8))
+        steps = {step: end - start for lane, _, step, start, end in batcher.timeline.spans if lane == "compute"}
+        parts = {step: {} for step in steps}
+        for lane, name, step, start, end in batcher.timeline.spans:
+            if lane == DEVICE_LANE:
+                parts[step][name] = end - start
+        medians = {point.name: point.median_ms for point in points_of(batcher.timeline) if point.where == "device"}
+    for step, seconds in steps.items():
+        assert tuple(parts[step]) == PARTS
+        assert sum(parts[step].values()) == pytest.approx(seconds, abs=2e-6)
+    assert set(medians) == {"copy in", *PARTS, "copy out"}
+    assert medians["carry-over"] < medians["forward"]
+    with batcher_class(model, **OPTIONS) as batcher, record_points(batcher):
+        batcher.run(workload(model.config.vocab_size, 2))
+        assert {p.name for p in points_of(batcher.timeline) if p.where == "device"} == {"copy in", "step", "copy out"}
 
 
 class Writes:
