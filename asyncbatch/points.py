@@ -78,7 +78,7 @@ class _Recorder:
         self._collecting = 0.0
 
     def flush(self) -> None:
-        if self._name:
+        if self._name:  # (a launch that failed has no end)
             self.batcher.timeline.add(LANE, self._name, self.step, self._start, self._start + self._sum)
             self._name = ""
 
@@ -97,6 +97,26 @@ class _Recorder:
                     self.flush()
                     self._name, self._start, self._sum = name, start, 0.0
                 self._sum += end - start
+
+        return wrapper
+
+    def begins(self, name: str, function: Callable, last: bool = False) -> Callable:
+        """`function`, whose calls are part of `name`, which goes on until another point begins. For what follows each
+        other without a break, the launches: the clock is asked once a point, not twice a call. last: `name` ends with
+        this call."""
+
+        def wrapper(*arguments):
+            if self._name != name:
+                moment = self.now()
+                if self._name in LAUNCHES:
+                    self._sum = moment - self._start
+                self.flush()
+                self._name, self._start, self._sum = name, moment, 0.0
+            result = function(*arguments)
+            if last:
+                self._sum = self.now() - self._start
+                self.flush()
+            return result
 
         return wrapper
 
@@ -149,11 +169,10 @@ class _Recorder:
         parts_of = getattr(self.batcher.device, "parts", None)
 
         def spans(slot: int):
-            parts = () if parts_of is None else parts_of(slot)
             found = function(slot)
-            if parts:
+            if parts_of is not None:
                 start = float(found[1, 0])
-                for name, seconds in zip(PARTS, parts, strict=True):
+                for name, seconds in zip(PARTS, parts_of(slot), strict=True):
                     if seconds > 0:
                         self.batcher.timeline.add(DEVICE_LANE, name, self.step, start, start + float(seconds))
                         start += float(seconds)
@@ -202,7 +221,8 @@ def record_points(batcher: Any) -> Iterator[None]:
         time(kv, "prune", "prune")
         for stream, point in zip(device.streams, LAUNCHES, strict=True):
             for method in ("wait_event", "launch", "record_event"):
-                time(stream, method, point)
+                last = point == LAUNCHES[-1] and method == "record_event"
+                replace(stream, method, recorder.begins(point, getattr(stream, method), last))
         replace(device, "spans", recorder.spans(device.spans))
         replace(batcher, "step", recorder.turn(batcher.step))
         if batcher.tokenizer is not None:

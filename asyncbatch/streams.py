@@ -66,7 +66,7 @@ class Stream(Protocol):
 class Device(Protocol):
     """Three streams and a program. `spans(slot)` gives, once the slot's last command is done, the (start, end) of its
     newest command on each stream, float64 [3, 2], in seconds of the host's `now()`. `failure(slot)` gives the text of
-    the error in the slot's newest commands, or None. `parts(slot)`, asked before `spans`, gives the seconds that the
+    the error in the slot's newest commands, or None. `parts(slot)`, asked after `spans`, gives the seconds that the
     slot's newest step spent on carry-over, on the model and on sampling, 0 where the device does not tell them apart.
     `charge(phase, plan)` says
     that the host does a part of a step ("plan", "fill", "launch", "wait" or "commit"): it moves the virtual clock,
@@ -511,6 +511,7 @@ class CudaDevice(_RealTime):
     def __init__(self, program: Any, num_slots: int, where: torch.device):
         self.program, self.where = program, where
         self.errors: list[str | None] = [None] * num_slots
+        self.step_s = [0.0] * num_slots  # of each slot's newest step
         new = torch.cuda.Event
         self.timing = [[(new(enable_timing=True), new(enable_timing=True)) for _ in STREAMS] for _ in range(num_slots)]
         self.streams = (CudaStream(self, 0), CudaStream(self, 1), CudaStream(self, 2))
@@ -528,6 +529,7 @@ class CudaDevice(_RealTime):
         elapsed, pairs = self.origin_event.elapsed_time, self.timing[slot]  # milliseconds
         with _cuda_errors():
             spans = self.origin + 1e-3 * np.array([[elapsed(start), elapsed(end)] for start, end in pairs])
+        self.step_s[slot] = float(spans[1, 1] - spans[1, 0])
         if spans[1, 1] - self.origin > ORIGIN_S:
             # CUDA gives these times as float32: a minute after the origin they are whole 4 microseconds. So the end of
             # this step is the next origin; its event goes out of use, and the slot gets another one.
@@ -536,12 +538,13 @@ class CudaDevice(_RealTime):
         return spans
 
     def parts(self, slot: int) -> list[float]:
-        marks, (start, end) = getattr(self.program, "marks", None), self.timing[slot][1]
+        marks = getattr(self.program, "marks", None)
         if marks is None:
             return [0.0, 0.0, 0.0]
-        moments = (start, *marks[slot], end)
+        start, (carried, computed) = self.timing[slot][1][0], marks[slot]
         with _cuda_errors():
-            return [1e-3 * before.elapsed_time(after) for before, after in itertools.pairwise(moments)]
+            first, second = 1e-3 * start.elapsed_time(carried), 1e-3 * carried.elapsed_time(computed)
+        return [first, second, self.step_s[slot] - first - second]
 
     def failure(self, slot: int) -> str | None:
         return self.errors[slot]

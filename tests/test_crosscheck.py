@@ -71,7 +71,9 @@ def test_kineto_compares_both_methods_over_the_same_steps(monkeypatch):
         assert (start_s, end_s) == (1.0, 4.0), "from the end of the first step to the end of the last"
         return 0.5
 
-    trace = SimpleNamespace(steps=np.array([[0.0, 1.0], [2.0, 4.0]]), graph_launches=(2, 8), num_kernels=10)
+    trace = SimpleNamespace(
+        steps=np.array([[0.0, 1.0], [2.0, 4.0]]), graph_launches=(2, 8), num_kernels=10, step_active=0.7
+    )
     monkeypatch.setattr(torch.profiler, "profile", Profile)
     monkeypatch.setattr(traces_module, "read_trace", lambda path: trace)
     monkeypatch.setattr(traces_module, "busy_in", asked)
@@ -87,19 +89,28 @@ def test_kineto_compares_both_methods_over_the_same_steps(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("busy", "active", "launches", "kernels", "differs", "said"),
+    ("busy", "active", "launches", "kernels", "steps", "said"),
     [
-        (0.95, 0.96, (10, 900), 1000, False, "10 graph replays, 900 of 1000 kernels in them"),
-        (0.90, 0.99, (10, 900), 1000, True, "DISAGREE by more than 2 points"),
-        (0.02, 0.99, (10, 0), 5, True, "did not see into the graphs"),
-        (0.95, 0.96, None, 1000, False, "does not say which kernels came from graph replays"),
+        (0.95, 0.96, (10, 900), 1000, 10, ["10 graph replays, 900 of 1000 kernels in them"]),
+        (0.90, 0.99, (10, 900), 1000, 9, ["DISAGREE by more than 2 points: between the kernels"]),
+        (
+            0.85,
+            0.97,
+            (10, 900),
+            1000,
+            10,
+            ["to its last one, 92.50%: 4.5 points less", "the other 7.5 points are gaps"],
+        ),
+        (0.02, 0.99, (10, 0), 5, 10, ["did not see into the graphs", "DISAGREE"]),
+        (0.95, 0.96, None, 1000, 10, ["does not say which kernels came from graph replays"]),
     ],
 )
-def test_two_methods_are_compared_in_words(busy, active, launches, kernels, differs, said):
-    trace = SimpleNamespace(graph_launches=launches, num_kernels=kernels)
-    found = kineto_result(busy, active, trace, steps=10)
-    assert found["differs"] is differs
-    assert said in found["note"]
+def test_two_methods_are_compared_in_words(busy, active, launches, kernels, steps, said):
+    trace = SimpleNamespace(graph_launches=launches, num_kernels=kernels, steps=range(10), step_active=0.925)
+    found = kineto_result(busy, active, trace, steps)
+    assert found["differs"] is ("DISAGREE" in found["note"]) is (active - busy > 0.02)
+    assert found["step_active"] == (0.925 if steps == 10 else None)
+    assert all(words in found["note"] for words in said)
 
 
 @pytest.mark.parametrize("ended", ["first run", "second run"])

@@ -225,7 +225,14 @@ def test_no_text_becomes_markup():
     dirty = hostile(report)
     for run in dirty["runs"]:
         run["gaps"]["by"] = {cause + HOSTILE: idle for cause, idle in run["gaps"]["by"].items()}
-        run["kineto"] = {"busy": 0.5, "event_active": 0.5, "differs": True, "kernels": 1, "note": HOSTILE}
+        run["kineto"] = {
+            "busy": 0.5,
+            "step_active": None,
+            "event_active": 0.5,
+            "differs": True,
+            "kernels": 1,
+            "note": HOSTILE,
+        }
     dirty["failed"] = [{"engine": HOSTILE, "mode": HOSTILE, "model": HOSTILE, "batch_size": 1, "error": HOSTILE}]
     dirty["targets"] = [{"what": HOSTILE, "reach": HOSTILE, "value": HOSTILE, "reached": True}]
     dirty["gpu"] = {"name": HOSTILE, "memory_gib": 1, "driver": HOSTILE, "compute_capability": HOSTILE}

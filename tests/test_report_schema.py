@@ -59,7 +59,14 @@ def test_what_only_a_gpu_or_an_option_gives_is_in_the_schema_too():
     run = report["runs"][0]
     run |= {key: report["recorded"][0][key] for key in ("floor_s", "time_over_floor", "first_context", "last_context")}
     run["overhead"] = {"share": -0.001, "ms_per_step": -0.01, "pairs": [0.01, -0.001]}
-    run["kineto"] = {"busy": 0.9, "event_active": 0.93, "differs": True, "kernels": 12, "note": "n"}
+    run["kineto"] = {
+        "busy": 0.9,
+        "step_active": 0.92,
+        "event_active": 0.93,
+        "differs": True,
+        "kernels": 12,
+        "note": "n",
+    }
     report["gpu"] = {"name": "NVIDIA H200", "memory_gib": 139.8, "driver": None, "compute_capability": "9.0"}
     report["copy_bandwidth_bytes_per_s"] = 4.28e12
     report["failed"] = [{"engine": "e", "mode": "sync,async", "model": "m", "batch_size": 8, "error": "no"}]
