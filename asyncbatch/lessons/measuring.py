@@ -205,7 +205,8 @@ def draw_law(runs: Sequence[RecordedRun]) -> plot.Picture:
         axes.scatter([], [], 70, color=color, marker=mark, linewidth=2 if mark == "|" else 0.6, label=label)
     axes.legend(loc="upper right", fontsize=9)
     axes.set_yticks(places, words)
-    axes.set(ylim=(y - 0.3, -0.7), xlim=(-1, 50), xlabel="device idle, % of the decode steps")
+    most = max(max(run.idle, run.law) for run in runs)
+    axes.set(ylim=(y - 0.3, -0.7), xlim=(-1, 100 * most + 4), xlabel="device idle, % of the decode steps")
     picture.title = f"{len(runs)} recorded runs: law, sync, async"
     return picture
 

@@ -120,7 +120,7 @@ def measure_default_stream() -> dict[tuple[str, str], bool]:
 def draw_copies(copies: Sequence[CopyTime], where: str) -> plot.Picture:
     """How long the host was away in each call, on a logarithmic axis."""
     picture = plot.figure(8, 2.6, f"256 MiB, non_blocking=True: when is the host back?\n{where}")
-    picture.title = where
+    picture.title = f"{len(copies)} copies: when is the host back?"
     axes: Any = picture.axes
     for row, (_, host_ms, done_ms) in enumerate(copies):
         blocked = host_ms > 1
