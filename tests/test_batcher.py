@@ -104,11 +104,11 @@ def test_the_embedded_model_writes_what_transformers_generate_writes():
         for p in PROMPTS
     ]
     with AsyncBatcher(model, max_batch_size=8) as batcher:
-        ours = batcher.run([Request(ids, 16) for ids in chats])
+        ours = batcher.run([Request(ids, 12) for ids in chats])
     near_ties = 0
     for ids, completion in zip(chats, ours, strict=True):
         output = model.generate(
-            torch.tensor([ids]), max_new_tokens=16, do_sample=False, return_dict_in_generate=True, output_logits=True
+            torch.tensor([ids]), max_new_tokens=12, do_sample=False, return_dict_in_generate=True, output_logits=True
         )
         theirs = output.sequences[0, len(ids) :].tolist()
         if completion.token_ids != theirs:
