@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncbatch.runner import sample
+from asyncbatch.runner import matrix_products_by_cublaslt, sample
 
 VOCABULARY = 12
 
@@ -83,3 +84,23 @@ def test_the_largest_uniform_number_still_gives_a_token_that_is_kept():
     logits = torch.zeros(1, 50_000)
     token = sample(logits, fields_for([(1.0, 40_000, 1.0, 1 - 2**-24)]))
     assert 0 <= int(token) < 40_000
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_the_callers_choice_of_a_blas_library_comes_back_whatever_happens(has_it, monkeypatch):
+    now = ["the caller's"]
+
+    def preferred(library=None):
+        if library == "cublaslt" and not has_it:
+            raise RuntimeError("PyTorch has not been compiled with cuBLASLt")
+        now.append(library or now[-1])
+        return now[-1]
+
+    monkeypatch.setattr(torch.backends.cuda, "preferred_blas_library", preferred)
+    def capture():
+        assert now[-1] == ("cublaslt" if has_it else "the caller's")
+        raise MemoryError
+
+    with pytest.raises(MemoryError), matrix_products_by_cublaslt():
+        capture()
+    assert now[-1] == "the caller's"

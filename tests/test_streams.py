@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import subprocess
 import sys
 import time
 import types
+import weakref
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ from programs import Log
 from tiny import tiny_model
 
 from asyncbatch import AsyncBatcher
-from asyncbatch.streams import DeviceError, DeviceProcess, HostDevice, open_device
+from asyncbatch.streams import DeviceError, DeviceProcess, HostDevice, never_free, open_device
 
 
 @pytest.fixture
@@ -261,3 +264,22 @@ def test_on_cuda_a_context_lost_during_a_step_is_seen_at_once(cuda_stream):
     device.program.run = lose
     with pytest.raises(DeviceError, match="cannot use the GPU any more"):
         compute.launch("decode", 0)
+
+
+def test_what_must_never_be_freed_is_not_freed_with_its_last_reference():
+    class Buffer:
+        pass
+
+    kept, other = Buffer(), Buffer()
+    holder, kept_seen, other_seen = [kept], weakref.ref(kept), weakref.ref(other)
+    never_free(holder)
+    address = id(holder)
+    del holder, kept, other
+    gc.collect()
+    assert kept_seen() is not None
+    assert other_seen() is None
+    held = ctypes.cast(address, ctypes.py_object).value
+    ctypes.pythonapi.Py_DecRef(ctypes.py_object(held))  # else every run of the tests would keep it
+    del held
+    gc.collect()
+    assert kept_seen() is None
