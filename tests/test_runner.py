@@ -97,6 +97,7 @@ def test_the_callers_choice_of_a_blas_library_comes_back_whatever_happens(has_it
         return now[-1]
 
     monkeypatch.setattr(torch.backends.cuda, "preferred_blas_library", preferred)
+
     def capture():
         assert now[-1] == ("cublaslt" if has_it else "the caller's")
         raise MemoryError
