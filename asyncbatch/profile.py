@@ -352,6 +352,7 @@ class Session:
         """Open, warm up and run the batchers of `group`, pairs of engine and mode, in turns, then close them."""
         few = [Request(r.token_ids, min(2, r.max_new_tokens)) for r in requests[: workload.batch_size]]
         arrivals_s = arrival_times(workload.arrivals, len(requests), workload.seed)
+        points = not (workload.preset or workload.record)  # those runs are for others to build on: nothing slows them
         alive: dict[tuple[str, str], tuple[Any, Measured]] = {}
 
         @contextlib.contextmanager
@@ -386,7 +387,7 @@ class Session:
                     with noting_failure(engine, mode):
                         batcher, found = alive[engine, mode]
                         with self._keeping_what_ran(alive, batcher, found):
-                            served = serve(batcher, requests, arrivals_s, sys.stderr.isatty(), points=True)
+                            served = serve(batcher, requests, arrivals_s, sys.stderr.isatty(), points)
                         steps_from(served[0])  # a ValueError now is better than a report that cannot be made
                         found.runs.append(served)
                         wall_s = served[0].summary().wall_s
@@ -479,8 +480,8 @@ class Session:
 
 
 def open_batcher(engine: str, mode: str, model, options: argparse.Namespace, step_s, parts: bool = True):
-    """A batcher for the workload, not yet warm. parts: on CUDA it tells a step's parts apart; in a preset, whose times
-    are recorded, it never does. Whatever the engine raises where it cannot serve the model here."""
+    """A batcher for the workload, not yet warm. parts: on CUDA it tells a step's parts apart, but never in a preset or
+    for a recording. Whatever the engine raises where it cannot serve the model here."""
     limits: dict[str, Any] = {
         "max_batch_size": options.batch_size,
         "max_length": options.max_length,
