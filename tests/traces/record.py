@@ -5,6 +5,8 @@
 Each is torch.profiler's own file of one warm run: 4 requests of 16 prompt and 10 new tokens, the 0.6B shape with random
 weights, bfloat16. `events.json` holds the same runs' steps as the events around them timed them, in microseconds from
 the first one's start: the other method, against which `test_real_traces.py` holds what `--trace` reads.
+
+(The traces come from a longer form of this script, which also profiled the CPU; this form has not run on a GPU yet.)
 """
 
 from __future__ import annotations
