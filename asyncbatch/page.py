@@ -22,7 +22,7 @@ import numpy as np
 
 from .plot import plot
 from .points import MEANING
-from .report import FLOOR_ROWS, LATENCY_ROWS, OWN, ROWS
+from .report import FLOOR_ROWS, LATENCY_ROWS, OWN, ROWS, cost_in_words
 from .timeline import Timeline
 
 MOST_SPANS = 100_000  # in one page: about 11 bytes each, compressed and in base64
@@ -548,5 +548,4 @@ def _methods(row: dict[str, Any]) -> Iterable[tuple[str, str]]:
             f"{text}{percent(kineto.get('event_active'), 2)}: {words}. {kineto.get('note') or ''}".strip(),
         )
     if overhead:
-        text = f"{signed(overhead.get('share'))} of the time, {milliseconds(overhead.get('ms_per_step'))} a step"
-        yield "Cost of measuring", f"{text}: runs with and without it, in turns"
+        yield "Cost of measuring", f"{cost_in_words(overhead)}: the same steps with and without it, in turns"

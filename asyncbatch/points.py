@@ -17,8 +17,10 @@ What the names mean is in `MEANING`.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import gc
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -57,6 +59,7 @@ MEANING = {
 OF_SPAN = {"plan": "schedule", "fill": "fill buffers", "launch": "step launch"}  # what a host span is without its parts
 OF_COMMAND = {"copy_in": "copy in", "copy_out": "copy out"}
 LAUNCHES = ("H2D launch", "step launch", "D2H launch")
+FIRST_COMMANDS = ("launch", "wait_event", "wait_event")  # of each stream, in `launch_step`
 PARTS = ("carry-over", "forward", "sample")
 AFTER = ("commit", "prune", "detokenize")  # points that a step pays when it is done; all others come before it
 NOTHING, WAIT, GC, CALLBACKS, ADDED = "nothing recorded", "wait", "garbage collection", "callbacks", "added host work"
@@ -68,114 +71,64 @@ MOST_LISTED = 10
 
 
 class _Recorder:
-    """Times calls and puts them on the timeline that the batcher has at that moment."""
+    """Logs calls, and makes spans of them when the run is over. In a synchronous loop every microsecond between two
+    steps is one that the device waits, and code that last ran 2 ms ago is in no cache any more: so as little as
+    possible runs there, and whatever the host spans tell (which step it was, where a launch ends, what lies between two
+    turns) is not asked again."""
 
     def __init__(self, batcher: Any):
         self.batcher, self.now = batcher, getattr(batcher.device, "now", perf_counter)
-        self.step = 0
-        self._name, self._start, self._sum = "", 0.0, 0.0
-        self._turn_ended: tuple[Timeline, float] | None = None
-        self._collecting = 0.0
+        self.timeline: Timeline = batcher.timeline
+        self.calls: list[Any] = []  # name, start, end of each call; and of the next call; and so on
+        self.parts: list[Any] = []  # start of a step on the device and seconds of its parts; and so on
+        self.collections: list[tuple[Timeline, float, float]] = []
+        self._collecting: float | None = None
 
-    def flush(self) -> None:
-        if self._name:  # (a launch that failed has no end)
-            self.batcher.timeline.add(LANE, self._name, self.step, self._start, self._start + self._sum)
-            self._name = ""
+    # Logging: these run in the loop.
 
-    def timed(self, name: str, function: Callable, alone: bool = False) -> Callable:
-        """`function`, each of whose calls is noted as `name`. alone: a call never goes into one span with others."""
+    def timed(self, name: str, function: Callable) -> Callable:
+        """`function`, each of whose calls is noted as `name`."""
+        note, now = self.calls.extend, self.now
 
         def wrapper(*arguments, **options):
-            if self._name != name:
-                self.flush()
-            start = self.now()
+            start = now()
             try:
                 return function(*arguments, **options)
             finally:
-                end = self.now()
-                if self._name != name or alone:
-                    self.flush()
-                    self._name, self._start, self._sum = name, start, 0.0
-                self._sum += end - start
+                note((name, start, now()))
 
         return wrapper
 
-    def begins(self, name: str, function: Callable, last: bool = False) -> Callable:
-        """`function`, whose calls are part of `name`, which goes on until another point begins. For what follows each
-        other without a break, the launches: the clock is asked once a point, not twice a call. last: `name` ends with
-        this call."""
+    def begins(self, name: str, function: Callable) -> Callable:
+        """`function`, with whose call `name` begins, to go on until the next launch, or the end of the host span."""
+        note, now = self.calls.extend, self.now
 
         def wrapper(*arguments):
-            if self._name != name:
-                moment = self.now()
-                if self._name in LAUNCHES:
-                    self._sum = moment - self._start
-                self.flush()
-                self._name, self._start, self._sum = name, moment, 0.0
-            result = function(*arguments)
-            if last:
-                self._sum = self.now() - self._start
-                self.flush()
-            return result
+            note((name, now(), None))
+            return function(*arguments)
 
         return wrapper
 
     def plan(self, function: Callable) -> Callable:
-        scheduler = self.batcher.scheduler
-        burnt_s = self.batcher.host_work_s
+        """The scheduler's `plan`, after which, in the same host span, host_work_s is burnt."""
+        note, now, burnt_s = self.calls.extend, self.now, self.batcher.host_work_s
 
         def plan():
-            self.flush()
-            self.step = scheduler.num_steps
             made = function()
-            if burnt_s and made is not None:  # right after this, in the same host span
-                self.flush()
-                start = self.now()
-                self.batcher.timeline.add(LANE, ADDED, self.step, start, start + burnt_s)
+            if made is not None:
+                start = now()
+                note((ADDED, start, start + burnt_s))
             return made
 
         return plan
 
-    def commit(self, function: Callable) -> Callable:
-        def commit(plan, token_ids):
-            self.flush()
-            self.step = plan.step
-            return function(plan, token_ids)
-
-        return commit
-
-    def turn(self, function: Callable) -> Callable:
-        """The time between two turns of the loop is the caller's, as long as the run goes on."""
-
-        def step() -> bool:
-            timeline, start = self.batcher.timeline, self.now()
-            if self._turn_ended is not None and self._turn_ended[0] is timeline:
-                self.flush()
-                timeline.add(LANE, CALLBACKS, self.step, self._turn_ended[1], start)
-            served = True
-            try:
-                served = function()
-                return served
-            finally:
-                if not served:  # nothing to do: a look at the empty queue, maybe long after the timeline's last step
-                    self._name = ""
-                self.flush()
-                self._turn_ended = timeline, self.now()
-
-        return step
-
     def spans(self, function: Callable) -> Callable:
-        """After a step, its parts on the device: one after the other, from its start on."""
-        parts_of = getattr(self.batcher.device, "parts", None)
+        """After a step, its parts on the device."""
+        note, parts_of = self.parts.extend, self.batcher.device.parts
 
         def spans(slot: int):
             found = function(slot)
-            if parts_of is not None:
-                start = float(found[1, 0])
-                for name, seconds in zip(PARTS, parts_of(slot), strict=True):
-                    if seconds > 0:
-                        self.batcher.timeline.add(DEVICE_LANE, name, self.step, start, start + float(seconds))
-                        start += float(seconds)
+            note((found[1, 0], parts_of(slot)))
             return found
 
         return spans
@@ -183,8 +136,105 @@ class _Recorder:
     def collected(self, phase: str, _: dict) -> None:
         if phase == "start":
             self._collecting = self.now()
-        elif self._collecting:
-            self.batcher.timeline.add(LANE, GC, self.step, self._collecting, self.now())
+        elif self._collecting is not None:
+            self.collections.append((self.batcher.timeline, self._collecting, self.now()))
+
+    # Making spans.
+
+    def new_timeline(self, function: Callable) -> Callable:
+        def new_timeline() -> Timeline:
+            self.settle()
+            self.timeline = function()
+            return self.timeline
+
+        return new_timeline
+
+    def settle(self) -> None:
+        """Put what was logged on the timeline that it belongs to."""
+        host = _HostSpans(self.timeline)
+        for lane, name, step, start, end in host.between_turns():
+            self.timeline.add(lane, name, step, start, end)
+        calls = sorted(zip(*[iter(self.calls)] * 3, strict=True), key=lambda call: call[1])
+        for name, step, start, end in _joined(calls, host):
+            self.timeline.add(LANE, name, step, start, end)
+        _, steps, starts, _ = self.timeline.lane("compute")
+        step_at = dict(zip(starts.tolist(), steps.tolist(), strict=True))
+        for start, parts in zip(*[iter(self.parts)] * 2, strict=True):
+            start = float(start)
+            if start not in step_at:  # Ctrl-C came before the step was noted
+                continue
+            step = step_at[start]
+            for name, seconds in zip(PARTS, parts, strict=True):  # one after the other, from the step's start on
+                if seconds > 0:
+                    self.timeline.add(DEVICE_LANE, name, step, start, start + seconds)
+                    start += seconds
+        for timeline, start, end in self.collections:
+            timeline.add(LANE, GC, host.at(start)[1], start, end)
+        for log in (self.calls, self.parts, self.collections):
+            log.clear()
+
+
+class _HostSpans:
+    """The spans of the host lane, in order."""
+
+    def __init__(self, timeline: Timeline):
+        self.names, steps, starts, ends = timeline.lane("host")
+        self.steps, self.starts, self.ends = steps.tolist(), starts.tolist(), ends.tolist()
+        self.launches = [which for which, name in enumerate(self.names) if name == "launch"]
+        self.launch_starts = [self.starts[which] for which in self.launches]
+        self.empty = [span for span in timeline.spans if span.name == NO_REQUEST]
+
+    def at(self, moment: float) -> tuple[int | None, int]:
+        """(which, its step) of the host span in which `moment` lies; between two of them None and the step before."""
+        which = bisect.bisect_right(self.starts, moment) - 1
+        if which < 0:
+            return None, 0
+        return (which if moment <= self.ends[which] else None), self.steps[which]
+
+    def launch_at(self, moment: float) -> int | None:
+        """Which host span is the launch that `moment` belongs to. (On the virtual clock it may be the launch's last
+        moment, and so the first one of the wait.)"""
+        launch = bisect.bisect_right(self.launch_starts, moment) - 1
+        which = self.launches[launch] if launch >= 0 else None
+        return which if which is not None and moment <= self.ends[which] else None
+
+    def between_turns(self) -> Iterator[tuple[str, str, int, float, float]]:
+        """A turn begins with a plan. The time before it, from the end of the turn before, is the caller's; where there
+        was no request, the time before and after that."""
+        others = [(start, end, NO_REQUEST, -1) for _, _, _, start, end in self.empty]
+        spans = sorted([*zip(self.starts, self.ends, self.names, self.steps, strict=True), *others])
+        step = 0
+        for (_, end, _, before), (start, _, name, _) in itertools.pairwise(spans):
+            step = step if before < 0 else before
+            if name in ("plan", NO_REQUEST) and end < start:
+                yield LANE, CALLBACKS, step, end, start
+
+
+def _joined(calls: list[tuple[str, float, float | None]], host: _HostSpans) -> list[tuple[str, int, float, float]]:
+    """(name, step, start, end) of calls (name, start, end) that come by start; the end of a launch is None, for the
+    next one's start, or the end of the host span. Calls of one kind that follow each other in a host span become one
+    piece, from the first one's start and as long as all of them together. What lies in no host span was for no step: a
+    look at the empty queue."""
+    pieces: list[list[Any]] = []
+    last: Any = None
+    open_ends: list[float] = []  # of the calls that we are in, outermost first
+    for (name, start, end), following in itertools.zip_longest(calls, calls[1:]):
+        which = host.at(start)[0] if end is not None else host.launch_at(start)
+        if which is None:
+            continue
+        if end is None:
+            is_next = following is not None and host.launch_at(following[1]) == which
+            end = following[1] if is_next else host.ends[which]
+        while open_ends and open_ends[-1] <= start:
+            open_ends.pop()
+        kind = name, which, tuple(open_ends)
+        if kind == last:
+            pieces[-1][3] += end - start
+        else:
+            pieces.append([name, host.steps[which], start, end])
+        last = kind
+        open_ends.append(end)
+    return [tuple(piece) for piece in pieces]
 
 
 class _TimedTokenizer:
@@ -199,7 +249,8 @@ class _TimedTokenizer:
 
 @contextlib.contextmanager
 def record_points(batcher: Any) -> Iterator[None]:
-    """Within it, every run of the batcher has its latency points on the timeline's lanes "points" and "device points".
+    """Every run of the batcher within it gets its latency points, on the timeline's lanes "points" and "device points".
+    They are put there when the next run begins, and at the end.
 
     For this package's batchers. Of any other that has a `timeline`, only garbage collections are noted."""
     recorder = _Recorder(batcher)
@@ -209,22 +260,21 @@ def record_points(batcher: Any) -> Iterator[None]:
         undo.append((owner, name, getattr(owner, name), name in vars(owner)))
         setattr(owner, name, value)
 
-    def time(owner: Any, name: str, point: str, **options: Any) -> None:
-        replace(owner, name, recorder.timed(point, getattr(owner, name), **options))
+    def time(owner: Any, name: str, point: str) -> None:
+        replace(owner, name, recorder.timed(point, getattr(owner, name)))
 
     if hasattr(batcher, "scheduler"):
         scheduler, kv, device = batcher.scheduler, batcher.kv, batcher.device
-        replace(scheduler, "plan", recorder.plan(scheduler.plan))
-        replace(scheduler, "commit", recorder.commit(scheduler.commit))
-        time(scheduler, "_prefill_rows", "admit", alone=True)
+        replace(batcher, "_new_timeline", recorder.new_timeline(batcher._new_timeline))
+        if batcher.host_work_s:
+            replace(scheduler, "plan", recorder.plan(scheduler.plan))
+        time(scheduler, "_prefill_rows", "admit")
         time(kv, "_grow", "KV allocate")
         time(kv, "prune", "prune")
-        for stream, point in zip(device.streams, LAUNCHES, strict=True):
-            for method in ("wait_event", "launch", "record_event"):
-                last = point == LAUNCHES[-1] and method == "record_event"
-                replace(stream, method, recorder.begins(point, getattr(stream, method), last))
-        replace(device, "spans", recorder.spans(device.spans))
-        replace(batcher, "step", recorder.turn(batcher.step))
+        for stream, method, point in zip(device.streams, FIRST_COMMANDS, LAUNCHES, strict=True):
+            replace(stream, method, recorder.begins(point, getattr(stream, method)))
+        if hasattr(device, "parts"):
+            replace(device, "spans", recorder.spans(device.spans))
         if batcher.tokenizer is not None:
             replace(batcher, "tokenizer", _TimedTokenizer(batcher.tokenizer, recorder))
     # On the virtual clock a collection takes no time, and asking for the time, which lets commands take effect, is not
@@ -236,7 +286,7 @@ def record_points(batcher: Any) -> Iterator[None]:
     finally:
         for callback in collected:
             gc.callbacks.remove(callback)
-        recorder.flush()
+        recorder.settle()
         for owner, name, value, own in reversed(undo):
             if own:
                 setattr(owner, name, value)

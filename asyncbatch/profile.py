@@ -172,7 +172,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--preset", choices=[*PRESETS], help="a set of workloads for a GPU, with both engines")
     add("--peer-limit-s", type=whole(1), default=600, metavar="S", help="leave out a peer that would take longer")
     add("--kineto", action="store_true", help="run once more under torch.profiler: kernel-level busy time (CUDA)")
-    add("--overhead", action="store_true", help="measure what measuring costs: runs with and without it")
+    add("--overhead", action="store_true", help="measure what measuring costs: the same steps with and without it")
     add("--trace", type=Path, metavar="FILE", help="measure nothing: report on a torch.profiler trace of any engine")
     add("--compare", nargs=2, metavar=("A.json", "B.json"), help="measure nothing: put two report.json files side by "
         "side, with a warning for each thing that makes them hard to compare")  # fmt: skip
@@ -399,21 +399,19 @@ class Session:
                     if workload.overhead and engine == OWN:
                         tell(f"{who}: with and without measuring")
                         found.overhead = self._overhead(batcher, mode, model, workload, requests, step_s)
+                        if found.overhead is None:
+                            tell(f"{who}: too few steps to tell what measuring costs; take more --new-tokens")
                     if workload.kineto:
                         tell(f"{who}: once more under torch.profiler")
                         found.kineto = kineto(batcher, requests)
             # Inside: what was measured stays, even if closing a broken device fails.
             self.measured += [found for _, found in alive.values()]
 
-    def _overhead(self, batcher, mode, model, workload, requests, step_s) -> dict[str, Any]:
-        """What measuring with `batcher` costs. On CUDA its graphs are others, so there a second batcher measures
-        nothing."""
-        pairs = max(3, workload.repeats)
-        if not is_on_cuda(model):
-            return overhead(batcher, batcher, requests, pairs)
+    def _overhead(self, batcher, mode, model, workload, requests, step_s) -> dict[str, Any] | None:
+        """What measuring with `batcher` costs: it and another one that measures nothing, and on CUDA tells no parts."""
         with open_batcher(OWN, mode, model, workload, step_s, parts=False) as plain:
             serve(plain, requests)  # warm-up
-            return overhead(batcher, plain, requests, pairs)
+            return overhead(batcher, plain, requests, max(3, workload.repeats))
 
     @contextlib.contextmanager
     def _keeping_what_ran(self, alive, batcher, found: Measured):

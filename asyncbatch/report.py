@@ -481,6 +481,17 @@ def lines_of_workloads(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def cost_in_words(overhead: dict[str, Any]) -> str:
+    """What measuring costs, from `overhead` of a run; "-" for a number that is not there."""
+
+    def percent(share: float | None) -> str:
+        return "-" if share is None else f"{100 * share:+.2f} %"
+
+    interval, ms = overhead.get("interval"), overhead.get("ms_per_step")
+    within = f" (95 % sure: {percent(interval[0])} to {percent(interval[1])})" if interval else ""
+    return f"{percent(overhead.get('share'))} of a step{within}, {'-' if ms is None else f'{ms:+.4f}'} ms"
+
+
 def notes(result: dict[str, Any]) -> list[str]:
     """Settings of other engines, what failed, what is recorded: whatever must be said beside the numbers."""
     said = []
@@ -493,8 +504,7 @@ def notes(result: dict[str, Any]) -> list[str]:
         if row["interrupted"]:
             said.append(f"{_who(row, several)} was ended by Ctrl-C: the numbers are about what ran until then")
         if row["overhead"]:
-            share, ms = row["overhead"]["share"], row["overhead"]["ms_per_step"]
-            said.append(f"{_who(row, several)}: measuring costs {share:+.1%} of the time, {ms:+.3f} ms a step")
+            said.append(f"{_who(row, several)}: measuring costs {cost_in_words(row['overhead'])}")
         if row["kineto"]:
             numbers = f"kernel busy {row['kineto']['busy']:.2%}, event-timed active {row['kineto']['event_active']:.2%}"
             said.append(f"{_who(row, several)}, under torch.profiler: {numbers} ({row['kineto']['note']})")

@@ -109,8 +109,7 @@ def launch_step(streams: tuple[Stream, Stream, Stream], slot: Any) -> None:
 class _RealTime:
     """The host's time on the clocks where time passes by itself: seconds of `time.perf_counter`."""
 
-    def now(self) -> float:
-        return time.perf_counter()
+    now = staticmethod(time.perf_counter)
 
     def charge(self, phase: str, plan: Any) -> None:
         pass
@@ -274,6 +273,7 @@ class HostDevice(_RealTime):
         self.times = torch.zeros(num_slots, len(STREAMS), 2, dtype=torch.float64).share_memory_()
         self.failed = torch.zeros(num_slots, dtype=torch.int32).share_memory_()
         self.moments = torch.zeros(num_slots, 4, dtype=torch.float64).share_memory_()
+        self._times, self._moments = self.times.numpy(), self.moments.numpy()
         self._events: list[HostEvent] = []
         self.streams = (HostStream(self, 0), HostStream(self, 1), HostStream(self, 2))
         self._events += [stream._end for stream in self.streams]
@@ -288,10 +288,11 @@ class HostDevice(_RealTime):
         return self._events[-1]
 
     def spans(self, slot: int) -> np.ndarray:
-        return self.times.numpy()[slot].copy()
+        return self._times[slot].copy()
 
     def parts(self, slot: int) -> list[float]:
-        return np.diff(self.moments.numpy()[slot]).tolist()
+        start, carried, computed, end = self._moments[slot].tolist()
+        return [carried - start, computed - carried, end - computed]
 
     def failure(self, slot: int) -> str | None:
         return self.process.ask("failure", self.session, slot) if self.failed[slot] else None

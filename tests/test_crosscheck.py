@@ -3,15 +3,20 @@ there is still a report."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import statistics
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny import tiny_model
 
-from asyncbatch import AsyncBatcher, Request, SyncBatcher, profile
+from asyncbatch import AsyncBatcher, Request, SyncBatcher, Timeline, crosscheck, profile
 from asyncbatch import traces as traces_module
 from asyncbatch.crosscheck import KINETO_TOKENS, kineto, kineto_result, overhead
 
@@ -19,34 +24,82 @@ REQUESTS = [Request([1, 2, 3], 6, stop_token_ids=())] * 3
 
 
 @pytest.mark.parametrize("loop", [SyncBatcher, AsyncBatcher])
-def test_overhead_runs_in_turns_and_leaves_a_batcher_that_measures(loop, monkeypatch):
-    with loop(tiny_model(), max_batch_size=2) as batcher:
-        seen, run = [], batcher.run
-
-        def watched(*arguments):
-            completions = run(*arguments)
-            lanes = {span.lane for span in batcher.timeline.spans}
-            seen.append(("compute" in lanes, "points" in lanes))
-            return completions
-
-        monkeypatch.setattr(batcher, "run", watched)
-        found = overhead(batcher, batcher, REQUESTS, pairs=3)
-        assert seen == [(False, False), (True, True), (True, True), (False, False), (False, False), (True, True)]
-        assert len(found["pairs"]) == 3
-        assert found["share"] == sorted(found["pairs"])[1]
-        batcher.run(REQUESTS)
-        assert seen[-1] == (True, False)
-
-
-def test_overhead_can_compare_with_another_batcher():
-    with SyncBatcher(tiny_model(), max_batch_size=2) as measuring, SyncBatcher(tiny_model(), max_batch_size=2) as plain:
-        found = overhead(measuring, plain, REQUESTS, pairs=4)
-        assert len(found["pairs"]) == 4
+def test_overhead_measures_with_one_batcher_and_nothing_with_the_other(loop, monkeypatch):
+    monkeypatch.setattr(crosscheck, "PAIRS", 1)
+    with loop(tiny_model(), max_batch_size=2) as measuring, loop(tiny_model(), max_batch_size=2) as plain:
+        found = overhead(measuring, plain, REQUESTS, rounds=2)
+        assert found["share"] == statistics.median(found["pairs"])
         assert measuring.timeline.summary().steps == 12
         assert {span.lane for span in measuring.timeline.spans} >= {"compute", "points"}
-        assert plain.timeline.spans == []
-        plain.run(REQUESTS)
-        assert "compute" in {span.lane for span in plain.timeline.spans}
+        assert plain.timeline.spans == plain.timeline.steps == []
+        for batcher in (measuring, plain):  # and afterwards both do as they always do
+            batcher.run(REQUESTS)
+            lanes = {span.lane for span in batcher.timeline.spans}
+            assert "compute" in lanes
+            assert "points" not in lanes
+
+
+class Turns:
+    """Just enough of a batcher: its turns take the times that `seconds(turn)` says, and it ends after 45."""
+
+    def __init__(self, clock, seconds, order):
+        self.clock, self.seconds, self.order = clock, seconds, order
+        self.slots, self.device, self.timeline, self.host_work_s = [0, 1], SimpleNamespace(now=clock.now), Timeline(), 0
+        self.done, self.handles = 0, []
+
+    def run(self, requests):
+        assert requests == []
+        self.done, self.handles = 0, []
+
+    def submit(self, request):
+        self.handles.append(SimpleNamespace(completion=None))
+        return self.handles[-1]
+
+    def turn(self):
+        if self.done == 45:
+            return False
+        self.order.append(self)
+        self.clock.time += self.seconds(self.done)
+        self.done += 1
+        if self.done == 45:
+            for handle in self.handles:
+                handle.completion = SimpleNamespace(error=None)
+        return True
+
+
+@given(st.floats(0.9, 1.1), st.floats(0, 0.01))
+@settings(deadline=None)
+def test_overhead_is_told_though_later_steps_take_longer_and_a_stretch_begins_slowly(cost, drift):
+    clock, order = SimpleNamespace(time=0.0), []
+    clock.now = lambda: clock.time
+
+    def plain_s(turn):
+        return (1 + drift * turn) * (7 if turn % crosscheck.STRETCH < 3 else 1)
+
+    measuring = Turns(clock, lambda turn: cost * plain_s(turn), order)
+    plain = Turns(clock, plain_s, order)
+    with mock.patch.object(crosscheck.time, "perf_counter", clock.now):
+        found = overhead(measuring, plain, REQUESTS, rounds=3)
+    assert found["share"] == pytest.approx(cost - 1, abs=1e-9)
+    assert found["ms_per_step"] == pytest.approx(1e3 * (cost - 1), rel=45 * drift + 1e-6, abs=1e-9)
+    assert order.count(measuring) == order.count(plain) == len(order) / 2
+    # In turns, and which of them begins a pair changes too: two stretches of the same one at most.
+    assert max(len(list(turns)) for _, turns in itertools.groupby(order)) == 2 * crosscheck.STRETCH
+
+
+def test_requests_that_are_too_short_tell_no_overhead(monkeypatch):
+    monkeypatch.setattr(crosscheck, "ENOUGH_S", 0.0)
+    with SyncBatcher(tiny_model(), max_batch_size=2) as measuring, SyncBatcher(tiny_model(), max_batch_size=2) as plain:
+        assert overhead(measuring, plain, [Request([1], 1)], rounds=1) is None
+
+
+@pytest.mark.parametrize(("count", "ranks"), [(6, (1, 6)), (8, (1, 8)), (10, (2, 9)), (20, (6, 15)), (100, (40, 61))])
+def test_where_a_median_lies_is_what_the_tables_of_the_sign_test_say(count, ranks):
+    assert crosscheck._median_lies_within(list(range(1, count + 1))) == list(ranks)
+
+
+def test_too_few_values_tell_nothing_of_their_median():
+    assert crosscheck._median_lies_within([1.0] * 5) is None
 
 
 def test_kineto_compares_both_methods_over_the_same_steps(monkeypatch):

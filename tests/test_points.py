@@ -18,7 +18,9 @@ from asyncbatch.points import (
     CALLBACKS,
     GC,
     LANE,
+    LAUNCHES,
     MEANING,
+    NO_REQUEST,
     WAIT,
     attribute,
     host_segments,
@@ -27,6 +29,7 @@ from asyncbatch.points import (
 )
 from asyncbatch.simulate import costs_of, simulate, what_if
 from asyncbatch.virtual import Costs
+from asyncbatch.workload import serve
 
 MODEL = carrier()
 SIZES = dict(max_batch_size=4, block_size=4, max_length=64, prefill_tokens=16)
@@ -208,6 +211,34 @@ def test_launches_follow_each_other_within_the_launch():
     for span in seen:
         outer = launches[span.step, "launch"]
         assert outer.start <= span.start <= span.end <= outer.end
+
+
+@LOOPS
+def test_on_a_real_clock_launches_fill_their_span_and_callbacks_the_time_between_two_turns(loop):
+    """Of every run within one `record_points`, and though a request came late."""
+    request = Request([1, 2, 3], 12, stop_token_ids=())
+    with loop(tiny_model(), max_batch_size=4) as batcher, record_points(batcher):
+        timelines = []
+        for arrivals_s in (None, [0.0, 0.3]):
+            serve(batcher, [request] * 2, arrivals_s)
+            timelines.append(batcher.timeline)
+        assert not [span for span in timelines[1].spans if span.name == CALLBACKS], "not yet: the run may go on"
+    assert timelines[0] is not timelines[1]
+    for timeline in timelines:
+        by_name = {}
+        for span in sorted(timeline.spans, key=lambda span: span.start):
+            if span.lane in ("host", LANE):
+                by_name.setdefault(span.name, []).append(span)
+        assert {len(by_name[name]) for name in (*LAUNCHES, "launch")} == {len(timeline.steps)}
+        for launch, h2d, step, d2h in zip(by_name["launch"], *(by_name[name] for name in LAUNCHES), strict=True):
+            assert launch.step == h2d.step == step.step == d2h.step
+            assert launch.start <= h2d.start < h2d.end == step.start < step.end == d2h.start < d2h.end == launch.end
+        begins = by_name["plan"] + by_name.get(NO_REQUEST, [])
+        last_in_a_turn = by_name["commit"] + by_name["launch"] + by_name.get(NO_REQUEST, [])
+        assert len(by_name[CALLBACKS]) == len(begins) - 1
+        assert {span.end for span in by_name[CALLBACKS]} <= {span.start for span in begins}
+        assert {span.start for span in by_name[CALLBACKS]} <= {span.end for span in last_in_a_turn}
+    assert NO_REQUEST in {span.name for span in timelines[1].spans}
 
 
 # ---- what if --------------------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ def test_what_only_a_gpu_or_an_option_gives_is_in_the_schema_too():
     report, _ = measured(EMULATED)
     run = report["runs"][0]
     run |= {key: report["recorded"][0][key] for key in ("floor_s", "time_over_floor", "first_context", "last_context")}
-    run["overhead"] = {"share": -0.001, "ms_per_step": -0.01, "pairs": [0.01, -0.001]}
+    run["overhead"] = {"share": -0.001, "interval": [-0.002, 0.01], "ms_per_step": -0.01, "pairs": [0.01, -0.001]}
     run["kineto"] = {
         "busy": 0.9,
         "step_active": 0.92,
