@@ -61,6 +61,19 @@ def matrix_products_by_cublaslt() -> Iterator[None]:
         prefer(before)
 
 
+@contextlib.contextmanager
+def workspace_of_their_own() -> Iterator[None]:
+    """Graphs captured within it have cuBLAS's workspace to themselves. Otherwise torch gives the same one to all graphs
+    of the process, since it captures them on one stream (pytorch#193402), and two batchers write into it at the same
+    time. Forgotten before, it is made anew in the graphs' own memory; forgotten after, nobody else gets that."""
+    forget = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)
+    forget()
+    try:
+        yield
+    finally:
+        forget()
+
+
 class Runner:
     """The device side for one batcher.
 
@@ -207,7 +220,7 @@ class Runner:
         """
         graphs, pool = {}, torch.cuda.graph_pool_handle()
         try:
-            with torch.inference_mode(), torch.cuda.device(self.device):
+            with torch.inference_mode(), torch.cuda.device(self.device), workspace_of_their_own():
                 for slot in range(self.shape.num_slots):
                     for command in self.shape.steps:
                         graphs[slot, command] = torch.cuda.CUDAGraph()

@@ -61,6 +61,21 @@ def test_sync_and_async_give_the_tokens_that_each_request_gets_alone(model, num_
             assert batcher.timeline.clock == "cuda"
 
 
+def test_two_batchers_whose_steps_run_at_the_same_time_do_not_disturb_each_other():
+    """They have everything on the device to themselves, cuBLAS's workspace too. Where they shared it the GPU hung."""
+    model = load_model("random:llama-0.6b", device="cuda")[0]
+    requests = [Request([1 + n] * 16, 96, stop_token_ids=()) for n in range(32)]
+    options = dict(max_batch_size=32, max_length=128, compile=True)
+    with AsyncBatcher(model, **options) as one, AsyncBatcher(model, **options) as other:
+        alone = [c.token_ids for c in one.run(requests)]
+        handles = [[batcher.submit(request) for request in requests] for batcher in (one, other)]
+        while any(handle.completion is None for handle in handles[0] + handles[1]):
+            one.turn()
+            other.turn()
+        for own in handles:
+            assert [handle.token_ids for handle in own] == alone
+
+
 @pytest.mark.parametrize("compile", [False, True])
 def test_greedy_tokens_equal_generate(compile):
     model = tiny_model("cuda")
