@@ -257,7 +257,9 @@ def record_points(batcher: Any) -> Iterator[None]:
     undo: list[tuple[Any, str, Any, bool]] = []
 
     def replace(owner: Any, name: str, value: Any) -> None:
-        undo.append((owner, name, getattr(owner, name), name in vars(owner)))
+        before, of_class = getattr(owner, name), getattr(type(owner), name, None)
+        # (Not `name in vars(owner)`: an object whose dictionary was once asked for is slower ever after.)
+        undo.append((owner, name, before, of_class is None or before != of_class.__get__(owner)))
         setattr(owner, name, value)
 
     def time(owner: Any, name: str, point: str) -> None:
