@@ -32,6 +32,7 @@ import torch
 
 from .kv_cache import blocks_for
 from .models import check_model
+from .points import replaced
 from .request import Completion, Request, RequestError, check_request, finish_reason
 from .runner import kv_heads_and_dim, splits_for
 from .timeline import Timeline
@@ -526,19 +527,9 @@ def _part(owner, name: str):
     return getattr(owner, name)
 
 
-@contextlib.contextmanager
-def _wrapped(owner, name: str, wrapper: Callable[[Callable], Callable]) -> Iterator[None]:
+def _wrapped(owner, name: str, wrapper: Callable[[Callable], Callable]) -> contextlib.AbstractContextManager[None]:
     """Within it, `owner.name` is `wrapper(owner.name)`, for this one object."""
-    original = _part(owner, name)
-    own = name in vars(owner)
-    setattr(owner, name, wrapper(original))
-    try:
-        yield
-    finally:
-        if own:
-            setattr(owner, name, original)
-        else:
-            delattr(owner, name)
+    return replaced(owner, name, wrapper(_part(owner, name)))
 
 
 def _unknown_version(problem: str) -> RuntimeError:

@@ -203,6 +203,30 @@ def test_a_later_run_notes_nothing_on_the_timeline_of_an_earlier_one(loop):
         assert earlier.spans == spans
 
 
+@LOOPS
+def test_on_a_real_clock_too_a_run_is_as_long_afterwards_as_it_was(loop):
+    """Neither what comes after it, nor being recorded again, nor a collection changes it."""
+    requests = [Request([1, 2, 3], 8, stop_token_ids=())] * 3
+    with loop(tiny_model(), max_batch_size=4) as batcher:
+        with record_points(batcher):
+            batcher.run(requests)
+            wall_s = batcher.timeline.summary().wall_s
+            gc.collect()
+        earlier, spans = batcher.timeline, list(batcher.timeline.spans)
+        assert earlier.summary().wall_s == wall_s
+        with record_points(batcher):
+            gc.collect()
+            batcher.run(requests)
+            gc.collect()
+            late = batcher.submit(requests[0])
+        assert earlier.spans == spans
+        with record_points(batcher):  # in the middle of a run
+            late.result()
+        assert earlier.spans == spans
+        ends = [span.end for span in batcher.timeline.spans if span.name == CALLBACKS]
+        assert len(ends) == len(set(ends))
+
+
 def test_launches_follow_each_other_within_the_launch():
     timeline = run_virtually(AsyncBatcher, Costs(), workload(1))
     launches = {(span.step, span.name): span for span in timeline.spans if span.name == "launch"}

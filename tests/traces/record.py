@@ -6,7 +6,8 @@ Each is torch.profiler's own file of one warm run: 4 requests of 16 prompt and 1
 weights, bfloat16. `events.json` holds the same runs' steps as the events around them timed them, in microseconds from
 the first one's start: the other method, against which `test_real_traces.py` holds what `--trace` reads.
 
-(The traces come from a longer form of this script, which also profiled the CPU; this form has not run on a GPU yet.)
+(The traces come from a longer form of this script, which also profiled the CPU. This form ran on an H200 only until a
+time limit of 60 s came, and had written the two traces of asyncbatch by then.)
 """
 
 from __future__ import annotations
