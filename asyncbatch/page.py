@@ -51,26 +51,35 @@ def write_page(path: str | Path, report: dict[str, Any], timelines: Sequence[Tim
 
     Of more than MOST_SPANS spans the page keeps that many, and says which (see `TimelineFigure.packed`). OSError if the
     file cannot be written."""
+    write_html(path, page(report, timelines))
+
+
+def write_html(path: str | Path, text: str) -> None:
     # Bytes, so that no system turns line ends into others. A lone surrogate, which is no text, becomes "&#55357;".
-    Path(path).write_bytes(page(report, timelines).encode("utf-8", "xmlcharrefreplace"))
+    Path(path).write_bytes(text.encode("utf-8", "xmlcharrefreplace"))
 
 
 def page(report: dict[str, Any], timelines: Sequence[Timeline]) -> str:
     """The text of the page, see `write_page`."""
-    style, *code = ((STATIC / name).read_text(encoding="utf-8") for name in ("report.css", "timeline.js", "report.js"))
-    script = "\n".join(code)
-    policy = f"default-src 'none'; img-src data:; script-src {_hash(script)}; style-src {_hash(style)}; "
-    policy += "base-uri 'none'; form-action 'none'"
     title = f"{report.get('model')} on {report.get('device')}"
     runs = named_runs(report)
     parts: dict[str, Child] = {
         "summary": _summary(report, runs),
-        "timeline": _timeline(timelines, title),
+        "timeline": timeline_part(timelines, title),
         "gaps": _gaps(runs),
         "what-if": _what_if(runs),
         "points": _points(runs),
         "measured": _measured(report, runs),
     }
+    return document(f"Profile of {title}", _header(report), SECTIONS, parts)
+
+
+def document(title: str, header: Markup, sections: dict[str, str], parts: dict[str, Child]) -> str:
+    """A whole page: its header, and below it the parts, each under the heading that `sections` gives its key."""
+    style, *code = ((STATIC / name).read_text(encoding="utf-8") for name in ("report.css", "timeline.js", "report.js"))
+    script = "\n".join(code)
+    policy = f"default-src 'none'; img-src data:; script-src {_hash(script)}; style-src {_hash(style)}; "
+    policy += "base-uri 'none'; form-action 'none'"
     whole = tag(
         "html",
         tag(
@@ -78,14 +87,14 @@ def page(report: dict[str, Any], timelines: Sequence[Timeline]) -> str:
             tag("meta", charset="utf-8"),
             tag("meta", http_equiv="Content-Security-Policy", content=policy),
             tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-            tag("title", f"Profile of {title}"),
+            tag("title", title),
             tag("style", Markup(style)),
         ),
         tag(
             "body",
-            _header(report),
-            tag("nav", (tag("a", words, href=f"#{key}") for key, words in SECTIONS.items()), aria_label="On this page"),
-            tag("main", (tag("section", tag("h2", SECTIONS[key], id=key), part) for key, part in parts.items())),
+            header,
+            tag("nav", (tag("a", words, href=f"#{key}") for key, words in sections.items()), aria_label="On this page"),
+            tag("main", (tag("section", tag("h2", sections[key], id=key), part) for key, part in parts.items())),
             tag("script", Markup(script), type="module"),
         ),
         lang="en",
@@ -328,7 +337,8 @@ def _targets(targets: list[dict[str, Any]]) -> Child:
     return table("Speed to reach", ("", "to reach", "measured", ("", "text")), rows) if rows else None
 
 
-def _timeline(timelines: Sequence[Timeline], title: str) -> Child:
+def timeline_part(timelines: Sequence[Timeline], title: str) -> Child:
+    """The timelines to zoom into, and beneath the script a still picture of them."""
     if not timelines:
         return tag("p", "No timeline was kept.")
     figure = plot(*timelines)
@@ -381,12 +391,15 @@ def _gaps(runs: list[Run]) -> Child:
     return [
         tag("p", text, " The bars of all runs have one scale." if len(found) > 1 else ""),
         tag(
-            "div", (tag("div", _causes(name, gaps, most), _longest(name, gaps)) for name, gaps in found), class_="runs"
+            "div",
+            (tag("div", causes_table(name, gaps, most), _longest(name, gaps)) for name, gaps in found),
+            class_="runs",
         ),
     ]
 
 
-def _causes(name: str, gaps: dict[str, Any], most: float) -> Child:
+def causes_table(name: str, gaps: dict[str, Any], most: float) -> Child:
+    """Idle time (`idle_s`, seconds) by cause (`by`, seconds that add up to it); `most`: the longest bar of the page."""
     total = gaps["idle_s"]
     rows = [
         [cause, milliseconds(1e3 * idle_s), meter(percent(ratio(idle_s, total)), ratio(idle_s, most), "idle")]
@@ -399,13 +412,17 @@ def _causes(name: str, gaps: dict[str, Any], most: float) -> Child:
 def _longest(name: str, gaps: dict[str, Any]) -> Child:
     rows = []
     for gap in gaps.get("longest") or []:
-        step, start, long = gap["step"], gap["at_s"], 1e-3 * gap["ms"]
-        where = {"data_from": max(0.0, start - 2 * long), "data_to": start + 3 * long}
-        label = f"Show the gap before step {step} of {name} in the timeline"
-        look = tag("button", "Show", type="button", aria_label=label, **where)
+        step, start = gap["step"], gap["at_s"]
+        look = show_button(f"Show the gap before step {step} of {name} in the timeline", start, 1e-3 * gap["ms"])
         rows.append([f"step\N{NO-BREAK SPACE}{step}", seconds(start), milliseconds(gap["ms"]), gap["cause"], look])
     columns = ("before", "at", "idle for", ("cause", "text"), ("in the timeline", "live-only"))
     return table(f"{name}: gaps that stand out", columns, rows) if rows else None
+
+
+def show_button(label: str, start_s: float, long_s: float) -> Markup:
+    """A button that shows the timeline from a little before `start_s` to a little after what is `long_s` long."""
+    where = {"data_from": max(0.0, start_s - 2 * long_s), "data_to": start_s + 3 * long_s}
+    return tag("button", "Show", type="button", aria_label=label, **where)
 
 
 def _what_if(runs: list[Run]) -> Child:
@@ -530,9 +547,13 @@ def _measured(report: dict[str, Any], runs: list[Run]) -> Child:
             "around each part of the loop. Device times are noted by the device itself, before and after each command "
             "(on CUDA: timing events on its streams), and are read when the step is committed."),
         tag("dl", ((tag("dt", word), tag("dd", text)) for word, text in WORDS)),
-        tag("details", tag("summary", "The whole report as JSON"),
-            tag("pre", json.dumps(report, indent=1), tabindex=0, role="region", aria_label="The report as JSON")),
+        as_json(report),
     ]  # fmt: skip
+
+
+def as_json(report: dict[str, Any]) -> Markup:
+    text = tag("pre", json.dumps(report, indent=1), tabindex=0, role="region", aria_label="The report as JSON")
+    return tag("details", tag("summary", "The whole report as JSON"), text)
 
 
 def _methods(row: dict[str, Any]) -> Iterable[tuple[str, str]]:

@@ -20,6 +20,7 @@ itself, and on excerpts of published CUDA traces, old and new. Not yet on traces
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -343,36 +344,36 @@ def _plain(text: str, longest: int = 80) -> str:
     return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
-def _lines(report: TraceReport) -> Iterator[str]:
-    def row(label: str, text: str) -> str:
-        return f"{label:<16}{text}"
+def facts(report: TraceReport) -> Iterator[tuple[str, str]]:
+    """What the trace tells in one number or line each, as (what, text)."""
 
     def share(value: float | None) -> str:
         return "not measured" if value is None else f"{100 * value:.2f} %"
 
-    data, others = report.as_dict(), len(report.streams) - 1
-    yield row("trace", _plain(report.label))
-    yield row("device", f"{report.device}{f' ({_plain(report.gpu)})' if report.gpu else ''}")
-    yield row("compute stream", f"{report.compute_stream}" + (f", one of {others + 1}" if others else ""))
-    yield row("window", f"{report.window_s:.6g} s, {report.num_kernels} kernels, {report.num_copies} copies")
+    others = len(report.streams) - 1
+    yield "device", f"{report.device}{f' ({report.gpu})' if report.gpu else ''}"
+    yield "compute stream", f"{report.compute_stream}" + (f", one of {others + 1}" if others else "")
+    yield "window", f"{report.window_s:.6g} s, {report.num_kernels} kernels, {report.num_copies} copies"
     if report.graph_launches is None:
-        yield row("graph launches", "not known: the trace has no runtime events")
+        yield "graph launches", "not known: the trace has no runtime events"
     elif report.graph_launches.calls and not report.graph_launches.kernels:
-        yield row("graph launches", f"{report.graph_launches.calls}, but none of their kernels is in the trace")
+        yield "graph launches", f"{report.graph_launches.calls}, but none of their kernels is in the trace"
     else:
         calls, kernels = report.graph_launches
-        yield row("graph launches", f"{calls}, with {kernels} of the kernels" if calls else "none")
-    yield row("steps", f"{len(report.steps)}: {_plain(report.how_steps, 300)}")
-    steps = data["steps"]
+        yield "graph launches", f"{calls}, with {kernels} of the kernels" if calls else "none"
+    yield "steps", f"{len(report.steps)}: {report.how_steps}"
+    steps = report.as_dict()["steps"]
     if steps["ms_median"] is not None:
-        yield row("ms a step", f"{steps['ms_median']:.3f} (median), {steps['ms_p99']:.3f} (99th percentile)")
+        yield "ms a step", f"{steps['ms_median']:.3f} (median), {steps['ms_p99']:.3f} (99th percentile)"
     active = report.step_active
-    yield row("step active", share(active) + (f", idle {100 * (1 - active):.2f} %" if active is not None else ""))
-    yield row(
-        "kernel busy", f"{share(report.kernel_busy_in_steps)} over these steps, {share(report.kernel_busy)} over all"
-    )
-    for note in report.notes:
-        yield row("note", _plain(note, 300))
+    yield "step active", share(active) + (f", idle {100 * (1 - active):.2f} %" if active is not None else "")
+    yield "kernel busy", f"{share(report.kernel_busy_in_steps)} over these steps, {share(report.kernel_busy)} over all"
+
+
+def _lines(report: TraceReport) -> Iterator[str]:
+    notes = (("note", note) for note in report.notes)
+    for label, text in itertools.chain([("trace", report.label)], facts(report), notes):
+        yield f"{label:<16}{_plain(text, 300 if label in ('steps', 'note') else 80)}"
     for where, seconds in report.idle_s.items():
         if seconds:
             yield ""
@@ -664,7 +665,9 @@ def main_trace(options) -> int:
         print(json.dumps(report.as_dict(), indent=1) if options.json else report)
         if options.out is not None:
             from .plot import plot  # matplotlib is needed for pictures only
+            from .trace_page import write_trace_page
 
+            write_trace_page(options.out / "report.html", report)
             (options.out / "report.json").write_text(json.dumps(report.as_dict(), indent=1) + "\n", encoding="utf-8")
             plot(report.timeline(), title=f"{report.label}, device {report.device}").savefig(
                 options.out / "trace-timeline.png"

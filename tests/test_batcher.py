@@ -105,15 +105,17 @@ def test_the_embedded_model_writes_what_transformers_generate_writes():
     ]
     with AsyncBatcher(model, max_batch_size=8) as batcher:
         ours = batcher.run([Request(ids, 12) for ids in chats])
+    padded = tokenizer.pad({"input_ids": chats}, padding_side="left", return_tensors="pt")
+    output = model.generate(
+        **padded, max_new_tokens=12, do_sample=False, return_dict_in_generate=True, output_logits=True
+    )
     near_ties = 0
-    for ids, completion in zip(chats, ours, strict=True):
-        output = model.generate(
-            torch.tensor([ids]), max_new_tokens=12, do_sample=False, return_dict_in_generate=True, output_logits=True
-        )
-        theirs = output.sequences[0, len(ids) :].tolist()
+    for row, completion in enumerate(ours):
+        theirs = output.sequences[row, padded["input_ids"].shape[1] :].tolist()
+        theirs = theirs[: theirs.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in theirs else theirs
         if completion.token_ids != theirs:
             place = next(i for i, (a, b) in enumerate(zip(completion.token_ids, theirs, strict=False)) if a != b)
-            logits = output.logits[place][0]
+            logits = output.logits[place][row]
             assert abs(logits[completion.token_ids[place]] - logits[theirs[place]]) < 1e-3
             near_ties += 1
     assert near_ties <= 2

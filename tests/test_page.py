@@ -10,6 +10,7 @@ import os
 import re
 import zlib
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ from asyncbatch import page as page_module
 from asyncbatch.page import Markup, page, tag, write_page
 from asyncbatch.plot import plot
 from asyncbatch.timeline import Timeline
+from asyncbatch.trace_page import MOST_GAPS, trace_page
+from asyncbatch.traces import facts, read_trace
 
 HOSTILE = "<img src=x onerror=alert(1)></script><!--\"'&amp;\u2028\u2029\ud83d %s {0} </style><script>alert(2)</script>"
 VOID = {"meta", "img", "br"}
@@ -336,6 +339,30 @@ def test_two_engines_are_told_apart():
     seen = parsed({**report, "runs": [*report["runs"], peer]})
     assert seen.tables["Runs side by side"][0][1:] == ["asyncbatch sync", "asyncbatch async", "transformers sync"]
     assert "attention: sdpa" in seen.text
+
+
+def test_the_page_of_a_trace_has_the_numbers_of_its_report_and_no_text_becomes_markup():
+    report = read_trace(Path(__file__).parent / "traces" / "asyncbatch-sync.json.gz")
+    seen = Parsed(trace_page(report))
+    assert dict(seen.tables["What the trace tells"][1:]) == dict(facts(report))
+    assert f"idle for {100 * (1 - report.step_active):.1f} %" in seen.text
+    for where, idle_s in report.idle_s.items():
+        *causes, last = seen.tables[f"{where}: idle time by cause"][1:]
+        by = report.idle_by_cause(where == "inside steps")
+        assert [cause[:2] for cause in causes] == [[name, ms(1e3 * value)] for name, value in by.items()]
+        assert last[:2] == ["all gaps", ms(1e3 * idle_s)]
+    rows, origin = seen.tables["Longest gaps"][1:], report.timeline().origin
+    assert 3 < len(rows) <= MOST_GAPS
+    for row, gap in zip(rows, report.longest(len(rows)), strict=True):
+        assert row[1:4] == [ms(1e3 * (gap.start - origin)), ms(gap.ms), gap.cause]
+    for button in [found for found in seen.all("button") if "data-from" in found][1:]:
+        assert float(button["data-from"]) < float(button["data-to"])
+
+    report.label, report.notes = "<b>label</b>", ["<script>note</script>"]
+    hostile_page = trace_page(report)
+    assert "<b>" not in hostile_page
+    assert "<script>note" not in hostile_page
+    assert "<script>note</script>" in Parsed(hostile_page).text
 
 
 def test_every_table_can_be_read_aloud(both):

@@ -20,6 +20,8 @@ from test_plot import run as made_run
 
 from asyncbatch import page as page_module
 from asyncbatch.page import write_page
+from asyncbatch.trace_page import write_trace_page
+from asyncbatch.traces import read_trace
 
 LIVE = (
     "return document.documentElement.classList.contains('live') && document.querySelector('canvas').dataset.drawMs > 0"
@@ -48,6 +50,10 @@ def look(driver, scheme: str = "light", width: int = 1300, media: str = "") -> N
 def open_page(driver, path: Path, report, timelines) -> None:
     """Write a page and open it, offline, light and wide."""
     write_page(path, report, timelines)
+    open_offline(driver, path)
+
+
+def open_offline(driver, path: Path) -> None:
     driver.get_log("browser")  # of the page before
     driver.execute_cdp_cmd("Network.enable", {})
     offline = {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
@@ -175,6 +181,19 @@ def test_a_gap_of_the_table_is_shown_in_the_timeline(driver, tmp_path):
     assert driver.execute_script("return document.activeElement") == canvas_of(driver), "and keys now move it"
     top = driver.execute_script("return arguments[0].getBoundingClientRect().top", canvas_of(driver))
     assert 0 <= top < 1000, "it has been scrolled into view"
+
+
+def test_a_trace_of_another_engine_has_such_a_page_too(driver, tmp_path):
+    path = tmp_path / "report.html"
+    write_trace_page(path, read_trace(Path(__file__).parent / "traces" / "transformers-sync.json.gz"))
+    open_offline(driver, path)
+    assert fetched(driver) == []
+    assert [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"] == []
+    whole = view(driver)
+    driver.find_element("css selector", "#longest ~ * button[data-from]").click()
+    low, high = view(driver)
+    assert whole[0] < low < high < whole[1]
+    picture_of(driver, "trace-page", tmp_path)
 
 
 def test_hostile_text_is_shown_and_does_nothing(driver, tmp_path):

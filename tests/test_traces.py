@@ -801,7 +801,11 @@ def test_out_has_the_report_and_a_picture(call, tmp_path):
     assert (status, error) == (0, "")
     assert json.loads((tmp_path / "new" / "out" / "report.json").read_text()) == read_trace(path).as_dict()
     assert (tmp_path / "new" / "out" / "trace-timeline.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(file.name for file in (tmp_path / "new" / "out").iterdir()) == ["report.json", "trace-timeline.png"]
+    assert sorted(file.name for file in (tmp_path / "new" / "out").iterdir()) == [
+        "report.html",
+        "report.json",
+        "trace-timeline.png",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,9 @@ function render({ model, el }) {
     const toX = (t) => LEFT + (t - from) / (to - from) * w;
     about.tracks.forEach((track, i) => {  // the whole run, and where in it we are
       const parts = lanes[i * about.lanes.length + 2].layers, y = i * STRIP + 2;
-      write(LEFT < 100 ? track.name : `whole run, ${track.name}`, LEFT - 6, y + STRIP / 2, color, "right", FONT, LEFT - 8);
+      ctx.font = FONT;
+      const names = [`whole run, ${track.name}`, track.name, "whole run"], fits = (text) => ctx.measureText(text).width <= LEFT - 8;
+      write(names.find(fits) ?? track.name, LEFT - 6, y + STRIP / 2, color, "right", FONT, LEFT - 8);
       idleBand(parts, 0, end, LEFT, y, w, STRIP - 3);
       columns(parts, 0, end, LEFT, y, w, STRIP - 3);
       leftOut(about.lanes[2].kept, track.end, 0, end, LEFT, y, w, STRIP - 3);
