@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_model
 
-from asyncbatch import AsyncBatcher, Request, SyncBatcher, Timeline
+from asyncbatch import AsyncBatcher, Request, SyncBatcher, Timeline, points
 from asyncbatch.faults import carrier, toy_tokens, use_toy_model, workload
 from asyncbatch.points import (
     ADDED,
@@ -104,6 +104,41 @@ def test_the_idle_time_is_shared_out_completely(loop, seed):
         assert (one.step, one.start, one.end) == (gap.step, gap.start, gap.end)
         assert sum(one.by.values()) == pytest.approx(one.seconds, abs=1e-12)
     assert set(idle.by) <= set(MEANING)
+
+
+def test_calls_that_follow_each_other_are_one_piece_but_not_across_steps_or_other_calls():
+    timeline = Timeline("sync")
+    for name, step, start, end in (
+        ("plan", 0, 0, 10),
+        ("launch", 0, 10, 14),
+        ("commit", 0, 15, 20),
+        ("plan", 1, 20, 30),
+    ):
+        timeline.add("host", name, step, start, end)
+    calls = [
+        ("KV allocate", 1, 2), ("KV allocate", 3, 5),
+        ("admit", 5, 8), ("KV allocate", 6, 7), ("KV allocate", 7, 8),  # these two inside it
+        ("KV allocate", 9, 9.5),
+        ("H2D launch", 10, None), ("step launch", 12, None), ("D2H launch", 13, None),
+        ("admit", 14.2, 14.8),  # between two host spans: for no step
+        ("prune", 16, 17), ("prune", 19, 20),
+        ("prune", 21, 22),
+    ]  # fmt: skip
+    assert points._joined(calls, points._HostSpans(timeline)) == [
+        ("KV allocate", 0, 1, 4),
+        ("admit", 0, 5, 8), ("KV allocate", 0, 6, 8),
+        ("KV allocate", 0, 9, 9.5),
+        ("H2D launch", 0, 10, 12), ("step launch", 0, 12, 13), ("D2H launch", 0, 13, 14),
+        ("prune", 0, 16, 18), ("prune", 1, 21, 22),
+    ]  # fmt: skip
+
+
+@LOOPS
+def test_added_host_work_is_noted_once_a_step_and_for_no_plan_that_came_to_nothing(loop):
+    timeline = run_virtually(loop, Costs(), workload(4), host_work_s=17e-3)
+    added = [span for span in timeline.spans if span.name == ADDED]
+    assert [span.step for span in added] == [step.step for step in timeline.steps]
+    assert [span.end - span.start for span in added] == pytest.approx([17e-3] * len(added))
 
 
 def test_each_part_of_a_gap_is_what_the_clock_says():
