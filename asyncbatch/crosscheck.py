@@ -19,7 +19,7 @@ from .timeline import Timeline, device_activity
 from .workload import serve
 
 STRETCH = 10  # turns of the loop; some of them are not counted
-PAIRS, ENOUGH_S = 40, 20.0
+PAIRS, ENOUGH_S = 40, 30.0
 KINETO_TOKENS = 64  # of each request under torch.profiler: thousands of steps would fill gigabytes
 
 
@@ -33,24 +33,24 @@ class _Blind(Timeline):
         pass
 
 
-def overhead(measuring, plain, requests: list[Request], rounds: int = 3) -> dict[str, Any] | None:
+def overhead(measuring, plain, requests: list[Request]) -> dict[str, Any] | None:
     """What measuring costs: two batchers of one kind serve the same requests, `measuring` with latency points noted and
     `plain` with not even a span, STRETCH turns of the loop each, in turns. A pair is two such stretches of the same
     steps. Whole runs after each other tell less: on one H200 they differed by 5 % with nothing changed, and what is
     looked for is 1 %.
 
     share: the median over the pairs of time with / time without, less 1; interval: where that median lies with 95 %
-    confidence (null from fewer than 6 pairs); ms_per_step: the same share of a step; pairs: each pair's own.
-    There are at least `rounds` runs, and more until there are PAIRS pairs or ENOUGH_S are over. None for requests that
-    end within two or three steps: there is nothing to compare then."""
+    confidence (null from fewer than 6 pairs); ms_per_step: the same share of a step; pairs: each pair's own. A median
+    tells what every step pays, not what comes once in a hundred, such as another garbage collection.
+    The requests are served again until there are PAIRS pairs or ENOUGH_S are over. None for requests that end within
+    two or three steps: there is nothing to compare then."""
     times: list[tuple[float, float]] = []  # seconds a turn of each pair: with, without
     plain._new_timeline = _Blind
-    begun, done = time.perf_counter(), 0
+    begun = time.perf_counter()
     try:
         with record_points(measuring):
-            while done < rounds or (len(times) < PAIRS and time.perf_counter() - begun < ENOUGH_S):
-                times += _pairs(measuring, plain, requests, bool(done % 2))
-                done += 1
+            while len(times) < PAIRS and time.perf_counter() - begun < ENOUGH_S:
+                times += _pairs(measuring, plain, requests)
     finally:
         del plain._new_timeline
     if not times:
@@ -65,13 +65,13 @@ def overhead(measuring, plain, requests: list[Request], rounds: int = 3) -> dict
     }
 
 
-def _pairs(measuring, plain, requests: list[Request], plain_first: bool) -> list[tuple[float, float]]:
+def _pairs(measuring, plain, requests: list[Request]) -> list[tuple[float, float]]:
     """One run of both, in stretches: (seconds a turn with, without) of each pair."""
     handles = []
     for batcher in (measuring, plain):
         batcher.run([])  # a new timeline
         handles += [batcher.submit(request) for request in requests]
-    found = []
+    found, plain_first = [], False
     while any(handle.completion is None for handle in handles):
         plain_first = not plain_first
         seconds: dict[Any, list[float]] = {measuring: [], plain: []}

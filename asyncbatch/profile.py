@@ -411,7 +411,7 @@ class Session:
         """What measuring with `batcher` costs: it and another one that measures nothing, and on CUDA tells no parts."""
         with open_batcher(OWN, mode, model, workload, step_s, parts=False) as plain:
             serve(plain, requests)  # warm-up
-            return overhead(batcher, plain, requests, max(3, workload.repeats))
+            return overhead(batcher, plain, requests)
 
     @contextlib.contextmanager
     def _keeping_what_ran(self, alive, batcher, found: Measured):
