@@ -18,6 +18,7 @@ from test_recording import MODEL, SESSION, example, made_timeline, recorded, row
 from asyncbatch import AsyncBatcher, SyncBatcher, Timeline, load_model, profile
 from asyncbatch import report as report_module
 from asyncbatch.models import ModelError
+from asyncbatch.options import PRESETS, parse_arguments, settle
 from asyncbatch.recording import Recording, steps_of
 from asyncbatch.report import Measured, table
 from asyncbatch.timeline import load_trace
@@ -276,7 +277,7 @@ def timeline(mode, host_ms, device_ms, idle_ms):
 
 
 def closing(sync, others):
-    options, (workload,) = profile.settle(profile.parse_arguments([]))
+    options, (workload,) = settle(parse_arguments([]))
     runs = [("sync", [sync] * len(others)), ("async", others)]
     measured = [Measured(workload, "asyncbatch", mode, runs=[(t, []) for t in each]) for mode, each in runs]
     result, _ = profile.report(options, measured, "none")
@@ -411,9 +412,9 @@ def gpu(monkeypatch):
     monkeypatch.setattr(profile, "copy_bandwidth", lambda device: 4e12)
     monkeypatch.setattr(report_module, "versions", lambda: SESSION["versions"])
     small = dict(engine=["asyncbatch", "transformers"], prompt_tokens=4, new_tokens=5, repeats=1, compile=True)
-    monkeypatch.setitem(profile.PRESETS, "headline", dict(small, workloads=[("random:tiny", 3)]))
+    monkeypatch.setitem(PRESETS, "headline", dict(small, workloads=[("random:tiny", 3)]))
     sweep = [(model, batch) for model in ("random:tiny", "random:other") for batch in (1, 2)]
-    monkeypatch.setitem(profile.PRESETS, "sweep", dict(small, workloads=sweep))
+    monkeypatch.setitem(PRESETS, "sweep", dict(small, workloads=sweep))
     load = profile.load_model
     tiny = {"random:other": "random:tiny"}
     monkeypatch.setattr(profile, "load_model", lambda name, **kw: load(tiny.get(name, name), **kw))
@@ -449,7 +450,7 @@ def test_a_sweep_goes_through_its_workloads_and_options_narrow_it(call, gpu, tmp
     report = json.loads(out)
     assert status == 0
     workloads = [(one["model"], one["batch_size"]) for one in report["comparisons"]]
-    assert workloads == profile.PRESETS["sweep"]["workloads"]
+    assert workloads == PRESETS["sweep"]["workloads"]
     assert all(one["async_speedup"] > 0 for one in report["comparisons"])
     assert len(report["runs"]) == 16
     assert {(run["batch_size"], run["requests"]) for run in report["runs"]} == {(1, 1), (2, 2)}
@@ -527,7 +528,7 @@ def test_a_workload_that_cannot_even_begin_does_not_stop_a_sweep(call, gpu, monk
 
     wanted = [("random:huge", 1), ("random:tiny", 1)]
     monkeypatch.setattr(profile, "load_model", no_huge_one)
-    monkeypatch.setitem(profile.PRESETS, "sweep", {**profile.PRESETS["sweep"], "workloads": wanted})
+    monkeypatch.setitem(PRESETS, "sweep", {**PRESETS["sweep"], "workloads": wanted})
     status, out, _ = call("--preset", "sweep", "--json")
     report = json.loads(out)
     assert status == 2
@@ -598,9 +599,9 @@ def headline(host_s, device_share, peer_factor=1.5, new_tokens=8192):
     for number in range(new_tokens):
         floor_s = (facts["weight_bytes"] + batch * (17 + number) * facts["kv_bytes_per_token"]) / 4e12
         steps.append(floor_s * device_share)
-    options, (workload,) = profile.settle(
+    options, (workload,) = settle(
         types.SimpleNamespace(
-            **vars(profile.parse_arguments([])),
+            **vars(parse_arguments([])),
         )
     )
     options.preset = workload.preset = "headline"
@@ -648,7 +649,7 @@ def test_the_small_shape_is_held_to_its_target_where_the_law_allows_it():
     """Sync over async time of one made-up pair of runs; host and device times make the law's bound."""
 
     def small(host_ms, async_idle_ms):
-        _, (workload,) = profile.settle(profile.parse_arguments([]))
+        _, (workload,) = settle(parse_arguments([]))
         workload.model, workload.batch_size, workload.preset = "random:llama-0.6b", 32, "sweep"
         pair = (timeline("sync", host_ms, 4, host_ms), timeline("async", host_ms, 4, async_idle_ms))
         measured = [Measured(workload, "asyncbatch", made.label, runs=[(made, [])]) for made in pair]

@@ -21,6 +21,7 @@ from tiny import tiny_model
 
 from asyncbatch import AsyncBatcher, Completion, Request, SyncBatcher, load_model, profile
 from asyncbatch.faults import carrier, toy_tokens, use_toy_model
+from asyncbatch.options import parse_arguments, settle
 from asyncbatch.peers import TransformersBatcher
 from asyncbatch.request import RequestError
 from asyncbatch.streams import DeviceError
@@ -43,7 +44,7 @@ SMALL = ["--model", "random:tiny", "--batch-size", "3", "--repeats", "1"]
 
 def options_of(*arguments):
     """The settled options of a call of the script."""
-    return profile.settle(profile.parse_arguments([str(argument) for argument in arguments]))[1][0]
+    return settle(parse_arguments([str(argument) for argument in arguments]))[1][0]
 
 
 @pytest.fixture(scope="module")
@@ -786,7 +787,7 @@ def test_the_help_groups_the_options_and_ends_with_examples_that_parse(call):
     examples = [line.split()[3:] for line in out.splitlines() if line.startswith("  python -m asyncbatch.profile")]
     assert len(examples) == 5
     for example_arguments in examples:
-        profile.parse_arguments(example_arguments)
+        parse_arguments(example_arguments)
 
 
 def test_a_peer_is_judged_by_all_that_it_has_to_generate(tiny):
