@@ -39,11 +39,12 @@ run: $(STAMP)
 	@echo "The same numbers as JSON:     $(CURDIR)/out/report.json"
 	@echo "The notebooks:                make lab"
 
-# What waits for a browser or a notebook's kernel runs alone; all else in two processes, a file at a time.
+# In two processes, a file at a time: first what computes, then what mostly waits, for a browser or a notebook's kernel
+# (the longest files first, not those with most tests).
 BROWSED := tests/test_browser.py tests/test_page_browser.py
 test: check
 	$(PY) -m pytest tests -n 2 --dist loadfile $(addprefix --ignore=,$(BROWSED))
-	$(PY) -m pytest notebooks $(BROWSED)
+	$(PY) -m pytest $(BROWSED) notebooks -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(STAMP)
 	$(PY) -m ruff check
