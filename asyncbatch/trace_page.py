@@ -89,7 +89,6 @@ def _longest(report: TraceReport, origin: float) -> Child:
 
 def _read(report: TraceReport) -> Child:
     return [
-        tag("p", f"Steps: {report.how_steps}."),
         tag("p", "Step active is the share of the time in which a step ran, from the end of the first step to the end "
             "of the last. Kernel busy is the share in which any kernel, copy or memset ran. A gap between two steps is "
             "all the time from the end of the one to the start of the other; inside a step it is time in which nothing "
