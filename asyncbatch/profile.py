@@ -30,6 +30,7 @@ import torch
 from . import compare
 from .base import BatcherBase
 from .batcher import AsyncBatcher, SyncBatcher
+from .console import tell
 from .crosscheck import kineto, overhead
 from .floor import copy_bandwidth, kv_bytes_per_token, weight_bytes
 from .models import load_model
@@ -298,10 +299,6 @@ def check_speed(batcher, requests: list[Request], options: argparse.Namespace) -
         )
 
 
-def tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def _who(options: argparse.Namespace, engine: str, mode: str) -> str:
     return f"{engine} {mode}" if len(options.engine) > 1 else mode
 
@@ -356,8 +353,6 @@ def one_line(error: BaseException) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     if options.trace is not None:
-        from .traces import main_trace  # the streaming JSON parser is needed for traces only
-
         return main_trace(options)
     interrupted = False
     try:
@@ -395,6 +390,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not result["runs"] or any(row["engine"] == OWN for row in result["failed"]):
         return 2
     return 0 if result["same_tokens"] else 1
+
+
+def main_trace(options) -> int:
+    """`asyncbatch.profile --trace FILE`: print the report, as a table or with --json, and write it with --out DIR.
+
+    `options` has trace, json, out, debug, and changed: the names of all options that do not have their default. Exit
+    status 0, or 2 with one line on stderr."""
+    from .trace_page import write_trace_page
+    from .traces import read_trace  # the streaming JSON parser is needed for traces only
+
+    try:
+        others = [name for name in options.changed if name not in ("trace", "json", "out", "debug")]
+        if others:
+            flags = ", ".join(sorted("--" + name.replace("_", "-") for name in others))
+            raise ValueError(f"--trace reads a file and measures nothing: it cannot be had with {flags}")
+        if options.out is not None:
+            options.out.mkdir(parents=True, exist_ok=True)
+            if not os.access(options.out, os.W_OK):
+                raise PermissionError(f"--out {options.out}: this folder cannot be written to")
+        report = read_trace(options.trace, progress=sys.stderr.isatty())
+        print(json.dumps(report.as_dict(), indent=1) if options.json else report)
+        if options.out is not None:
+            from .plot import plot  # matplotlib is needed for pictures only
+
+            write_trace_page(options.out / "report.html", report)
+            (options.out / "report.json").write_text(json.dumps(report.as_dict(), indent=1) + "\n", encoding="utf-8")
+            plot(report.timeline(), title=f"{report.label}, device {report.device}").savefig(
+                options.out / "trace-timeline.png"
+            )
+    except (ValueError, OSError, MemoryError) as error:
+        if options.debug:
+            raise
+        tell(f"asyncbatch.profile: {str(error).strip() or type(error).__name__}")
+        return 2
+    except KeyboardInterrupt:
+        tell("asyncbatch.profile: interrupted")
+        return 130
+    return 0
 
 
 if __name__ == "__main__":

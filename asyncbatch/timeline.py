@@ -245,12 +245,6 @@ class Timeline:
             raise ValueError(f"{path} holds {len(timelines)} timelines, expected 1: load_trace(path) gives all of them")
         return timelines[0]
 
-    def plot(self, **options):
-        """A picture of this timeline: `asyncbatch.plot.plot(self, **options)`."""
-        from asyncbatch.plot import plot  # matplotlib is needed for pictures only
-
-        return plot(self, **options)
-
 
 def save_trace(path: str | Path, timelines: Sequence[Timeline]) -> None:
     """Write several timelines into one Chrome trace, as processes 1, 2, ..., each beginning at time 0.

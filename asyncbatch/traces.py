@@ -21,11 +21,9 @@ itself, and on excerpts of published CUDA traces, old and new. Not yet on traces
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 import re
-import sys
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -52,7 +50,7 @@ from .trace_events import (
 )
 from .trace_steps import Found, Work, find_steps, pattern_of, repeated
 
-__all__ = ["GraphLaunches", "Stream", "TraceError", "TraceGap", "TraceReport", "busy_in", "main_trace", "read_trace"]
+__all__ = ["GraphLaunches", "Stream", "TraceError", "TraceGap", "TraceReport", "busy_in", "read_trace"]
 
 SCHEMA = 1
 NOTHING = "nothing recorded"
@@ -643,41 +641,3 @@ def _busy_share(busy: tuple[np.ndarray, np.ndarray], start: int, end: int) -> fl
 
 
 # ---- the command line ---------------------------------------------------------------------------------------------
-
-
-def main_trace(options) -> int:
-    """`asyncbatch.profile --trace FILE`: print the report, as a table or with --json, and write it with --out DIR.
-
-    `options` has trace, json, out, debug, and changed: the names of all options that do not have their default. Exit
-    status 0, or 2 with one line on stderr."""
-    from .profile import tell
-
-    try:
-        others = [name for name in options.changed if name not in ("trace", "json", "out", "debug")]
-        if others:
-            flags = ", ".join(sorted("--" + name.replace("_", "-") for name in others))
-            raise ValueError(f"--trace reads a file and measures nothing: it cannot be had with {flags}")
-        if options.out is not None:
-            options.out.mkdir(parents=True, exist_ok=True)
-            if not os.access(options.out, os.W_OK):
-                raise PermissionError(f"--out {options.out}: this folder cannot be written to")
-        report = read_trace(options.trace, progress=sys.stderr.isatty())
-        print(json.dumps(report.as_dict(), indent=1) if options.json else report)
-        if options.out is not None:
-            from .plot import plot  # matplotlib is needed for pictures only
-            from .trace_page import write_trace_page
-
-            write_trace_page(options.out / "report.html", report)
-            (options.out / "report.json").write_text(json.dumps(report.as_dict(), indent=1) + "\n", encoding="utf-8")
-            plot(report.timeline(), title=f"{report.label}, device {report.device}").savefig(
-                options.out / "trace-timeline.png"
-            )
-    except (ValueError, OSError, MemoryError) as error:
-        if options.debug:
-            raise
-        tell(f"asyncbatch.profile: {str(error).strip() or type(error).__name__}")
-        return 2
-    except KeyboardInterrupt:
-        tell("asyncbatch.profile: interrupted")
-        return 130
-    return 0

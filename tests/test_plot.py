@@ -101,7 +101,7 @@ def test_labels_are_text_and_not_markup():
 def test_empty_and_single_timelines_can_be_drawn():
     for timeline in (Timeline(), run("one", 1)):
         assert plot(timeline).png().startswith(b"\x89PNG")
-    assert run("one", 1).plot(window=(0, 0.005)).window == (0, 0.005)
+    assert plot(run("one", 1), window=(0, 0.005)).window == (0, 0.005)
 
 
 def test_the_bundle_has_a_widget_a_png_and_a_text_that_never_changes():
@@ -202,7 +202,7 @@ def test_pictures_need_no_pyplot_and_timelines_no_matplotlib():
         import asyncbatch
         assert "matplotlib" not in sys.modules
         import asyncbatch.plot
-        asyncbatch.Timeline().plot().png()
+        asyncbatch.plot.plot(asyncbatch.Timeline()).png()
         assert not {"matplotlib.pyplot", "anywidget", "ipywidgets"} & set(sys.modules)
     """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
@@ -215,8 +215,8 @@ def test_strict_nbval_passes_a_figure_saved_with_or_without_its_widget(tmp_path,
     pytest.importorskip("nbval")
     spec = {"name": "python3", "display_name": "Python 3", "language": "python"}
     notebook = nbformat.v4.new_notebook(metadata={"kernelspec": spec})
-    source = "import time\nfrom asyncbatch import Timeline\nt = Timeline('sync')\n"
-    source += "t.add('host', 'plan', 0, time.time(), time.time() + 1)\nt.plot()"
+    source = "import time\nfrom asyncbatch import Timeline\nfrom asyncbatch.plot import plot\nt = Timeline('sync')\n"
+    source += "t.add('host', 'plan', 0, time.time(), time.time() + 1)\nplot(t)"
     notebook.cells = [nbformat.v4.new_code_cell(source)]
     client.NotebookClient(notebook).execute()
     (output,) = notebook.cells[0].outputs

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from make_trace import COMPUTE, COPY_OUT, OTHER_THREAD, THREAD, US, Trace, engine, write_large
 
 from asyncbatch import Timeline, profile, trace_events, traces
+from asyncbatch.plot import plot
 from asyncbatch.timeline import device_activity
 from asyncbatch.traces import NOTHING, GraphLaunches, TraceError, TraceReport, busy_in, innermost, read_trace
 
@@ -847,5 +848,5 @@ def test_names_stay_text_in_the_table_and_the_picture(tmp_path):
             event["name"] = "x\n\x1b[31m<b>$_{y}$"
     report = read(trace, tmp_path)
     picture = io.BytesIO()
-    report.timeline().plot().savefig(picture)
+    plot(report.timeline()).savefig(picture)
     assert all(line.isprintable() for line in str(report).splitlines())
