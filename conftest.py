@@ -5,8 +5,8 @@ nobody awaited, a thread. Here a cell also fails when
 - its `execute_reply` has status "error", or there is none (and the cell is not marked as raising),
 - it is marked as raising and does not raise,
 - the kernel dies, at once and not after the time-out,
-- something failed in the background (see tests/kernel_watch.py).
-tests/test_nbval_guard.py shows each of these.
+- something failed in the background (see tests/support/kernel_watch.py).
+tests/lessons/test_nbval_guard.py shows each of these.
 """
 
 from __future__ import annotations
@@ -27,10 +27,13 @@ except ImportError:
     # A GPU machine may have torch, transformers and pytest, and nothing of Jupyter. Its tests run all the same:
     # `python -m pytest -m cuda`. What needs Jupyter is left out, and the header says so.
     nbval, RunningKernel, NbCellError = None, object, Exception
-    collect_ignore = ["notebooks", *(f"tests/test_{name}.py" for name in ("browser", "notebooks", "nbval_guard"))]
+    collect_ignore = [
+        "notebooks",
+        *(f"tests/lessons/test_{name}.py" for name in ("browser", "notebooks", "nbval_guard")),
+    ]
 
 HERE = Path(__file__).parent
-WATCH_SOURCE = (HERE / "tests" / "kernel_watch.py").read_text(encoding="utf-8")
+WATCH_SOURCE = (HERE / "tests" / "support" / "kernel_watch.py").read_text(encoding="utf-8")
 # An expression without a name of its own: the notebook's variables stay as they are.
 INSTALL = (
     f"exec({WATCH_SOURCE!r}, __import__('sys').modules.setdefault("
@@ -59,7 +62,7 @@ def pytest_report_header() -> str:
 def pytest_configure(config: pytest.Config) -> None:
     """Name the sanitizers here, and not in pyproject.toml, so that pytest may be started in any folder. Where there is
     no GPU, Triton interprets the kernels; it must know before it is imported."""
-    config.option.nbval_sanitize_with = str(HERE / "tests" / "nbval_sanitize.cfg")
+    config.option.nbval_sanitize_with = str(HERE / "tests" / "support" / "nbval_sanitize.cfg")
     import torch
 
     if not torch.cuda.is_available():

@@ -1,8 +1,8 @@
 """asyncbatch: learn, see and measure asynchronous continuous batching.
 
 `SyncBatcher` and `AsyncBatcher` serve a language model in turns or overlapped, with the same tokens; their `timeline`
-shows what the host and the device did. The modules, in reading order: request, scheduler, streams, kv_cache, slot,
-attention, runner, base, batcher, timeline; models, plot, profile and teach stand beside them.
+shows what the host and the device did. The files of this folder, in reading order: request, kv_cache, scheduler, slot,
+streams, attention, sampling, runner, base, batcher, timeline. Everything else stands in a folder that says what for.
 """
 
 from importlib import import_module

@@ -101,7 +101,7 @@ def _on_cuda(
     places: torch.Tensor, tables: torch.Tensor, first: torch.Tensor, count: torch.Tensor, position: torch.Tensor,
     scale: float, splits: int, arrived: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
-    from . import kernels  # needs Triton, which a CPU does not
+    from .devices.cuda import kernels  # needs Triton, which a CPU does not
 
     if splits:
         return kernels.decode(query, key, value, keys, values, tables, count, position, scale, splits, arrived)

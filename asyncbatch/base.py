@@ -15,17 +15,19 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from .devices import open_device
+from .devices.cuda.device import CudaDevice, never_free
+from .devices.timed import StepTimes, TimedRunner
+from .devices.virtual import Costs, VirtualDevice
 from .kv_cache import KVCache, blocks_for
-from .models import check_model
-from .races import CheckedDevice
-from .recording import StepTimes
+from .models.load import check_model
+from .ordering.races import CheckedDevice
 from .request import Completion, Request, RequestError, check_request, contains_stop_string, shown
-from .runner import Runner, TimedRunner
+from .runner import Runner
 from .scheduler import BatchPlan, RunState, Scheduler
 from .slot import Slot, StepShape, host_buffers
-from .streams import CudaDevice, Device, DeviceError, launch_step, never_free, open_device
+from .streams import Device, DeviceError, launch_step
 from .timeline import LANES, Timeline
-from .virtual import Costs, VirtualDevice
 
 
 class Handle:

@@ -21,6 +21,12 @@ def blocks_for(num_tokens: int, block_size: int) -> int:
     return -(-num_tokens // block_size)
 
 
+def kv_bytes(layers: int, kv_heads: int, head_size: int, number_bytes: int) -> int:
+    """Bytes of the keys and values of one token: in each layer, each key-value head keeps a key and a value of
+    `head_size` numbers of `number_bytes` bytes."""
+    return 2 * layers * kv_heads * head_size * number_bytes
+
+
 def place(tables, row, position, block_size: int):
     """Where in the pool token number `position` of the request in row `row` lies: its block times `block_size`, and on
     from there. `tables` has a block table in each row. NumPy or torch; arrays of rows and positions give an array."""

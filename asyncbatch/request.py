@@ -96,21 +96,6 @@ def contains_stop_string(token_ids: Sequence[int], stop_strings: Sequence[str], 
     return any(stop in text for stop in stop_strings)
 
 
-def uniforms(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """One random number in [0, 1) for each (seed, position) pair: float32, the shape of the inputs.
-
-    A counter-based generator (the SplitMix64 finalizer, Steele et al. 2014): no state that could run ahead or fall
-    behind when steps are repeated, reordered or thrown away.
-    """
-    with np.errstate(over="ignore"):
-        x = seeds.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        x = x ^ ((positions.astype(np.uint64) + np.uint64(1)) * np.uint64(0xD1B54A32D192ED03))
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-            x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
-        x ^= x >> np.uint64(31)
-    return (x >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
-
-
 def shown(value, longest: int = 60) -> str:
     """A value as it goes into an error message: on one line, and short, however large it is."""
     if isinstance(value, Integral) and not isinstance(value, bool) and abs(int(value)) >> 100:

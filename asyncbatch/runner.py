@@ -22,11 +22,10 @@ import numpy as np
 import torch
 
 from .attention import NAME, Batch, register
-from .compile import compile_model
-from .floor import kv_bytes
-from .kv_cache import place
-from .memory import Memory, plan_blocks
-from .recording import StepTimes
+from .devices.cuda.compile import compile_model
+from .devices.cuda.memory import Memory, plan_blocks
+from .kv_cache import kv_bytes, place
+from .sampling import greedy, sample
 from .slot import StepShape
 
 GRAPH_BYTES = 16 * 2**20  # what the driver keeps for one captured step, with room to spare
@@ -296,73 +295,3 @@ class Runner:
             size = self.shape.block_size
             batch.parts = [(f, n, p, table[: -(-(p + n) // size)]) for f, n, p, table in rows if n]
         return batch
-
-
-class TimedRunner(Runner):
-    """A device whose steps take a given time and compute nothing, to see how the host does beside a faster device.
-
-    step_s: seconds of every step, or a `recording.StepTimes`: the times of a recorded GPU by context.
-    The tokens are no language: each follows from the one before it and its place, so a lost carry-over still shows.
-    """
-
-    def __init__(self, model, *, shape: StepShape, host, step_s: float | StepTimes):
-        self.shape, self.host, self.step_s, self.device = shape, host, step_s, torch.device("cpu")
-        self.graphs = {}
-        self.inputs = [torch.zeros(shape.num_inputs, dtype=torch.int32) for _ in host]
-        self.outputs = torch.zeros(shape.num_slots, shape.max_batch_size, dtype=torch.int32)
-        self.vocab_size = model.config.get_text_config().vocab_size
-
-    def _step(self, slot: int, command: str) -> None:
-        start = time.perf_counter()
-        passes, _, size = command.split("/")
-        rows = int(size)
-        fields = self.shape.fields(self.inputs[slot], rows)
-        last = fields["prefill_id"][(fields["prefill_start"] + fields["prefill_count"] - 1).clamp(min=0)]
-        previous = torch.where(fields["decodes"].bool(), self._input_ids(fields), last)
-        end = fields["position"] + fields["prefill_count"] + fields["decodes"]  # 0 for padding
-        self.outputs[slot, :rows] = (previous * 31 + end * 7 + 1) % self.vocab_size
-        step_s = self.step_s
-        if callable(step_s):
-            step_s = step_s("decode" if passes == "decode" else "prefill", int(end.sum()))
-        wait_until(start + step_s)
-
-
-def wait_until(deadline: float) -> None:
-    """Return at `deadline` (seconds of `time.perf_counter`), more precisely than a sleep, which oversleeps by 0.1 ms
-    and more: the last 0.3 ms are spun, giving other threads the interpreter lock each time round."""
-    left = deadline - time.perf_counter()
-    if left > 3e-4:
-        time.sleep(left - 3e-4)
-    while time.perf_counter() < deadline:
-        time.sleep(0)
-
-
-def greedy(logits: torch.Tensor) -> torch.Tensor:
-    """The most likely token of each row, int32 [B], from logits [B, vocabulary]; the first of several.
-
-    In two rounds, because one round has a GPU read each row with a single program: 29 us of a step of 5 ms."""
-    parts = next(parts for parts in (64, 32, 16, 8, 4, 2, 1) if logits.shape[1] % parts == 0)
-    tops, where = logits.view(len(logits), parts, -1).max(-1)
-    part = tops.argmax(-1, keepdim=True)
-    return (part * (logits.shape[1] // parts) + where.gather(1, part))[:, 0].to(torch.int32)
-
-
-def sample(logits: torch.Tensor, fields) -> torch.Tensor:
-    """The next token of each row, int32 [B], from logits [B, vocabulary] and each row's sampling fields.
-
-    One uniform number a row picks from the cumulated probabilities of the tokens that top_k and top_p leave, most
-    likely first (the inverse of their distribution function). A row with temperature 0 takes the most likely token.
-    """
-    temperature, top_k, top_p = fields["temperature"], fields["top_k"], fields["top_p"]
-    scaled = logits.float() / torch.where(temperature > 0, temperature, 1.0)[:, None]
-    probabilities, order = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(logits.shape[1], device=logits.device)
-    before = probabilities.cumsum(-1) - probabilities
-    kept = ((rank < top_k[:, None]) | (top_k[:, None] == 0)) & (before < top_p[:, None])
-    total = torch.where(kept, probabilities, 0).cumsum(-1)
-    # The first token whose cumulated probability exceeds the number. Rounding can leave none: then the last one kept.
-    pick = (total <= fields["uniform"][:, None] * total[:, -1:]).sum(-1)
-    # (A row of padding keeps none at all.)
-    pick = torch.minimum(pick, kept.sum(-1) - 1).clamp(min=0)
-    sampled = order.gather(1, pick[:, None])[:, 0]
-    return torch.where(temperature > 0, sampled.to(torch.int32), greedy(logits))

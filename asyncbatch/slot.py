@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from .kv_cache import blocks_for
-from .request import uniforms
+from .sampling import uniforms
 from .scheduler import BatchPlan
 from .streams import Device
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from asyncbatch.points import MEANING
+from asyncbatch.measure.points import MEANING
 
 DOCS = Path(__file__).parent.parent / "docs"
 SCHEMA, PAGE = DOCS / "report.schema.json", DOCS / "report.md"

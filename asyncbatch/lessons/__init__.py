@@ -1,1 +1,1 @@
-"""Exercises and pictures that belong to one notebook, a module for each; `teach.py` has what all notebooks share."""
+"""What the notebooks share (`teach.py`), and a module for the exercises and pictures of each of them."""

@@ -20,15 +20,15 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 
-from .. import plot
 from ..kv_cache import NOBODY, KVCache, blocks_for
+from ..pictures.picture import COLORS, TEXT, Picture, figure
 from ..request import Request
 from .idle import REQUEST_COLORS
 from .parts import slider, with_widget
 
-RED, GREY = plot.COLORS["vermillion"], "#555555"
+RED, GREY = COLORS["vermillion"], "#555555"
 FREE = {"facecolor": "#F4F4F4", "edgecolor": "#C8C8C8", "hatch": "////", "lw": 0}  # a block that nobody has
-DARK = {plot.COLORS[color] for color in ("blue", "green", "vermillion")}  # write on these in white
+DARK = {COLORS[color] for color in ("blue", "green", "vermillion")}  # write on these in white
 COLUMNS = 6  # blocks side by side
 LIVE_WIDTH, LIVE_DPI = 8.4, 110  # inches, and pixels an inch, of a frame that follows a slider
 
@@ -40,7 +40,7 @@ def letter(owner: int) -> str:
 
 def color(owner: int) -> str:
     """The colour of request number `owner`."""
-    return plot.COLORS[REQUEST_COLORS[owner % len(REQUEST_COLORS)]]
+    return COLORS[REQUEST_COLORS[owner % len(REQUEST_COLORS)]]
 
 
 def ink(owner: int) -> str:
@@ -69,7 +69,7 @@ class Pool(NamedTuple):
     free: Sequence[int] | None = None
 
 
-def draw_pool(kv: KVCache, tokens: Mapping[int, int]) -> plot.Picture:
+def draw_pool(kv: KVCache, tokens: Mapping[int, int]) -> Picture:
     """The pool behind the books `kv`, each place with the number of its token. `tokens`: owner to tokens placed."""
     tables = {owner: kv.table(owner) for owner in tokens}
     held = ", ".join(f"{letter(owner)} has {' '.join(map(str, table))}" for owner, table in tables.items())
@@ -78,9 +78,9 @@ def draw_pool(kv: KVCache, tokens: Mapping[int, int]) -> plot.Picture:
 
 def pool_picture(
     pool: Pool, title: str, marks: Sequence[tuple[int, str, str]] = (), name: str | None = None
-) -> plot.Picture:
+) -> Picture:
     """A pool as a picture of its own. marks: (place, colour, word) of places to point at. name: its text."""
-    picture = plot.figure(8, 0.55 + 0.2 * bool(title) + 0.72 * blocks_for(pool.num_blocks + 1, COLUMNS), title)
+    picture = figure(8, 0.55 + 0.2 * bool(title) + 0.72 * blocks_for(pool.num_blocks + 1, COLUMNS), title)
     axes: Any = picture.axes
     _draw_blocks(axes, pool, numbers=True)
     _draw_tables(axes, pool)
@@ -282,7 +282,7 @@ def watch(batcher: Any, requests: Sequence[Request], prune: Callable[[KVCache, i
     return film._replace(timeline=batcher.timeline, completions=completions)
 
 
-class BlockMap(plot.Picture):
+class BlockMap(Picture):
     """The blocks of the pool over the steps of a film. A notebook shows one frame after the other, with a slider, a box
     and a play button; a picture the frames after the steps in `strip`. Below are all blocks over all steps."""
 
@@ -308,14 +308,14 @@ class BlockMap(plot.Picture):
         fig = Figure((wide, tall), facecolor="white")
         for place, number in enumerate(numbers):
             left, top = 0.1 + 5 * (place % 2), tall - 0.1 - 1.5 * (place // 2)
-            heading = {"x": left / wide, "va": "top", "color": plot.TEXT}
+            heading = {"x": left / wide, "va": "top", "color": TEXT}
             fig.text(y=top / tall, s=f"after step {self.frames[number].step}", size=9, weight="bold", **heading)
             fig.text(y=(top - 0.17) / tall, s=textwrap.fill(self.frames[number].words, 82), size=7.5, **heading)
             self._draw_frame(fig.add_axes((left / wide, (top - 1.42) / tall, 4.8 / wide, 0.97 / tall)), number)
         axes: Any = fig.add_axes((0.5 / wide, 0.72 / tall, 9.3 / wide, 1.75 / tall))
         self._draw_overview(axes)
         for number in numbers:
-            axes.text(number + 0.5, -0.15, "shown", fontsize=6.5, ha="center", va="bottom", color=plot.TEXT)
+            axes.text(number + 0.5, -0.15, "shown", fontsize=6.5, ha="center", va="bottom", color=TEXT)
         _legend(fig)
         return fig
 
@@ -425,4 +425,4 @@ def _legend(fig: Figure) -> None:
         Patch(facecolor="white", edgecolor=RED, ls="--", lw=2, label="pruned in this step"),
         Patch(**FREE, label="free"),
     )
-    fig.legend(handles=looks, loc="lower center", ncols=len(looks), frameon=False, fontsize=7.5, labelcolor=plot.TEXT)
+    fig.legend(handles=looks, loc="lower center", ncols=len(looks), frameon=False, fontsize=7.5, labelcolor=TEXT)

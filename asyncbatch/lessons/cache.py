@@ -12,9 +12,12 @@ import numpy as np
 from matplotlib.collections import PatchCollection
 from matplotlib.patches import Patch, Rectangle
 
-from .. import floor, kv_cache, plot, races
+from .. import kv_cache
+from ..devices.virtual import Costs, VirtualStream
 from ..kv_cache import NOBODY, KVCache
-from ..virtual import Costs, VirtualStream
+from ..measure import bandwidth as floor
+from ..ordering import races
+from ..pictures.picture import COLORS, TEXT, Picture, figure
 from .blocks import FREE, RED, Film, Pool, color, letter, listed, pool_picture
 from .parts import Case, Exercise
 
@@ -24,14 +27,14 @@ HANDOVER_MS = (-6.5, 8.0)  # what `draw_handover` shows of each run
 # ---- what a cache saves, costs and wastes ----------------------------------------------------------------------------
 
 
-def draw_work(num_prompt: int, num_new: int) -> plot.Picture:
+def draw_work(num_prompt: int, num_new: int) -> Picture:
     """Which tokens go through the model in which step, without a cache and with one."""
-    picture = plot.figure(9, 0.9 + 0.25 * num_new)
+    picture = figure(9, 0.9 + 0.25 * num_new)
     picture.figure.clear()
     panels: Any = picture.figure.subplots(1, 2, sharey=True)
     looks = (
-        {"facecolor": plot.COLORS["blue"], "edgecolor": "white", "lw": 1},
-        {"facecolor": "white", "edgecolor": plot.COLORS["sky"], "hatch": "///", "lw": 0.5},
+        {"facecolor": COLORS["blue"], "edgecolor": "white", "lw": 1},
+        {"facecolor": "white", "edgecolor": COLORS["sky"], "hatch": "///", "lw": 0.5},
     )
     captions = []
     for axes, cached in zip(panels, (False, True), strict=True):
@@ -46,7 +49,7 @@ def draw_work(num_prompt: int, num_new: int) -> plot.Picture:
         captions.append(
             f"with a cache: {computed} computed, {read} read" if cached else f"without: {computed} computed"
         )
-        axes.set_title(captions[-1], loc="left", fontsize=10, color=plot.TEXT)
+        axes.set_title(captions[-1], loc="left", fontsize=10, color=TEXT)
         tokens, steps = range(num_prompt + num_new - 1), range(num_new)
         axes.set(xlim=(0, len(tokens)), ylim=(num_new, 0))
         axes.set_xticks([token + 0.5 for token in tokens], tokens)
@@ -62,17 +65,17 @@ def draw_work(num_prompt: int, num_new: int) -> plot.Picture:
     return picture
 
 
-def draw_bytes(bars: Mapping[str, tuple[float, float]]) -> plot.Picture:
+def draw_bytes(bars: Mapping[str, tuple[float, float]]) -> Picture:
     """Bars of (bytes of weights, bytes of keys and values), each with its label above it."""
-    picture = plot.figure(8, 0.55 + 0.75 * len(bars))
+    picture = figure(8, 0.55 + 0.75 * len(bars))
     axes: Any = picture.axes
     longest = max(map(sum, bars.values()))
     paper = {"facecolor": "white", "edgecolor": "none", "pad": 1.5, "alpha": 0.85}
     for number, (label, sizes) in enumerate(bars.items()):
         axes.text(0, number - 0.36, label, fontsize=9, fontweight="bold", va="center", parse_math=False)
         for start, size, tint, hatch, word in (
-            (0, sizes[0], plot.COLORS["sky"], "", "weights"),
-            (sizes[0], sizes[1], plot.COLORS["orange"], "///", "keys and values"),
+            (0, sizes[0], COLORS["sky"], "", "weights"),
+            (sizes[0], sizes[1], COLORS["orange"], "///", "keys and values"),
         ):
             axes.barh(number, size, 0.4, start, color=tint, edgecolor="white", hatch=hatch)
             inside = size > 0.2 * longest
@@ -87,25 +90,25 @@ def draw_bytes(bars: Mapping[str, tuple[float, float]]) -> plot.Picture:
     return picture
 
 
-def draw_waste(lengths: Sequence[int], reserved: Mapping[str, Sequence[int]]) -> plot.Picture:
+def draw_waste(lengths: Sequence[int], reserved: Mapping[str, Sequence[int]]) -> Picture:
     """Panels side by side, one for each way to lay out a cache: of each request its tokens, and its empty places."""
-    picture = plot.figure(10, 1.2 + 0.17 * len(lengths))
+    picture = figure(10, 1.2 + 0.17 * len(lengths))
     picture.figure.clear()
     panels: Any = picture.figure.subplots(1, len(reserved), sharey=True)
     captions = []
     for axes, (title, places) in zip(panels, reserved.items(), strict=True):
         rest = [place - length for place, length in zip(places, lengths, strict=True)]
-        axes.barh(range(len(lengths)), lengths, 0.8, color=plot.COLORS["blue"])
+        axes.barh(range(len(lengths)), lengths, 0.8, color=COLORS["blue"])
         axes.barh(range(len(lengths)), rest, 0.8, lengths, **EMPTY)
         counts = f"{sum(places):,} places, {sum(lengths) / sum(places):.0%} used"
         captions.append(f"{title}: {counts}")
-        axes.set_title(f"{title}\n{counts}", loc="left", fontsize=9.5, color=plot.TEXT)
+        axes.set_title(f"{title}\n{counts}", loc="left", fontsize=9.5, color=TEXT)
         axes.set(xlim=(0, 1.02 * max(map(max, reserved.values()))), ylim=(len(lengths) - 0.4, -0.6), yticks=[])
         axes.set_xlabel("places", size=9)
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right", "left"]].set_visible(False)
     panels[0].set_ylabel("requests", size=9)
-    looks = (Patch(facecolor=plot.COLORS["blue"], label="holds a token"), Patch(label="reserved, and empty", **EMPTY))
+    looks = (Patch(facecolor=COLORS["blue"], label="holds a token"), Patch(label="reserved, and empty", **EMPTY))
     picture.figure.legend(handles=looks, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     picture.title = "; ".join(captions)
     return picture
@@ -117,7 +120,7 @@ def draw_waste(lengths: Sequence[int], reserved: Mapping[str, Sequence[int]]) ->
 def toy_server(batcher: Any, **options: Any) -> Any:
     """A batcher of the class `batcher` on the virtual clock, with blocks of 4 tokens. It serves the toy model of
     `faults`: the next token is a checksum of all tokens before it, read through the block table."""
-    from .. import faults  # imports transformers, which takes a second: not for every notebook
+    from ..ordering import faults  # imports transformers, which takes a second: not for every notebook
 
     options = {"clock": Costs(), "prefill_tokens": 32, "max_length": 40, "block_size": 4, **options}
     server = batcher(faults.carrier(), step_s=0.0, **options)
@@ -128,7 +131,7 @@ def toy_server(batcher: Any, **options: Any) -> Any:
 def give_prompts_a_stream(batcher: Any) -> None:
     """Damage a batcher on the virtual clock: steps that only compute prompts go to a second compute stream, beside the
     others. Steps after them wait for them; they wait for nothing but their inputs. Races are collected, not raised."""
-    from .. import faults
+    from ..ordering import faults
 
     device = batcher.device
     checked = isinstance(device, races.CheckedDevice)
@@ -179,12 +182,12 @@ def writes_of(film: Film, block: int) -> list[Write]:
     return found
 
 
-def draw_handover(films: Mapping[str, Film], block: int) -> plot.Picture:
+def draw_handover(films: Mapping[str, Film], block: int) -> Picture:
     """What the books said of one block, and which steps wrote it on the device, about the time when its first owner was
     pruned: time 0. A step that computes for a request pruned meanwhile is hatched: its token is wasted."""
     writes = {title: writes_of(film, block) for title, film in films.items()}
     tall = {title: 2.6 + 0.85 * any(write.beside for write in found) for title, found in writes.items()}
-    picture = plot.figure(10, 0.7 + 0.52 * sum(tall.values()))
+    picture = figure(10, 0.7 + 0.52 * sum(tall.values()))
     axes: Any = picture.axes
     axes.set(xlim=HANDOVER_MS, ylim=(sum(tall.values()) - 0.3, 0))
     top, ticks, captions = 0.0, {}, []
@@ -283,7 +286,7 @@ def _explain_place(args: tuple[Any, ...], got: Any, want: Any) -> str | None:
     return f"{sends} That block {whose}."
 
 
-def _place_picture(args: tuple[Any, ...], got: Any, want: Any) -> plot.Picture:
+def _place_picture(args: tuple[Any, ...], got: Any, want: Any) -> Picture:
     tables, row, position, size = args
     marks = [(want, "black", "right")]
     if isinstance(got, int):
@@ -377,7 +380,7 @@ def _explain_books(args: tuple[Any, ...], got: Any, want: Any) -> str | None:
     return None
 
 
-def _books_picture(args: tuple[Any, ...], got: Any, want: Any) -> plot.Picture:
+def _books_picture(args: tuple[Any, ...], got: Any, want: Any) -> Picture:
     pool = Pool(8, 4, got.tables, got.tokens, pruned=got.pruned, free=got.free)
     return pool_picture(pool, "the pool after your prune")
 

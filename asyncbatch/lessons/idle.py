@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from matplotlib.patches import Rectangle
 
-from .. import plot, request, scheduler, timeline
+from .. import request, scheduler, timeline
+from ..pictures.picture import COLORS, TEXT, Picture, figure
 from .live import Sliders
 from .parts import Case, Exercise
 
@@ -161,11 +162,11 @@ EXERCISES = {
 REQUEST_COLORS = ("sky", "orange", "green", "yellow", "blue", "purple", "vermillion")
 
 
-def draw_batches(batches: dict[str, Sequence[Sequence[int | None]]]) -> plot.Picture:
+def draw_batches(batches: dict[str, Sequence[Sequence[int | None]]]) -> Picture:
     """Batches below each other on one axis of steps. `batches[title][row][step]` is the number of the request that this
     row computes in this step, or None: a wasted place, hatched."""
     steps = max(len(row) for rows in batches.values() for row in rows)
-    picture = plot.figure(8, 0.5 + 0.3 * sum(len(rows) + 2 for rows in batches.values()))
+    picture = figure(8, 0.5 + 0.3 * sum(len(rows) + 2 for rows in batches.values()))
     axes: Any = picture.axes
     top, captions = 0, []
     for title, rows in batches.items():
@@ -190,13 +191,13 @@ def _draw_place(axes: Any, step: int, row: int, place: int | None) -> None:
         return
     color = REQUEST_COLORS[place % len(REQUEST_COLORS)]
     ink = "white" if color in ("blue", "green", "vermillion") else "black"
-    axes.add_patch(Rectangle((step, row), 1, 1, facecolor=plot.COLORS[color], edgecolor="white", linewidth=1.5))
+    axes.add_patch(Rectangle((step, row), 1, 1, facecolor=COLORS[color], edgecolor="white", linewidth=1.5))
     axes.text(step + 0.5, row + 0.5, str(place), ha="center", va="center", color=ink, fontsize=9)
 
 
-def draw_costs(cost: dict[int, float]) -> plot.Picture:
+def draw_costs(cost: dict[int, float]) -> Picture:
     """What a step costs, and what a token costs, over the rows of the batch: `cost` is rows -> milliseconds a step."""
-    picture = plot.figure(8, 2.6)
+    picture = figure(8, 2.6)
     axes: Any = picture.axes
     places = range(len(cost))
     series = (
@@ -204,7 +205,7 @@ def draw_costs(cost: dict[int, float]) -> plot.Picture:
         ("a token", "orange", "s", [ms / n for n, ms in cost.items()]),
     )
     for label, color, marker, values in series:
-        axes.plot(places, values, marker + "-", color=plot.COLORS[color], linewidth=2, markersize=7)
+        axes.plot(places, values, marker + "-", color=COLORS[color], linewidth=2, markersize=7)
         axes.annotate(label, (places[-1], values[-1]), (10, 0), textcoords="offset points", va="center", fontsize=10)
     axes.set(xlabel="rows in the batch", ylabel="ms", ylim=(0, 1.15 * max(cost.values())), xlim=(-0.3, len(cost) - 0.4))
     axes.set_xticks(places, [str(rows) for rows in cost])
@@ -212,21 +213,21 @@ def draw_costs(cost: dict[int, float]) -> plot.Picture:
     return picture
 
 
-def draw_budget(chunk_sizes: Sequence[int], free_rows: int, budget: int, admitted: int) -> plot.Picture:
+def draw_budget(chunk_sizes: Sequence[int], free_rows: int, budget: int, admitted: int) -> Picture:
     """Waiting chunks along an axis of tokens: the first `admitted` join the step, the others (hatched) wait."""
-    picture = plot.figure(8, 1.5)
+    picture = figure(8, 1.5)
     axes: Any = picture.axes
     at = 0
     for number, size in enumerate(chunk_sizes):
         joins = number < admitted
-        look = {"facecolor": plot.COLORS["sky"]} if joins else {"facecolor": "white", "hatch": "///"}
+        look = {"facecolor": COLORS["sky"]} if joins else {"facecolor": "white", "hatch": "///"}
         axes.add_patch(Rectangle((at, 0), size, 1, edgecolor="#555555", linewidth=1, **look))
         text = axes.text(
             at + size / 2, 0.5, f"{size} {'joins' if joins else 'waits'}", ha="center", va="center", fontsize=9
         )
         text.set_bbox({"facecolor": "none" if joins else "white", "edgecolor": "none", "pad": 1})
         at += size
-    axes.plot([budget, budget], [0, 1.2], "--", color=plot.COLORS["vermillion"], linewidth=2)
+    axes.plot([budget, budget], [0, 1.2], "--", color=COLORS["vermillion"], linewidth=2)
     axes.text(budget, 1.4, f"budget {budget} tokens, {free_rows} free rows", ha="center", fontsize=9)
     axes.set(xlim=(0, 1.15 * max(at, budget)), ylim=(0, 1.7), yticks=[], xlabel="prompt tokens")
     axes.spines[["left"]].set_visible(False)
@@ -234,14 +235,14 @@ def draw_budget(chunk_sizes: Sequence[int], free_rows: int, budget: int, admitte
     return picture
 
 
-def draw_periods(starts: Sequence[float], ends: Sequence[float]) -> plot.Picture:
+def draw_periods(starts: Sequence[float], ends: Sequence[float]) -> Picture:
     """The steps of a device as numbered blocks, and below each but the first its period, with active and idle parts."""
-    picture = plot.figure(8, 1.7)
+    picture = figure(8, 1.7)
     axes: Any = picture.axes
     _draw_steps(axes, starts, ends)
     for number in range(1, len(starts)):
         before, end = ends[number - 1], ends[number]
-        arrow = {"arrowstyle": "<->", "color": plot.TEXT, "shrinkA": 0, "shrinkB": 0}
+        arrow = {"arrowstyle": "<->", "color": TEXT, "shrinkA": 0, "shrinkB": 0}
         axes.annotate("", (before, 1.3), (end, 1.3), arrowprops=arrow)
         active = f"period {end - before:g}, active {end - starts[number]:g}"
         axes.text((before + end) / 2, 1.8, active, ha="center", va="center", fontsize=9)
@@ -251,12 +252,12 @@ def draw_periods(starts: Sequence[float], ends: Sequence[float]) -> plot.Picture
     return picture
 
 
-def draw_gaps(starts: Sequence[float], ends: Sequence[float], found: Sequence[tuple[int, float]]) -> plot.Picture:
+def draw_gaps(starts: Sequence[float], ends: Sequence[float], found: Sequence[tuple[int, float]]) -> Picture:
     """The steps of a device as numbered blocks, and below them the gaps that somebody `found`, as pairs of `idle_gaps`:
     each as long as it was said to be, ending where its step begins."""
-    picture = plot.figure(8, 1.6)
+    picture = figure(8, 1.6)
     axes: Any = picture.axes
-    red = plot.COLORS["vermillion"]
+    red = COLORS["vermillion"]
     _draw_steps(axes, starts, ends)
     for number, seconds in found:
         axes.add_patch(
@@ -271,7 +272,7 @@ def draw_gaps(starts: Sequence[float], ends: Sequence[float], found: Sequence[tu
 
 def _draw_steps(axes: Any, starts: Sequence[float], ends: Sequence[float]) -> None:
     for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        block = Rectangle((start, 0), end - start, 0.9, facecolor=plot.COLORS["blue"], edgecolor="white")
+        block = Rectangle((start, 0), end - start, 0.9, facecolor=COLORS["blue"], edgecolor="white")
         axes.add_patch(block)
         axes.text((start + end) / 2, 0.45, f"step {number}", ha="center", va="center", color="white", fontsize=9)
     axes.tick_params(axis="y", length=0)
@@ -321,12 +322,12 @@ class IdleLaw(Law):
     """Idle share over the device's time for a step, with measured servers on it and one to play with."""
 
     def __init__(self, host_ms: float, device_ms: float) -> None:
-        picture = plot.figure(8, 4, "Idle share of the synchronous loop = host / (host + device)")
+        picture = figure(8, 4, "Idle share of the synchronous loop = host / (host + device)")
         super().__init__(picture.figure, "idle share over device time", picture.axes)
         self.host_ms, self.device_ms = host_ms, device_ms
         axes: Any = picture.axes
         self._axes = axes
-        blue, orange, red = plot.COLORS["blue"], plot.COLORS["orange"], plot.COLORS["vermillion"]
+        blue, orange, red = COLORS["blue"], COLORS["orange"], COLORS["vermillion"]
         for ms in (0.5, 2.0, 8.0):
             axes.plot(*self._law(ms), "--", color="#999999", linewidth=1)
             paper = {"facecolor": "white", "edgecolor": "none", "pad": 1}
@@ -364,15 +365,13 @@ class GainLaw(Law):
     measured ones: label -> (host's ms, device's ms, times as fast)."""
 
     def __init__(self, runs: dict[str, tuple[float, float, float]], host_ms: float, device_ms: float) -> None:
-        picture = plot.figure(8, 4, "The most that overlapping can bring = (host + device) / the longer of the two")
+        picture = figure(8, 4, "The most that overlapping can bring = (host + device) / the longer of the two")
         super().__init__(picture.figure, "gain over host / device", picture.axes)
         self.host_ms, self.device_ms = host_ms, device_ms
         axes: Any = picture.axes
         self._axes = axes
         ratios = [0.0005 * 100000 ** (i / 200) for i in range(201)]  # 0.0005 to 50, evenly on a log axis
-        axes.plot(
-            ratios, [timeline.overlap_gain(ratio, 1) for ratio in ratios], color=plot.COLORS["blue"], linewidth=2.5
-        )
+        axes.plot(ratios, [timeline.overlap_gain(ratio, 1) for ratio in ratios], color=COLORS["blue"], linewidth=2.5)
         axes.axvline(1, color="#999999", linestyle="--", linewidth=1)
         for x, side, words in (
             (0.85, "right", "device slower:\nall host work hides"),
@@ -385,13 +384,13 @@ class GainLaw(Law):
                 gain,
                 "o",
                 markersize=13,
-                color=plot.COLORS["orange"],
+                color=COLORS["orange"],
                 label=f"{letter}  {label}",
                 zorder=4,
             )
             axes.text(host / device, gain, letter, ha="center", va="center", fontsize=9, zorder=5, clip_on=True)
         (self._star,) = axes.plot(
-            [], [], "*", markersize=16, color=plot.COLORS["vermillion"], markeredgecolor="black", zorder=6
+            [], [], "*", markersize=16, color=COLORS["vermillion"], markeredgecolor="black", zorder=6
         )
         axes.set(
             xscale="log", xlim=(0.0005, 50), ylim=(0.6, 2.15), xlabel="host work / device step", ylabel="times as fast"

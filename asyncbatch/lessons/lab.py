@@ -21,8 +21,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Patch, Rectangle
 from matplotlib.patheffects import withStroke
 
-from .. import explore, plot, streams
-from ..virtual import Costs, VirtualDevice
+from .. import streams
+from ..devices import open_device
+from ..devices.virtual import Costs, VirtualDevice
+from ..ordering import explore
+from ..pictures.picture import COLORS, Picture
 
 # ---- the device ------------------------------------------------------------------------------------------------------
 
@@ -175,7 +178,7 @@ class Lab:
             self.device: Any = VirtualDevice(program, num_slots, Costs(copy_in=cost, step=cost, copy_out=cost))
         elif where in ("cpu", "cuda"):
             host = [tuple(t.pin_memory() if where == "cuda" else t.share_memory_() for t in pair) for pair in host]
-            self.device = streams.open_device(_owner(where), LabProgram, num_slots, host=host, ms=self.ms)
+            self.device = open_device(_owner(where), LabProgram, num_slots, host=host, ms=self.ms)
             _close_unused()
             _OPEN.append((weakref.ref(self), self.device))
         else:
@@ -362,13 +365,13 @@ def program(launch: Callable[[Any, Any], Any], numbers: Sequence[int] = (7,), nu
 
 LANES = ("host", *COMMANDS.values())
 LOOKS = {  # face colour, colour of the text, words
-    "fill": (plot.COLORS["orange"], "black", "fill"),
-    "work": (plot.COLORS["orange"], "black", "other work"),
+    "fill": (COLORS["orange"], "black", "fill"),
+    "work": (COLORS["orange"], "black", "other work"),
     "launch": ("#F8D999", "black", "launch"),
     "synchronize": ("#EEEEEE", "#444444", "wait"),
-    "copy_in": (plot.COLORS["sky"], "black", "copy in"),
-    "step": (plot.COLORS["blue"], "white", "step"),
-    "copy_out": (plot.COLORS["green"], "white", "copy out"),
+    "copy_in": (COLORS["sky"], "black", "copy in"),
+    "step": (COLORS["blue"], "white", "step"),
+    "copy_out": (COLORS["green"], "white", "copy out"),
 }
 LEGEND = {"host works": "fill", "host launches": "launch", "host waits": "synchronize"} | {
     LOOKS[command][2]: command for command in COMMANDS
@@ -377,7 +380,7 @@ WIDTH, LEFT, ROW, LAB_ROWS = 10.0, 0.85, 0.27, 6.0  # inches; rows of one lab
 DOTS = {"hatch": "....", "edgecolor": "#C4C4C4"}  # of waiting
 
 
-def draw(labs: Mapping[str, Lab], right: Sequence[int] = ()) -> plot.Picture:
+def draw(labs: Mapping[str, Lab], right: Sequence[int] = ()) -> Picture:
     """What host and streams did in each lab, the labs above each other on one time axis. Arrows: from a mark to what
     waited for it. right: what should have been read from each slot; then each read is called right or wrong."""
     height = ROW * LAB_ROWS * len(labs) + 0.75
@@ -397,7 +400,7 @@ def draw(labs: Mapping[str, Lab], right: Sequence[int] = ()) -> plot.Picture:
         captions.append(f"{name}: {lab.total_ms:.4g} ms in all" if exact else name)
         what = f"{captions[-1]} (virtual clock)" if exact else f"{name} (measured, {lab.device.clock} clock)"
         _Lanes(axes, number * LAB_ROWS, end).draw(lab, what, right)
-    return plot.Picture(figure, "; ".join(captions), axes)
+    return Picture(figure, "; ".join(captions), axes)
 
 
 class _Lanes:
@@ -449,7 +452,7 @@ class _Lanes:
         if right and call.slot is not None:
             verdict = " right" if call.what == right[call.slot] else " WRONG"
         if verdict == " WRONG":
-            look = {"color": plot.COLORS["vermillion"], "fontweight": "bold"}
+            look = {"color": COLORS["vermillion"], "fontweight": "bold"}
         # Reads that follow each other closely get their texts at two heights.
         near = abs(moment - getattr(self, "last_read", -self.end)) < 0.08 * self.end and not getattr(self, "up", False)
         self.last_read, self.up = moment, near

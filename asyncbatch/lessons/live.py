@@ -10,11 +10,11 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from .. import plot
+from ..pictures.picture import Picture
 from .parts import slider, with_widget
 
 
-class Sliders(plot.Picture):
+class Sliders(Picture):
     """A picture that a notebook shows below sliders, each with a box to type into. controls: of each slider the
     attribute that it sets, its label, lowest and highest value, and step. A subclass draws in `_update`."""
 

@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .. import kv_cache, plot, streams, timeline
+from .. import kv_cache, streams, timeline
 from ..batcher import SyncBatcher
-from ..faults import carrier
 from ..kv_cache import KVCache
-from ..points import Attribution
-from ..profile import main
-from ..recording import Recording, steps_of
-from ..simulate import WhatIf
+from ..measure.points import Attribution
+from ..measure.recording import Recording, steps_of
+from ..measure.simulate import WhatIf
+from ..ordering.faults import carrier
+from ..pictures.picture import COLORS, TEXT, Picture, figure
+from ..profile.cli import main
 from ..timeline import busy_curve, idle_share
 from .idle import Law
 from .lab import spend_on_gpu
@@ -110,19 +111,19 @@ def recorded_runs() -> list[RecordedRun]:
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
-BLUE, ORANGE, RED = plot.COLORS["blue"], plot.COLORS["orange"], plot.COLORS["vermillion"]
+BLUE, ORANGE, RED = COLORS["blue"], COLORS["orange"], COLORS["vermillion"]
 
 
-def draw_launch(back_ms: float, done_ms: float) -> plot.Picture:
+def draw_launch(back_ms: float, done_ms: float) -> Picture:
     """What a clock that does not wait has measured, above what happened on the device."""
-    picture = plot.figure(8, 1.9, "One step: what the host measured, and what happened")
+    picture = figure(8, 1.9, "One step: what the host measured, and what happened")
     axes: Any = picture.axes
     axes.broken_barh([(0, back_ms)], (1.25, 0.6), facecolor=ORANGE, edgecolor="black", linewidth=0.8)
     axes.broken_barh([(back_ms, done_ms - back_ms)], (0.25, 0.6), facecolor=BLUE)
     axes.text((back_ms + done_ms) / 2, 0.55, "the step", color="white", ha="center", va="center", fontsize=10)
     axes.annotate(
         f"launch: the host is back after {back_ms:.2f} ms", (back_ms, 1.55), (0.08 * done_ms, 1.55), va="center",
-        fontsize=10, arrowprops={"arrowstyle": "->", "color": plot.TEXT},
+        fontsize=10, arrowprops={"arrowstyle": "->", "color": TEXT},
     )  # fmt: skip
     axes.axvline(done_ms, color=RED, linestyle="--", linewidth=1.5)
     axes.text(done_ms * 0.99, 1.55, f"done after {done_ms:.2f} ms", ha="right", va="center", fontsize=10, color=RED)
@@ -131,9 +132,9 @@ def draw_launch(back_ms: float, done_ms: float) -> plot.Picture:
     return picture
 
 
-def draw_union(starts: Sequence[float], ends: Sequence[float], found: Any, title: str = "") -> plot.Picture:
+def draw_union(starts: Sequence[float], ends: Sequence[float], found: Any, title: str = "") -> Picture:
     """Intervals, each in a row of its own, and below them the stretches (starts, ends) that somebody found."""
-    picture = plot.figure(8, 1.1 + 0.28 * len(starts), title)
+    picture = figure(8, 1.1 + 0.28 * len(starts), title)
     axes: Any = picture.axes
     for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
         _interval(axes, row, start, end, BLUE, "white")
@@ -158,7 +159,7 @@ class Look(Law):
     a window, and the true share. The host's and device's milliseconds a step are two sliders in a notebook."""
 
     def __init__(self, host_ms: float, device_ms: float) -> None:
-        picture = plot.figure(8, 3.6, "The same device, looked at through longer and longer windows")
+        picture = figure(8, 3.6, "The same device, looked at through longer and longer windows")
         super().__init__(picture.figure, "share of windows with a kernel, over their length", picture.axes)
         self.host_ms, self.device_ms = host_ms, device_ms
         axes: Any = picture.axes
@@ -184,9 +185,9 @@ class Look(Law):
         self._axes.legend(loc="lower right" if truth > 50 else "center right", fontsize=9)
 
 
-def draw_law(runs: Sequence[RecordedRun]) -> plot.Picture:
+def draw_law(runs: Sequence[RecordedRun]) -> Picture:
     """For each run a row: idle as the law predicts it, as it was measured, and what is left in the asynchronous run."""
-    picture = plot.figure(8, 1.5 + 0.27 * (len(runs) + 2))
+    picture = figure(8, 1.5 + 0.27 * (len(runs) + 2))
     axes: Any = picture.axes
     y, places, words = 0.0, [], []
     for engine in dict.fromkeys(run.engine for run in runs):
@@ -211,10 +212,10 @@ def draw_law(runs: Sequence[RecordedRun]) -> plot.Picture:
     return picture
 
 
-def draw_gaps(gap_us: Sequence[float]) -> plot.Picture:
+def draw_gaps(gap_us: Sequence[float]) -> Picture:
     """The idle gap before each step, on a logarithmic axis, with the median and the longest one named."""
     ms = np.maximum(1e-3 * np.asarray(gap_us, float), 1e-3)
-    picture = plot.figure(8, 2.4, "The idle gap before each step")
+    picture = figure(8, 2.4, "The idle gap before each step")
     axes: Any = picture.axes
     axes.plot(ms, ".", color=BLUE, markersize=4)
     median, worst = float(np.median(ms)), int(ms.argmax())
@@ -230,10 +231,10 @@ def draw_gaps(gap_us: Sequence[float]) -> plot.Picture:
     return picture
 
 
-def draw_attribution(found: Mapping[str, Attribution], most: int = 8) -> plot.Picture:
+def draw_attribution(found: Mapping[str, Attribution], most: int = 8) -> Picture:
     """Idle time by what the host was doing: a group of bars for each attribution, in ms a step, the `most` largest."""
     rows = sum(min(len(one.by), most + 1) + 1.6 for one in found.values())
-    picture = plot.figure(8, 0.6 + 0.27 * rows)
+    picture = figure(8, 0.6 + 0.27 * rows)
     axes: Any = picture.axes
     y, places, words = 0.0, [], []
     longest = max((1e3 * seconds / one.steps for one in found.values() for seconds in one.by.values()), default=1.0)
@@ -259,10 +260,10 @@ def draw_attribution(found: Mapping[str, Attribution], most: int = 8) -> plot.Pi
     return picture
 
 
-def draw_what_if(found: Sequence[WhatIf], most: int = 6) -> plot.Picture:
+def draw_what_if(found: Sequence[WhatIf], most: int = 6) -> Picture:
     """What each latency point of the host would give back if it took no time, in both loops; the `most` first."""
     wholly = [one for one in found if one.factor == 0 and one.where == "host"][:most]
-    picture = plot.figure(8, 1.1 + 0.42 * len(wholly), "Time saved if this took no time at all")
+    picture = figure(8, 1.1 + 0.42 * len(wholly), "Time saved if this took no time at all")
     axes: Any = picture.axes
     for side, (key, color, label, hatch) in enumerate(
         (("sync_saves", BLUE, "synchronous loop", ""), ("async_saves", ORANGE, "asynchronous loop", "///"))
@@ -353,7 +354,7 @@ def _explain_union(args: tuple[Any, ...], got: Any, want: tuple[list[int], list[
     return None
 
 
-def _draw_union(args: tuple[Any, ...], got: Any, want: Any) -> plot.Picture:
+def _draw_union(args: tuple[Any, ...], got: Any, want: Any) -> Picture:
     starts, ends = args
     return draw_union(starts, ends, got)
 

@@ -11,8 +11,22 @@ from typing import Any, NamedTuple
 import torch
 from matplotlib.patches import Rectangle
 
-from .. import explore, plot, races, streams
-from .lab import COMMANDS, LANES, LOOKS, Call, Lab, LabSlot, draw, program, serve, serve_without_waiting, spend_on_gpu
+from .. import streams
+from ..ordering import explore, races
+from ..pictures.picture import COLORS, Picture, figure
+from .lab import (
+    COMMANDS,
+    LANES,
+    LOOKS,
+    Call,
+    Lab,
+    LabSlot,
+    draw,
+    program,
+    serve,
+    serve_without_waiting,
+    spend_on_gpu,
+)
 from .live import Sliders
 from .parts import Case, Exercise
 
@@ -117,14 +131,14 @@ def measure_default_stream() -> dict[tuple[str, str], bool]:
     return {pair: waits(*(kinds[name] for name in pair)) for pair in RECORDED_DEFAULT_STREAM}
 
 
-def draw_copies(copies: Sequence[CopyTime], where: str) -> plot.Picture:
+def draw_copies(copies: Sequence[CopyTime], where: str) -> Picture:
     """How long the host was away in each call, on a logarithmic axis."""
-    picture = plot.figure(8, 2.6, f"256 MiB, non_blocking=True: when is the host back?\n{where}")
+    picture = figure(8, 2.6, f"256 MiB, non_blocking=True: when is the host back?\n{where}")
     picture.title = f"{len(copies)} copies: when is the host back?"
     axes: Any = picture.axes
     for row, (_, host_ms, done_ms) in enumerate(copies):
         blocked = host_ms > 1
-        look = {"color": plot.COLORS["vermillion"], "hatch": "///"} if blocked else {"color": plot.COLORS["sky"]}
+        look = {"color": COLORS["vermillion"], "hatch": "///"} if blocked else {"color": COLORS["sky"]}
         axes.barh(row, host_ms - 0.005, left=0.005, height=0.6, edgecolor="white", **look)
         after = f"{host_ms:.2g} ms" if host_ms < 10 else f"{host_ms:.0f} ms"
         axes.text(
@@ -145,9 +159,9 @@ def draw_copies(copies: Sequence[CopyTime], where: str) -> plot.Picture:
     return picture
 
 
-def draw_default_stream(found: Mapping[tuple[str, str], bool], where: str) -> plot.Picture:
+def draw_default_stream(found: Mapping[tuple[str, str], bool], where: str) -> Picture:
     """Long work on a stream, then short work on the default stream: what is often written, and what was found."""
-    picture = plot.figure(8, 2.9, "Long work on a stream, then short work on the default stream")
+    picture = figure(8, 2.9, "Long work on a stream, then short work on the default stream")
     axes: Any = picture.axes
     panels = [("often written", "any stream", True)]
     panels += [(where, there, waits) for (here, there), waits in found.items() if here == "default stream"]
@@ -160,7 +174,7 @@ def draw_default_stream(found: Mapping[tuple[str, str], bool], where: str) -> pl
             y = top + 0.95 + row
             axes.text(-0.1, y + 0.45, name, fontsize=9, ha="right", va="center", parse_math=False)
             axes.axhline(y + 0.45, color="#DDDDDD", linewidth=0.6, zorder=0)
-            axes.add_patch(Rectangle((start, y), length, 0.9, facecolor=plot.COLORS[color], edgecolor="white"))
+            axes.add_patch(Rectangle((start, y), length, 0.9, facecolor=COLORS[color], edgecolor="white"))
             ink = "white" if color == "blue" else "black"
             axes.text(
                 start + length / 2,
@@ -181,7 +195,7 @@ def draw_default_stream(found: Mapping[tuple[str, str], bool], where: str) -> pl
 def who_finds(seeds: int = 5) -> dict[str, tuple[int, int]]:
     """Put the faults of `SANITIZER` into the asynchronous batcher, `seeds` times each, and print who finds them. Gives
     in how many runs tokens were wrong, and in how many the race checker found the fault."""
-    from .. import faults  # it brings transformers, which the device's process does not need
+    from ..ordering import faults  # it brings transformers, which the device's process does not need
 
     model, found = faults.carrier(), {}
     print(f"{'runs of ' + str(seeds) + ' in which':41}  wrong tokens  race checker  can CUDA's sanitizer see it?")
@@ -196,18 +210,18 @@ def who_finds(seeds: int = 5) -> dict[str, tuple[int, int]]:
 
 def draw_clock(
     clock: Mapping[str, int], kind: str, earlier: Sequence[races.Use], found: Sequence[races.Use], who: str = ""
-) -> plot.Picture:
+) -> Picture:
     """A vector clock as a front across the lanes: what it counts is surely done. The operations that used the resource
     before say what they do; those in `found` are called races, by `who` where it is somebody's opinion."""
     longest = max([*clock.values(), *(use.number for use in earlier)]) + 1
-    picture = plot.figure(8, 0.36 * len(clock) + 0.9, f"The new operation {kind}. What surely comes before it?")
+    picture = figure(8, 0.36 * len(clock) + 0.9, f"The new operation {kind}. What surely comes before it?")
     axes: Any = picture.axes
     for row, (lane, count) in enumerate(clock.items()):
         axes.text(0.75, row + 0.5, lane, ha="right", va="center", fontsize=9)
         for number in range(1, longest + 1):
             done = number <= count
             use = next((use for use in earlier if (use.lane, use.number) == (lane, number)), None)
-            face = plot.COLORS["sky"] if done else "white"
+            face = COLORS["sky"] if done else "white"
             line = {"edgecolor": "#888888", "linewidth": 0.8, "linestyle": "-" if done else ":"}
             axes.add_patch(Rectangle((number, row + 0.1), 0.92, 0.8, facecolor=face, **line))
             text = str(number) if use is None else f"{number} {use.kind}"
@@ -221,7 +235,7 @@ def draw_clock(
                 fontweight="bold" if use else "normal",
             )
             if use is not None and use in found:
-                edge = {"edgecolor": plot.COLORS["vermillion"], "linewidth": 2.5, "fill": False}
+                edge = {"edgecolor": COLORS["vermillion"], "linewidth": 2.5, "fill": False}
                 axes.add_patch(Rectangle((number, row + 0.1), 0.92, 0.8, zorder=4, **edge))
                 axes.text(longest + 1.1, row + 0.5, f"{who}race with {lane} {number}", va="center", fontsize=9)
         axes.plot([count + 0.96] * 2, [row, row + 1], color="black", linewidth=2.5)
@@ -354,7 +368,7 @@ def _explain_launch(args: tuple[Any, ...], got: Any, want: Any) -> str | None:
     return _explain_too_much(got, want)
 
 
-def _draw_verdicts(args: tuple[Any, ...], got: Verdict, want: Verdict) -> plot.Picture:
+def _draw_verdicts(args: tuple[Any, ...], got: Verdict, want: Verdict) -> Picture:
     labs = {"your function": got.lab} if got == want else {"your function": got.lab, "the package's": want.lab}
     return draw(labs, [6 * number for number in args[0]])
 
@@ -385,7 +399,7 @@ def _explain_racing(args: tuple[Any, ...], got: Any, want: list[races.Use]) -> s
     return None
 
 
-def _draw_racing(args: tuple[Any, ...], got: Any, want: Any) -> plot.Picture:
+def _draw_racing(args: tuple[Any, ...], got: Any, want: Any) -> Picture:
     clock, kind, earlier = args
     return draw_clock(clock, kind, earlier, [one for one in got if one in earlier], "you: ")
 

@@ -1,0 +1,133 @@
+"""The device on CUDA: torch's own streams and events, with the times of every command."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import time
+import traceback
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...streams import STREAMS, DeviceError, RealTime
+
+ORIGIN_S = 0.25  # how long times are told from the same event
+
+
+@contextlib.contextmanager
+def _cuda_errors():
+    """Most errors of CUDA are found late, by whatever is called next, and end all work of this process on the GPU."""
+    try:
+        yield
+    except torch.AcceleratorError as error:
+        reason = str(error).strip().split("\n")[0]
+        raise DeviceError(
+            f"CUDA failed, and this process cannot use the GPU any more ({reason}). Start Python, or the notebook's "
+            "kernel, anew; with CUDA_LAUNCH_BLOCKING=1 in its environment the traceback shows what failed"
+        ) from error
+
+
+def never_free(thing: Any) -> None:
+    """Keep `thing` and all that it holds for as long as this process lives, past the end of Python. For pinned memory
+    after an error of CUDA: torch asks CUDA for an event when it frees some, and where that fails it ends the process
+    ("terminate called ...", seen with torch 2.11)."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+
+
+class CudaEvent(torch.cuda.Event):
+    """A torch.cuda.Event whose wait raises DeviceError where work before it has failed."""
+
+    def synchronize(self) -> None:
+        with _cuda_errors():
+            super().synchronize()
+
+
+class CudaStream:
+    """A torch.cuda.Stream that launches a program's commands, each between two timing events."""
+
+    def __init__(self, device: CudaDevice, number: int):
+        self.device, self.number, self.name = device, number, STREAMS[number]
+        self.stream = torch.cuda.Stream(device.where)
+        self.query = self.stream.query
+
+    def wait_event(self, event: CudaEvent) -> None:
+        with _cuda_errors():
+            self.stream.wait_event(event)
+
+    def record_event(self, event: CudaEvent) -> None:
+        with _cuda_errors():
+            self.stream.record_event(event)
+
+    def synchronize(self) -> None:
+        with _cuda_errors():
+            self.stream.synchronize()
+
+    def launch(self, command: str, slot: int) -> None:
+        if self.number == 0:
+            self.device.errors[slot] = None
+        if self.device.errors[slot]:
+            return
+        start, end = self.device.timing[slot][self.number]
+        with _cuda_errors():
+            start.record(self.stream)
+            try:
+                with torch.cuda.stream(self.stream), torch.inference_mode():
+                    self.device.program.run(command, slot)
+            except Exception as error:
+                # Out of memory, or a mistake on the host: this step's fault alone. An error of CUDA may be an earlier
+                # one's, and final: then waiting raises it again.
+                if isinstance(error, torch.AcceleratorError):
+                    torch.cuda.synchronize(self.device.where)
+                self.device.errors[slot] = f"{command} failed on the device:\n{traceback.format_exc()}"
+            end.record(self.stream)
+
+
+class CudaDevice(RealTime):
+    clock = "cuda"
+
+    def __init__(self, program: Any, num_slots: int, where: torch.device):
+        self.program, self.where = program, where
+        self.errors: list[str | None] = [None] * num_slots
+        self.step_s = [0.0] * num_slots  # of each slot's newest step
+        new = torch.cuda.Event
+        self.timing = [[(new(enable_timing=True), new(enable_timing=True)) for _ in STREAMS] for _ in range(num_slots)]
+        self.streams = (CudaStream(self, 0), CudaStream(self, 1), CudaStream(self, 2))
+        # One moment on both clocks: event times are relative to each other, and this ties them to the host's.
+        torch.cuda.synchronize(where)
+        self.origin_event = new(enable_timing=True)
+        self.origin_event.record(self.streams[1].stream)
+        self.origin_event.synchronize()
+        self.origin = time.perf_counter()
+
+    def event(self) -> CudaEvent:
+        return CudaEvent()
+
+    def spans(self, slot: int) -> np.ndarray:
+        elapsed, pairs = self.origin_event.elapsed_time, self.timing[slot]  # milliseconds
+        with _cuda_errors():
+            spans = self.origin + 1e-3 * np.array([[elapsed(start), elapsed(end)] for start, end in pairs])
+        self.step_s[slot] = float(spans[1, 1] - spans[1, 0])
+        if spans[1, 1] - self.origin > ORIGIN_S:
+            # CUDA gives these times as float32: a minute after the origin they are whole 4 microseconds. So the end of
+            # this step is the next origin; its event goes out of use, and the slot gets another one.
+            (start, self.origin_event), self.origin = pairs[1], float(spans[1, 1])
+            pairs[1] = (start, torch.cuda.Event(enable_timing=True))
+        return spans
+
+    def parts(self, slot: int) -> list[float]:
+        marks = getattr(self.program, "marks", None)
+        if marks is None:
+            return [0.0, 0.0, 0.0]
+        start, (carried, computed) = self.timing[slot][1][0], marks[slot]
+        with _cuda_errors():
+            first, second = 1e-3 * start.elapsed_time(carried), 1e-3 * carried.elapsed_time(computed)
+        return [first, second, self.step_s[slot] - first - second]
+
+    def failure(self, slot: int) -> str | None:
+        return self.errors[slot]
+
+    def close(self) -> None:
+        torch.cuda.synchronize(self.where)
+        self.program = None

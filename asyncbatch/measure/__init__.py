@@ -1,0 +1,1 @@
+"""Measuring: latency points, what-if, the bandwidth floor, and recordings of real GPUs."""

@@ -1,0 +1,397 @@
+"""A checker for missing waits: two accesses of the same memory that nothing puts in order.
+
+Right tokens do not show that the waits are right: without one, the device is still often quick enough. The checker does
+not look at times. It looks at what is ordered *whatever* the times are, and there are only five reasons for that:
+
+- the work of one stream runs in order, and so does the host;
+- work starts after the host has launched it;
+- `stream.wait_event(event)`: work launched there later starts after the event's mark;
+- `event.synchronize()`, or `event.query()` that said True: the host goes on after the event's mark;
+- `stream.synchronize()`, or `stream.query()` that said True: the host goes on after all work of the stream.
+
+Each lane (host, H2D, compute, D2H) has a *vector clock*: for every lane, how many of its operations are surely done
+(Fidge 1988, Mattern 1989). Two accesses of one resource, at least one of them a write, are a *race* if the second one's
+clock does not count the first one. For each resource only the last write and each lane's newest read since are kept
+(Pozniansky and Schuster 2003), so memory does not grow with the number of steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..kv_cache import blocks_for
+from ..scheduler import BatchPlan
+from ..streams import Device
+
+HOST = "host"
+NAMES = {
+    "host inputs": "slot {}'s host inputs",
+    "device inputs": "slot {}'s device inputs",
+    "output ids": "slot {}'s output ids on the device",
+    "host output ids": "slot {}'s output ids on the host",
+    "KV block": "KV block {}",
+}
+
+
+class Access(NamedTuple):
+    """`lane` is the host or a stream; `name` is the command, or the host's phase; `step` is None where there is none;
+    `kind` is "reads" or "writes"."""
+
+    lane: str
+    name: str
+    step: int | None
+    kind: str
+
+    def __str__(self) -> str:
+        of_step = "" if self.step is None else f" of step {self.step}"
+        where = f"the {HOST}" if self.lane == HOST else self.lane
+        return f"{self.name}{of_step} on {where}"
+
+    @property
+    def spoken(self) -> str:
+        """Its name within a sentence. A batcher launches steps under names such as "decode/greedy/8"."""
+        return "the step" if self.step is not None and "/" in self.name else self.name
+
+
+class RaceError(RuntimeError):
+    """Two accesses without an order: `first` and `second` (Access, as the host came to them), the `resource`, and what
+    would `mend` it."""
+
+    def __init__(self, first: Access, second: Access, resource: Hashable, mend: str):
+        self.first, self.second, self.resource, self.mend = first, second, resource, mend
+        what = resource_name(resource)
+        super().__init__(
+            f"{second} {second.kind} {what}, {first} {first.kind} the same, and nothing puts the two in order. "
+            f"Which of them comes first is chance, so a result may be right now and wrong at the next run. "
+            f"What is missing: {mend}."
+        )
+
+
+def resource_name(resource: Hashable) -> str:
+    if isinstance(resource, tuple) and len(resource) == 2 and resource[0] in NAMES:
+        return NAMES[resource[0]].format(resource[1])
+    return str(resource)
+
+
+class Mark:
+    """What the checker knows of an event. `clock` is what is surely done when the newest mark is reached (empty: never
+    recorded), `lane` the stream of that mark, `waited` who has waited for it. `meant_for`: the (lane, slot) whose end
+    the event is meant to mark, if it is one of a slot's."""
+
+    def __init__(self, name: str = "an event"):
+        self.name = name
+        self.clock: dict[str, int] = {}
+        self.lane: str | None = None
+        self.waited: set[str] = set()
+        self.meant_for: tuple[str, int | None] | None = None
+
+
+class Use(NamedTuple):
+    """An access, its number in its lane (the lane's first operation is number 1), and its slot if it has one."""
+
+    access: Access
+    number: int
+    slot: int | None = None
+
+    @property
+    def lane(self) -> str:
+        return self.access.lane
+
+    @property
+    def kind(self) -> str:
+        return self.access.kind
+
+    def __repr__(self) -> str:
+        return f"{self.lane}'s operation {self.number} {self.kind}"
+
+
+def racing(clock: Mapping[str, int], kind: str, earlier: Iterable[Use]) -> list[Use]:
+    """Which of the `earlier` uses of a resource race with a new one: nothing orders the two, and one of them writes.
+
+    clock: for each lane, how many of its operations are surely done when the new one starts. kind: what the new one
+    does, "reads" or "writes"."""
+    return [use for use in earlier if "writes" in (kind, use.kind) and clock[use.lane] < use.number]
+
+
+class _Uses:
+    """The newest uses of one resource: its last write, and each lane's newest read since."""
+
+    def __init__(self) -> None:
+        self.write: Use | None = None
+        self.reads: dict[str, Use] = {}
+
+    @property
+    def newest(self) -> list[Use]:
+        return [*([] if self.write is None else [self.write]), *self.reads.values()]
+
+
+class RaceChecker:
+    """Follows the calls of one host thread, in the order in which it makes them, and finds races.
+
+    lanes: names of the streams. The host is a lane besides.
+    collect: go on after a race and put it in `races` (each pair of commands once for a resource) instead of raising.
+    """
+
+    def __init__(self, lanes: Sequence[str], *, collect: bool = False):
+        self.collect = collect
+        self.races: list[RaceError] = []
+        self._seen: set[tuple] = set()
+        self._clocks: dict[str, dict[str, int]] = {}
+        self._uses: dict[Hashable, _Uses] = {}
+        self._marks: list[Mark] = []
+        for lane in (HOST, *lanes):
+            self.add_lane(lane)
+
+    def add_lane(self, lane: str) -> None:
+        """One more stream. Nothing of it is done yet, and nobody has seen anything of it."""
+        for clock in self._clocks.values():
+            clock[lane] = 0
+        self._clocks[lane] = dict.fromkeys([*self._clocks, lane], 0)
+
+    def clock(self, lane: str) -> dict[str, int]:
+        """For every lane, how many of its operations are surely done when the next one on `lane` starts."""
+        clock = dict(self._clocks[lane])
+        _join(clock, self._clocks[HOST])  # it starts after its launch
+        return clock
+
+    def mark(self, name: str = "an event") -> Mark:
+        """A new event."""
+        self._marks.append(Mark(name))
+        return self._marks[-1]
+
+    def access(
+        self,
+        lane: str,
+        name: str,
+        step: int | None = None,
+        reads: Iterable[Hashable] = (),
+        writes: Iterable[Hashable] = (),
+        slot: int | None = None,
+    ) -> None:
+        """The host does something (lane "host"), or launches a command on a stream. RaceError, before it counts as
+        launched, if it races with an earlier one."""
+        clock = self.clock(lane)
+        written = dict.fromkeys(writes)
+        read = [resource for resource in dict.fromkeys(reads) if resource not in written]
+        for resource, kind in [(r, "reads") for r in read] + [(r, "writes") for r in written]:
+            second = Access(lane, name, step, kind)
+            if resource in self._uses:
+                for first in racing(clock, kind, self._uses[resource].newest):
+                    self._found(first, second, resource)
+        clock[lane] += 1
+        self._clocks[lane] = clock
+        for resource in read:
+            uses = self._uses.setdefault(resource, _Uses())
+            uses.reads[lane] = Use(Access(lane, name, step, "reads"), clock[lane], slot)
+        for resource in written:
+            uses = self._uses.setdefault(resource, _Uses())
+            uses.write, uses.reads = Use(Access(lane, name, step, "writes"), clock[lane], slot), {}
+
+    def record(self, lane: str, mark: Mark) -> None:
+        mark.clock, mark.lane = dict(self._clocks[lane]), lane
+        mark.waited.clear()
+
+    def wait(self, lane: str, mark: Mark) -> None:
+        """What comes on this lane from now on comes after the mark. For the host: it has seen the mark reached."""
+        _join(self._clocks[lane], mark.clock)
+        mark.waited.add(lane)
+
+    def finished(self, lane: str) -> None:
+        """The host has seen that all work of the stream is done."""
+        _join(self._clocks[HOST], self._clocks[lane])
+
+    def _found(self, first: Use, second: Access, resource: Hashable) -> None:
+        key = resource, first.access._replace(step=None), second._replace(step=None)
+        if key in self._seen:
+            return
+        race = RaceError(first.access, second, resource, self._mend(first, second))
+        if not self.collect:
+            raise race
+        self._seen.add(key)
+        self.races.append(race)
+
+    def _mend(self, use: Use, second: Access) -> str:
+        """The call that would order the two: a wait for an event that is recorded after the first one, or, if there is
+        no such event, the record and the wait."""
+
+        def waiting(name: str) -> str:
+            call = f"{name}.synchronize()" if second.lane == HOST else f"{second.lane}.wait_event({name})"
+            return f"{call} before {second.spoken}"
+
+        def marks_end(mark: Mark) -> bool:
+            return mark.lane == first.lane and mark.clock[use.lane] >= use.number
+
+        first = use.access
+        meant = [mark for mark in self._marks if mark.meant_for == (first.lane, use.slot)]
+        right = [mark for mark in meant or self._marks if marks_end(mark)]
+        if right:
+            return waiting(min(right, key=lambda mark: mark.clock[use.lane]).name)
+        after = f"after {first.spoken}"
+        for mark in meant:
+            if mark.lane is None:
+                where = "it was never recorded"
+            elif mark.lane != first.lane:
+                where = f"it was recorded on {mark.lane}"
+            else:
+                where = "it was recorded before that"
+            waits = "" if second.lane in mark.waited else f", and {waiting(mark.name)}"
+            return f"{first.lane}.record_event({mark.name}) {after} ({where}){waits}"
+        return f"{first.lane}.record_event(event) {after}, and {waiting('event')}"
+
+
+def _join(clock: dict[str, int], other: Mapping[str, int]) -> None:
+    """Count as done what either clock counts."""
+    for lane, count in other.items():
+        if count > clock[lane]:
+            clock[lane] = count
+
+
+# ---- around a batcher's device -----------------------------------------------------------------------------------
+
+
+class CheckedDevice:
+    """Any clock's device, with every call forwarded to it and every access checked first.
+
+    The checker knows what "copy_in" and "copy_out" access. Every other command counts as the step of its slot; which
+    blocks and carried outputs that one uses it learns from `before_fill`. With `collect` races are kept in `races`,
+    without it the first one is raised as RaceError, and what would have raced is not launched.
+    """
+
+    def __init__(self, device: Device, *, collect: bool = False):
+        self.device: Any = device
+        self.clock = device.clock
+        self.checker = RaceChecker([stream.name for stream in device.streams], collect=collect)
+        first, second, third = (CheckedStream(self, stream) for stream in device.streams)
+        self.streams = (first, second, third)
+        self._filled: dict[int, tuple[int, list, list]] = {}  # slot: its step, and what that reads and writes besides
+
+    @property
+    def races(self) -> list[RaceError]:
+        return self.checker.races
+
+    def event(self) -> CheckedEvent:
+        return CheckedEvent(self, self.device.event())
+
+    def spans(self, slot: int) -> np.ndarray:
+        return self.device.spans(slot)
+
+    def failure(self, slot: int) -> str | None:
+        return self.device.failure(slot)
+
+    def now(self) -> float:
+        return self.device.now()
+
+    def charge(self, phase: str, plan: BatchPlan | None) -> None:
+        self.device.charge(phase, plan)
+
+    def wait_until(self, moment: float) -> None:
+        self.device.wait_until(moment)
+
+    def close(self) -> None:
+        self.device.close()
+
+    def __getattr__(self, name: str) -> Any:  # all else is the device's own
+        if name == "device":
+            raise AttributeError(name)
+        return getattr(self.device, name)
+
+    # The host's own accesses: the batcher tells of them.
+
+    def name_events(self, slots: Sequence[Any]) -> None:
+        """Let errors call the slots' events by name."""
+        lanes = [stream.name for stream in self.streams]
+        for slot in slots:
+            for lane, name in zip(lanes, ("inputs_ready", "step_done", "outputs_ready"), strict=True):
+                mark = getattr(slot, name).mark
+                mark.name, mark.meant_for = f"slot {slot.index}'s {name}", (lane, slot.index)
+
+    def before_fill(self, slot: int, plan: BatchPlan, kv, num_slots: int) -> None:
+        """The host is about to write the inputs of `plan` into a slot. `kv`: the books of the cache, after planning."""
+        self.checker.access(HOST, "fill", plan.step, writes=[("host inputs", slot)], slot=slot)
+        self._filled[slot] = plan.step, *step_accesses(plan, kv, num_slots)
+
+    def before_commit(self, slot: int, step: int) -> None:
+        """The host is about to read a slot's output ids."""
+        self.checker.access(HOST, "commit", step, reads=[("host output ids", slot)], slot=slot)
+
+    def before_launch(self, lane: str, command: str, slot: int) -> None:
+        step, more_reads, more_writes = self._filled.get(slot, (None, [], []))
+        if command == "copy_in":
+            reads, writes = [("host inputs", slot)], [("device inputs", slot)]
+        elif command == "copy_out":
+            reads, writes = [("output ids", slot)], [("host output ids", slot)]
+        else:
+            reads, writes = [("device inputs", slot), *more_reads], [("output ids", slot), *more_writes]
+        self.checker.access(lane, command, step, reads, writes, slot)
+
+
+def step_accesses(plan: BatchPlan, kv, num_slots: int) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """What a step (reads, writes) besides its slot's inputs and outputs: outputs of the slots that it carries tokens
+    from, and KV blocks. Block 0 is not among them: padding writes it, and nobody cares what is there."""
+    reads: dict[tuple[str, int], None] = {}
+    writes: dict[tuple[str, int], None] = {}
+    for row in plan.rows:
+        if row.carry is not None:
+            reads["output ids", row.carry[0] % num_slots] = None
+        table = kv.table(row.state.number)
+        end = row.position + row.num_tokens
+        for block in table[: blocks_for(end, kv.block_size)]:
+            reads["KV block", block] = None
+        for block in table[row.position // kv.block_size : blocks_for(end, kv.block_size)]:
+            writes["KV block", block] = None
+    return list(reads), list(writes)
+
+
+class CheckedStream:
+    def __init__(self, owner: CheckedDevice, stream):
+        self.owner, self.stream, self.name = owner, stream, stream.name
+
+    def launch(self, command: str, slot: int) -> None:
+        self.owner.before_launch(self.name, command, slot)
+        self.stream.launch(command, slot)
+
+    def wait_event(self, event: Any) -> None:
+        self.stream.wait_event(event.event)
+        self.owner.checker.wait(self.name, event.mark)
+
+    def record_event(self, event: Any) -> None:
+        self.stream.record_event(event.event)
+        self.owner.checker.record(self.name, event.mark)
+
+    def synchronize(self) -> None:
+        self.stream.synchronize()
+        self.owner.checker.finished(self.name)
+
+    def query(self) -> bool:
+        done = self.stream.query()
+        if done:
+            self.owner.checker.finished(self.name)
+        return done
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "stream":
+            raise AttributeError(name)
+        return getattr(self.stream, name)
+
+
+class CheckedEvent:
+    def __init__(self, owner: CheckedDevice, event):
+        self.owner, self.event, self.mark = owner, event, owner.checker.mark()
+
+    def synchronize(self) -> None:
+        self.event.synchronize()
+        self.owner.checker.wait(HOST, self.mark)
+
+    def query(self) -> bool:
+        done = self.event.query()
+        if done:
+            self.owner.checker.wait(HOST, self.mark)
+        return done
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "event":
+            raise AttributeError(name)
+        return getattr(self.event, name)

@@ -1,0 +1,356 @@
+"""Timelines as a picture everywhere, and in a notebook one to zoom, drag and hover over.
+
+`plot(sync, async_)` draws timelines above each other on one time axis; every timeline begins at 0. Where spans are too
+small to draw one by one, each pixel column is filled to the share of its time that was busy, so that the filled area of
+a lane is its busy time at any zoom.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from functools import cache, cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import ConnectionPatch, Patch, Rectangle, StepPatch
+from matplotlib.patheffects import withStroke
+
+from ..timeline import LANES, Timeline, busy_curve
+from .picture import COLORS, DPI, GRID, TEXT, Picture, drawable, plain_axes
+
+WORDS = {"host": "host", "H2D": "H2D (copy in)", "compute": "compute", "D2H": "D2H (copy out)"}
+WIDGET = Path(__file__).with_name("static") / "timeline.js"
+HEIGHTS = {"host": 1.0, "H2D": 0.5, "compute": 1.0, "D2H": 0.5}  # of a lane, in rows
+HEADING, PAUSE = 0.95, 0.3  # rows above a timeline's lanes for its caption, and between two lanes
+# Layers of a lane, stacked in this order: key -> (lane, face colour, text colour, hatch, legend).
+LAYERS = {
+    "work": ("host", COLORS["orange"], "black", "", "host works"),
+    "wait": ("host", "#EEEEEE", "#444444", "....", "host waits"),
+    "in": ("H2D", COLORS["sky"], "black", "", "copy in"),
+    "decode": ("compute", COLORS["blue"], "white", "", "step"),
+    "prefill": ("compute", COLORS["blue"], "white", "///", "step with prefill"),
+    "out": ("D2H", COLORS["green"], "white", "", "copy out"),
+}
+IDLE = ("#FBE9DF", COLORS["vermillion"], "\\\\\\\\")  # face colour, hatch colour, hatch
+HATCH = {"wait": "#C4C4C4", "prefill": "#FFFFFF"}  # hatch colours
+WIDTH, LEFT, RIGHT = 10.0, 1.15, 0.2  # inches
+
+
+def plot(*timelines: Timeline, title: str | None = None, window: tuple[float, float] | None = None) -> TimelineFigure:
+    """The timelines above each other on one time axis, each beginning at 0.
+
+    `window` is the (start, end) to zoom in on, in seconds; None takes a few decode steps in the middle of the run.
+    Spans on lanes other than host, H2D, compute and D2H are not drawn. ValueError without a timeline or for an empty
+    window."""
+    if not timelines or not all(isinstance(timeline, Timeline) for timeline in timelines):
+        found = ", ".join(type(timeline).__name__ for timeline in timelines) or "nothing"
+        raise ValueError(f"plot() wants one or more Timelines, as in plot(sync, async_), and was given: {found}")
+    if window is not None and not (len(window) == 2 and window[0] < window[1]):
+        raise ValueError(f"window is (start, end) in seconds with start < end, not {window!r}")
+    return TimelineFigure(timelines, title, window)
+
+
+class TimelineFigure(Picture):
+    """What `plot` returns. In a notebook it is interactive where anywidget is installed; elsewhere it is a PNG."""
+
+    def __init__(self, timelines: tuple[Timeline, ...], title: str | None, window: tuple[float, float] | None):
+        names = [_one_line(timeline.label, 40) or f"run {i}" for i, timeline in enumerate(timelines, 1)]
+        self.tracks = [_Track(timeline, name) for timeline, name in zip(timelines, names, strict=True)]
+        self.end = max(track.end for track in self.tracks) or 1.0
+        self.window = _default_window(self.tracks, self.end)
+        if window is not None:
+            start, end = max(0.0, window[0]), min(self.end, window[1])
+            if start >= end:
+                raise ValueError(f"window {window!r} lies outside the run, which is 0 to {self.end:.6g} seconds long")
+            self.window = (start, end)
+        title = _one_line(title or "", 90)
+        super().__init__(_draw(self.tracks, title, self.window, self.end), title or ", ".join(names))
+
+    @property
+    def num_spans(self) -> int:
+        """How many spans there are on the lanes that are drawn."""
+        return sum(len(steps) for track in self.tracks for _, steps, _, _ in track.layers.values())
+
+    def packed(self, most: int | None = None) -> tuple[dict[str, Any], bytes]:
+        """What static/timeline.js draws, in the notebook and in the report's page: a dict, and the spans as bytes, 24 a
+        span. With `most`, no more spans than that: `about["lanes"]` says of each lane from when to when its spans are
+        there ("kept", seconds; None where all are), and the rest is drawn as left out."""
+        middle = sum(self.window) / 2
+        reach = _reach(self.tracks, middle, self.num_spans if most is None else most)
+        spans, names = _pack(self.tracks, middle, reach)
+        tracks = [{"name": track.name, "caption": track.caption, "end": track.end} for track in self.tracks]
+        layers = [
+            {"key": key, "lane": LANES.index(lane), "face": face, "text": text, "line": HATCH.get(key), "words": words}
+            for key, (lane, face, text, _, words) in LAYERS.items()
+        ]
+        lanes = []
+        for lane in LANES:
+            stretch = [max(0.0, middle - reach[lane]), min(self.end, middle + reach[lane])]
+            kept = None if math.isinf(reach[lane]) else stretch
+            lanes.append({"words": WORDS[lane], "height": HEIGHTS[lane], "kept": kept})
+        about = {
+            "title": self.title,
+            "tracks": tracks,
+            "lanes": lanes,
+            "layers": layers,
+            "idle": {"face": IDLE[0], "line": IDLE[1]},
+            "names": names,
+            "window": list(self.window),
+            "end": self.end,
+        }
+        return about, spans
+
+    @cached_property
+    def widget(self):
+        """The interactive view (an anywidget), or None where anywidget or ipywidgets is not installed."""
+        if not (find_spec("anywidget") and find_spec("ipywidgets")):
+            return None
+        about, spans = self.packed()
+        return _widget_class()(about=about, spans=spans)
+
+    def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
+        bundle = super()._repr_mimebundle_()
+        if self.widget is not None:
+            view = {"version_major": 2, "version_minor": 0, "model_id": self.widget.model_id}
+            bundle["application/vnd.jupyter.widget-view+json"] = view
+        return bundle
+
+
+@cache
+def _widget_class():
+    import anywidget
+    import traitlets
+
+    class TimelineWidget(anywidget.AnyWidget):
+        _esm = WIDGET.read_text(encoding="utf-8")
+        about = traitlets.Dict().tag(sync=True)
+        spans = traitlets.Bytes().tag(sync=True)
+
+    return TimelineWidget
+
+
+def _one_line(text: str, longest: int) -> str:
+    text = drawable(" ".join(text.split()))
+    return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def _unit(seconds: float) -> tuple[float, str]:
+    """The factor and the name of the unit to write a time range of so many seconds in."""
+    return next(((f, name) for f, name in ((1.0, "s"), (1e3, "ms")) if seconds * f >= 2), (1e6, "µs"))
+
+
+class _Track:
+    """One timeline ready to draw: for each layer the names, steps, starts and ends (seconds from its first start)."""
+
+    def __init__(self, timeline: Timeline, name: str):
+        self.timeline, self.name = timeline, name
+        summary, origin = timeline.summary(), timeline.origin
+        self.end = summary.wall_s
+        lanes = {lane: timeline.lane(lane) for lane in LANES}
+        prefill = np.array([step.step for step in timeline.steps if step.kind == "prefill"], np.int64)
+        is_wait = np.array([span_name == "wait" for span_name in lanes["host"][0]], bool)
+        is_prefill = np.isin(lanes["compute"][1], prefill)
+        masks = {"work": ~is_wait, "wait": is_wait, "decode": ~is_prefill, "prefill": is_prefill}
+        self.layers = {}
+        for key, (lane, *_) in LAYERS.items():
+            names, steps, starts, ends = lanes[lane]
+            mask = masks.get(key, np.ones(len(steps), bool))
+            names = np.array(names, object)[mask]
+            self.layers[key] = (names, steps[mask], starts[mask] - origin, ends[mask] - origin)
+        self.steps = lanes["compute"][2] - origin, lanes["compute"][3] - origin
+        factor, unit = _unit(2 * self.end)  # one number reads well in seconds from 1 s on
+        parts = [f"{self.end * factor:.4g} {unit} in all", _one_line(f"{timeline.clock} clock", 60)]
+        if not math.isnan(summary.idle):
+            parts = [f"device active {100 * summary.device_active:.1f} %", f"idle {100 * summary.idle:.1f} %", *parts]
+        self.caption = ", ".join(parts) if timeline.spans else "no spans"
+
+
+def _away(starts: np.ndarray, ends: np.ndarray, time: float) -> np.ndarray:
+    """How far (seconds) each span lies from a point in time; 0 for one that it lies in."""
+    return np.maximum(0, np.maximum(starts - time, time - ends))
+
+
+def _reach(tracks: list[_Track], middle: float, most: int) -> dict[str, float]:
+    """How far from `middle` (seconds) the spans of each lane are kept so that they are no more than `most`; inf: all.
+
+    Steps of the device come first, and all of them where they are no more than four fifths: between them are the idle
+    gaps, which a timeline is looked at for."""
+    parts: dict[str, list[np.ndarray]] = {lane: [] for lane in LANES}
+    for track in tracks:
+        for key, (_, _, starts, ends) in track.layers.items():
+            parts[LAYERS[key][0]].append(_away(starts, ends, middle))
+    away = {lane: np.concatenate(of_lane) for lane, of_lane in parts.items()}
+    cut, room = list(LANES), most
+    if len(away["compute"]) <= 0.8 * most:
+        cut.remove("compute")
+        room -= len(away["compute"])
+    ordered = np.sort(np.concatenate([away[lane] for lane in cut]))
+    reach = float(ordered[room]) if len(ordered) > room else math.inf
+    return {lane: reach if lane in cut else math.inf for lane in LANES}
+
+
+def _pack(tracks: list[_Track], middle: float, reach: dict[str, float]) -> tuple[bytes, list[str]]:
+    """The spans nearer to `middle` than the `reach` of their lane, as bytes, 24 a span, and the table of their names
+    that they point into."""
+    layout = np.dtype([("start", "<f8"), ("end", "<f8"), ("step", "<i4"), ("name", "<u2"), ("layer", "<u2")])
+    parts, number = [], {}
+    for i, track in enumerate(tracks):
+        for j, (key, layer) in enumerate(track.layers.items()):
+            near = _away(*layer[2:], middle) < reach[LAYERS[key][0]]
+            names, steps, starts, ends = (column[near] for column in layer)
+            part = np.zeros(len(steps), layout)
+            part["start"], part["end"], part["step"] = starts, ends, steps
+            part["name"] = [number.setdefault(name, len(number)) for name in names]
+            part["layer"] = i * len(LAYERS) + j
+            parts.append(part)
+    return np.concatenate(parts).tobytes(), list(number)
+
+
+def _default_window(tracks: list[_Track], end: float) -> tuple[float, float]:
+    """About seven steps in the middle of the shortest run, from the beginning of a step; all of a short run."""
+    starts, ends = tracks[0].steps
+    if len(ends) < 12:
+        return 0.0, end
+    length = 7 * float(np.median(np.diff(ends)))
+    middle = min(track.end for track in tracks if track.end > 0) / 2
+    begin = float(ends[max(0, np.searchsorted(ends, middle - length / 2) - 1)]) - 0.02 * length
+    return max(0.0, begin), min(end, max(0.0, begin) + length)
+
+
+def _draw(tracks: list[_Track], title: str, window: tuple[float, float], end: float) -> Figure:
+    rows = sum(HEIGHTS.values()) + PAUSE * len(LANES) + HEADING
+    zoomed = window != (0.0, end)
+    # Heights in inches, from the top: title, overview and the gap below it, the lanes, axis and legend.
+    top, strip, gap = 0.34 if title else 0.1, 0.2 * len(tracks) if zoomed else 0.0, 0.5 if zoomed else 0.0
+    body, foot = 0.27 * rows * len(tracks), 0.78
+    height = top + strip + gap + body + foot
+    fig = Figure((WIDTH, height), facecolor="white")
+    if title:
+        fig.text(0.15 / WIDTH, 1 - 0.24 / height, title, size=12, weight="bold", color=TEXT, parse_math=False)
+
+    main = _Pane(fig, foot, body, window, rows * len(tracks))
+    main.axes.set_xlabel(f"time since the run began ({main.unit})", size=8, color=TEXT)
+    ticks = {}
+    for i, track in enumerate(tracks):
+        y = i * rows + HEADING
+        name = main.text(window[0], y - 0.28, track.name, size=11, weight="bold", ha="left", va="baseline")
+        about = {"xycoords": name, "textcoords": "offset points", "va": "bottom", "parse_math": False}
+        main.axes.annotate(track.caption, (1, 0), (10, 0), size=9, color=TEXT, **about)
+        for lane in LANES:
+            main.lane(track, lane, y)
+            ticks[y + HEIGHTS[lane] / 2] = WORDS[lane]
+            y += HEIGHTS[lane] + PAUSE
+    main.axes.set_yticks(list(ticks), list(ticks.values()))
+    looks = [(face, HATCH.get(key), hatch, words) for key, (_, face, _, hatch, words) in LAYERS.items()]
+    keys = ("facecolor", "edgecolor", "hatch", "label")
+    patches = [Patch(lw=0, **dict(zip(keys, look, strict=True))) for look in [*looks, (*IDLE, "device idle")]]
+    fig.legend(handles=patches, loc="lower center", ncols=len(patches), frameon=False, fontsize=8, labelcolor=TEXT)
+    if zoomed:
+        over = _Pane(fig, foot + body + gap, strip, (0.0, end), len(tracks))
+        for i, track in enumerate(tracks):
+            over.idle(track, i + 0.12, 0.76)
+            over.fill(track, ("decode", "prefill"), i + 0.12, 0.76)
+        names = [_one_line(track.name, 16) for track in tracks]
+        over.axes.set_yticks([i + 0.5 for i in range(len(tracks))], names, parse_math=False)
+        over.axes.set_xlabel(f"whole run ({over.unit})", size=8, color=TEXT, ha="right")
+        over.axes.xaxis.set_label_coords(-0.018, -0.45 / len(tracks))
+        (low, high), bottom = (x * over.factor for x in window), len(tracks)
+        over.axes.add_patch(Rectangle((low, 0), high - low, bottom, fill=False, lw=1.2, ec=TEXT, clip_on=False))
+        for x in window:
+            ends = (x * over.factor, bottom), (x * main.factor, 0.1)
+            line = ConnectionPatch(
+                *ends, "data", "data", axesA=over.axes, axesB=main.axes, color="#999999", lw=0.8, ls=":"
+            )
+            fig.add_artist(line)
+    return fig
+
+
+class _Pane:
+    """Axes on which lanes are drawn: x is time (given in seconds, written in `unit`), y is rows from the top."""
+
+    def __init__(self, fig: Figure, bottom: float, tall: float, window: tuple[float, float], rows: float):
+        height = fig.get_figheight()
+        self.axes = fig.add_axes((LEFT / WIDTH, bottom / height, 1 - (LEFT + RIGHT) / WIDTH, tall / height))
+        self.window = window
+        self.factor, self.unit = _unit(window[1] - window[0])
+        self.pixels = int((WIDTH - LEFT - RIGHT) * DPI)
+        self.axes.set(xlim=(window[0] * self.factor, window[1] * self.factor), ylim=(rows, 0))
+        plain_axes(self.axes)
+        self.axes.spines["left"].set_visible(False)
+        self.axes.tick_params(axis="y", length=0)
+
+    def text(self, x: float, y: float, text: str, rim: str = "white", **options):
+        """Plain text, in the middle of (x, y) unless told, with a thin rim to be read on a hatch."""
+        options = {"size": 7.5, "color": TEXT, "ha": "center", "va": "center"} | options
+        effects = [withStroke(linewidth=2, foreground=rim)]
+        return self.axes.text(x * self.factor, y, drawable(text), parse_math=False, path_effects=effects, **options)
+
+    def bars(self, starts, ends, y: float, tall: float, face: str, edge=None, hatch: str = "", lw: float = 0.0) -> None:
+        """Rectangles from starts to ends (seconds), cut off at the window."""
+        starts, ends = np.clip(starts, *self.window), np.clip(ends, *self.window)
+        bars = np.column_stack([starts, ends - starts]) * self.factor
+        self.axes.broken_barh(bars, (y, tall), facecolor=face, edgecolor=edge, hatch=hatch, lw=lw)
+
+    def idle(self, track: _Track, y: float, tall: float) -> None:
+        """The band behind the compute lane, from its first step to its last: what stays visible of it is idle time."""
+        starts, ends = track.steps
+        if len(starts):
+            self.bars(starts[:1], ends.max(keepdims=True), y, tall, *IDLE)
+
+    def fill(self, track: _Track, keys: Iterable[str], y: float, tall: float) -> None:
+        """Fill each pixel column, from the bottom, to the share of its time that each layer was busy."""
+        edges = np.linspace(*self.window, self.pixels + 1)
+        low = np.full(self.pixels, y + tall)
+        for key in keys:
+            busy = np.interp(edges, *busy_curve(*track.layers[key][2:]))
+            high = low - tall * np.diff(busy) / np.diff(edges)
+            look = {"facecolor": LAYERS[key][1], "edgecolor": HATCH.get(key), "hatch": LAYERS[key][3], "lw": 0}
+            # axes.stairs would measure every column, which takes most of a second
+            self.axes.add_artist(StepPatch(high, edges * self.factor, baseline=low, fill=True, **look))
+            low = high
+
+    def lane(self, track: _Track, lane: str, y: float) -> None:
+        """A lane: span by span where that can be seen, and by columns where it cannot."""
+        tall, compute = HEIGHTS[lane], lane == "compute"
+        keys = [key for key in LAYERS if LAYERS[key][0] == lane]
+        if compute:
+            self.idle(track, y, tall)
+        else:
+            self.axes.axhline(y + tall, color=GRID, lw=0.6, zorder=0)
+        start, end = self.window
+        seen = {key: (track.layers[key][3] > start) & (track.layers[key][2] < end) for key in keys}
+        if sum(mask.sum() for mask in seen.values()) > self.pixels / 8:
+            self.fill(track, keys, y, tall)
+            return
+        for key in reversed(keys):  # work over waits, for waits are never the short ones
+            _, face, ink, hatch, _ = LAYERS[key]
+            names, steps, starts, ends = (column[seen[key]] for column in track.layers[key])
+            # Steps have no edge, for it would hide or widen a gap; the rest have one, to keep short copies in sight.
+            self.bars(starts, ends, y, tall, face, HATCH.get(key, face), hatch, 0.0 if compute else 0.5)
+            starts, ends = np.clip(starts, start, end), np.clip(ends, start, end)
+            rooms = (ends - starts) * self.pixels / (end - start) if tall > 0.6 else np.zeros(len(ends))
+            for name, step, middle, room in zip(names, steps, (starts + ends) / 2, rooms, strict=True):
+                texts = [f"step {step}", str(step)] if compute else [f"{name} {step}", name]
+                text = next((text for text in texts if room > 9 * len(text) + 4), "")
+                if text:
+                    self.text(middle, y + tall / 2, text, rim=face, color=ink, clip_on=True)
+        if compute:
+            self.gaps(track, y, tall)
+
+    def gaps(self, track: _Track, y: float, tall: float) -> None:
+        """Between steps drawn one by one: the word "idle" where it fits, a line where not even the hatch does."""
+        begins, stops = track.steps[1][:-1], track.steps[0][1:]
+        seen = (stops > self.window[0]) & (begins < self.window[1])
+        begins, stops = np.clip(begins[seen], *self.window), np.clip(stops[seen], *self.window)
+        rooms = (stops - begins) * self.pixels / (self.window[1] - self.window[0])
+        thin, wide = (rooms > 0.3) & (rooms < 6), rooms > 14
+        self.bars(begins[thin], stops[thin], y, tall, IDLE[1])
+        self.axes.vlines(begins[rooms <= 0.3] * self.factor, y, y + tall, color="white", lw=0.7)
+        turn = 0 if wide.any() and np.median(rooms[wide]) > 34 else 90
+        for middle in (begins + stops)[wide] / 2:
+            look = {"color": "#8A3B00", "weight": "bold", "rotation": turn, "clip_on": True}
+            self.text(middle, y + tall / 2, "idle", IDLE[0], **look)

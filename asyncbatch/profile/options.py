@@ -1,0 +1,245 @@
+"""The command line of the profiling script: its options, their defaults, the presets, and what does not go together.
+
+`parse_arguments(arguments)` gives the options as they were given, `settle(options)` fills in what was not, and makes a
+copy of them for each workload (model and batch size).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..measure.recording import Recording
+from ..models.load import ALLOWED
+from .report import OWN
+from .workload import Arrivals, Lengths, PromptFile, uneven
+
+MODES = ("sync", "async")
+ENGINES = (OWN, "transformers")
+DEFAULTS: dict[str, Any] = dict(
+    model="smollm2", engine=[OWN], batch_size=8, requests=16, prompt_tokens=None, new_tokens=64, repeats=3,
+    prefill_tokens=None, compile=False,
+)  # fmt: skip
+# `workloads` are (model, batch size); as many requests as the batch holds.
+_BOTH: dict[str, Any] = dict(engine=[*ENGINES], prompt_tokens=16, repeats=1, compile=True)
+PRESETS: dict[str, dict[str, Any]] = {
+    "headline": dict(_BOTH, workloads=[("random:llama-8b", 32)], new_tokens=8192),
+    "sweep": dict(
+        _BOTH,
+        workloads=[(f"random:llama-{size}", batch) for size in ("0.6b", "1b", "8b") for batch in (1, 8, 32, 128)],
+        new_tokens=512,
+    ),
+}
+EPILOG = """examples:
+  python -m asyncbatch.profile --out out
+      the embedded model on a chat's questions, sync against async; table, report.json, picture and trace
+  python -m asyncbatch.profile --model random:llama-1b --prompt-tokens 512 --new-tokens 256 --batch-size 32 --compile
+      on a GPU: a shape with random weights, nothing to download, and every request runs to its last token
+  python -m asyncbatch.profile --model ./my-model --prompts prompts.jsonl --arrivals poisson:5 --out a
+      your model and prompts, arriving over time as from users: look at the latencies
+  python -m asyncbatch.profile --emulate h200-llama-8b --new-tokens lognormal:200:0.7
+      no GPU: steps take what they took on a recorded one, the host's work is this machine's
+  python -m asyncbatch.profile --compare a/report.json b/report.json
+      two reports side by side, with ratios
+
+Exit status: 0, 1 if the two gave different tokens, 2 if something could not be done."""
+
+
+def whole(lowest: int, highest: int = 10**9):
+    def parse(text: str) -> int:
+        with contextlib.suppress(ValueError):
+            if lowest <= int(text) <= highest:
+                return int(text)
+        raise argparse.ArgumentTypeError(f"{text!r} was given; allowed are whole numbers from {lowest} to {highest}")
+
+    return parse
+
+
+def milliseconds(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 60_000:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} was given; allowed are milliseconds from 0 to 60000")
+
+
+def some_of(allowed: Sequence[str]):
+    def parse(text: str) -> list[str]:
+        names = [name.strip() for name in text.split(",")]
+        if set(names) - set(allowed) or len(set(names)) != len(names):
+            each = ", ".join(allowed)
+            raise argparse.ArgumentTypeError(f"{text!r} was given; allowed are {each}, or {','.join(allowed)}")
+        return [name for name in allowed if name in names]
+
+    return parse
+
+
+def lengths(text: str) -> int | str:
+    """A number, or the text of a distribution, in its shortest form."""
+    found = _parsed(Lengths.parse, text)
+    return found.lowest if found.fixed else str(found)
+
+
+def arrivals(text: str) -> str:
+    return str(_parsed(Arrivals.parse, text))
+
+
+def _parsed(parse, text: str):
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def file_name(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} was given; allowed are small letters, digits, '-', '.' and '_'")
+    return text
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options as they were given; None for those that were not and have no default of their own (see `settle`)."""
+    parser = argparse.ArgumentParser(
+        prog="asyncbatch.profile",
+        usage="python -m asyncbatch.profile [options]",
+        description="Serve the same requests with both batchers, in turns, and say how idle the device was.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument_group("workload").add_argument
+    add("--model", help=f"one of {ALLOWED} (default smollm2)".replace('"', ""))
+    add("--prompts", metavar="FILE", help="serve the lines of FILE: .txt has a prompt a line, .jsonl an object a line "
+        'with "prompt", "messages" or "token_ids", and perhaps "max_new_tokens"')  # fmt: skip
+    add("--requests", type=whole(1), metavar="N", help="requests in all (default 16, or the lines of --prompts once)")
+    add("--prompt-tokens", type=lengths, metavar="N", help="random prompts of N tokens: 64, or drawn for each request "
+        "from 16-128 (uniform) or lognormal:64:0.5 (median, sigma; rounded, at least 1, and cut so that prompt and new "
+        "tokens fit the model) (default: short questions)")  # fmt: skip
+    add("--new-tokens", type=lengths, metavar="N", help="the most tokens to generate (default 64). Drawn as above, "
+        "each request gets its own number, and is not ended by a stop token before it")  # fmt: skip
+    add("--arrivals", type=arrivals, default="all", metavar="WHEN", help="all (default: at the beginning), or "
+        "poisson:RATE, requests per second")  # fmt: skip
+    add("--seed", type=whole(0), default=0, metavar="N", help="of all that is random: prompts, lengths, arrivals, "
+        "weights (default 0)")  # fmt: skip
+    add = parser.add_argument_group("engine and loop").add_argument
+    add("--engine", type=some_of(ENGINES), metavar="ENGINES", help="asyncbatch (default), transformers, or both")
+    add("--mode", type=some_of(MODES), default=[*MODES], metavar="MODES", help="sync,async (default), or one of them")
+    add("--batch-size", type=whole(1, 4096), metavar="N", help="the most requests in one step (default 8)")
+    add("--slots", type=whole(1, 64), default=2, metavar="N", help="slots of the asynchronous batcher (default 2)")
+    add("--prefill-tokens", type=whole(1, 65536), metavar="N", help="the most prompt tokens computed in one step")
+    add("--compile", action=argparse.BooleanOptionalAction, help="compile the step (default: in presets only)")
+    add = parser.add_argument_group("device").add_argument
+    add("--host-work-ms", type=milliseconds, default=0.0, metavar="MS", help="burn Python for MS in every step")
+    add("--step-ms", type=milliseconds, metavar="MS", help="a timed device: a step takes MS and computes nothing")
+    add("--emulate", metavar="NAME", help="a timed device: steps take what this recording's GPU took")
+    add = parser.add_argument_group("what to measure").add_argument
+    add("--repeats", type=whole(1), metavar="N", help="runs of each mode, in turns (default 3)")
+    add("--preset", choices=[*PRESETS], help="a set of workloads for a GPU, with both engines")
+    add("--peer-limit-s", type=whole(1), default=600, metavar="S", help="leave out a peer that would take longer")
+    add("--kineto", action="store_true", help="run once more under torch.profiler: kernel-level busy time (CUDA)")
+    add("--overhead", action="store_true", help="measure what measuring costs: the same steps with and without it")
+    add("--trace", type=Path, metavar="FILE", help="measure nothing: report on a torch.profiler trace of any engine")
+    add("--compare", nargs=2, metavar=("A.json", "B.json"), help="measure nothing: put two report.json files side by "
+        "side, with a warning for each thing that makes them hard to compare")  # fmt: skip
+    add = parser.add_argument_group("output").add_argument
+    add("--out", type=Path, metavar="DIR", help="write report.html, report.json, timeline.png and trace.json there")
+    add("--record", type=file_name, metavar="NAME", help="write the recording DIR/NAME.json (GPU, with --out DIR)")
+    add("--json", action="store_true", help="print the report as JSON instead of the table")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    options = parser.parse_args(arguments)
+    options.changed = [name for name, value in vars(options).items() if value != parser.get_default(name)]
+    others = [name for name in options.changed if name not in ("compare", "json", "debug")]
+    if options.compare and others:
+        parser.error(f"--compare measures nothing: {_flag(others[0])} cannot be had with it")
+    options.given = list(sys.argv[1:] if arguments is None else arguments)
+    return options
+
+
+def settle(
+    options: argparse.Namespace, recording: Recording | None = None
+) -> tuple[argparse.Namespace, list[argparse.Namespace]]:
+    """The options with every default filled in, and a copy of them for each workload (model and batch size).
+    ValueError for options that do not go together, or that need a GPU where there is none."""
+    settled = copy.copy(options)
+    if recording is not None:
+        defaults = emulated_defaults(options, recording)
+    else:
+        defaults = {**DEFAULTS, **PRESETS.get(options.preset, {})}
+    if options.prompts is not None:
+        defaults["prompt_tokens"] = None
+    of_preset = defaults.pop("workloads", None)
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(settled, name, value)
+    refuse(settled)
+    settled.prompt_file = settled.prompts_sha256 = None
+    if options.prompts is not None:
+        settled.prompt_file = PromptFile.read(options.prompts)
+        settled.prompts_sha256 = settled.prompt_file.sha256
+        settled.requests = options.requests or len(settled.prompt_file.lines)
+    if of_preset is None:
+        return settled, [copy.copy(settled)]
+    settled.model = options.model or ", ".join(dict.fromkeys(model for model, _ in of_preset))
+    settled.batch_size, settled.requests = options.batch_size, options.requests  # None: each workload's own
+    wanted = ((options.model or model, options.batch_size or batch) for model, batch in of_preset)
+    workloads = []
+    for model, batch in dict.fromkeys(wanted):
+        workloads.append(copy.copy(settled))
+        workloads[-1].model, workloads[-1].batch_size = model, batch
+        workloads[-1].requests = options.requests or batch
+    return settled, workloads
+
+
+def emulated_defaults(options: argparse.Namespace, recording: Recording) -> dict[str, Any]:
+    """The workload of the recording's widest run, of the batch size that was asked for if that was recorded. ValueError
+    for a model that is not in the recording."""
+    run = recording.main_run(options.model)
+    same = (r for r in recording.runs if (r["engine"], r["mode"], r["model"]) == (OWN, "async", run["model"]))
+    run = next((other for other in same if other["batch_size"] == options.batch_size), run)
+    defaults = {key: run[key] for key in ("model", "batch_size", "requests", "prompt_tokens", "new_tokens")}
+    if options.batch_size is not None and run["requests"] == run["batch_size"]:
+        defaults["requests"] = options.batch_size
+    return {**DEFAULTS, **defaults, "prefill_tokens": run["prefill_tokens"], "repeats": 1}
+
+
+def refuse(options: argparse.Namespace) -> None:
+    """ValueError for options that do not go together, or that need a GPU where there is none."""
+    timed = [name for name in ("emulate", "step_ms") if getattr(options, name) is not None]
+    not_together = [(a, b) for a in timed for b in ("preset", "record") if getattr(options, b)]
+    not_together += [("emulate", "step_ms")] if len(timed) == 2 else []
+    if options.prompts is not None and options.prompt_tokens is not None:
+        not_together.append(("prompts", "prompt_tokens"))
+    others = [engine for engine in options.engine if engine != OWN]
+    ours = [name for name in timed if others] + (["host_work_ms"] if others and options.host_work_ms else [])
+    for a, b in not_together:
+        raise ValueError(f"{_flag(a)} and {_flag(b)} were given: only one of them can be had at a time")
+    for name in ours:
+        raise ValueError(f"{_flag(name)} is for asyncbatch's own batchers: it cannot be had with --engine {others[0]}")
+    for a in ("preset", "record"):
+        for b in uneven(options) if getattr(options, a) else ():
+            raise ValueError(
+                f"{_flag(a)} is for requests of one length that are all there at the beginning: "
+                f"{_flag(b)} {getattr(options, b)} cannot be had with it"
+            )
+    if options.record and options.out is None:
+        raise ValueError(f"--record {options.record} needs --out DIR, the folder to write {options.record}.json into")
+    if options.kineto and (timed or not torch.cuda.is_available()):
+        raise ValueError("--kineto asks a GPU's own profiler, and there is no CUDA GPU in this run")
+    for name in ("preset", "record"):
+        value = getattr(options, name)
+        if value and not torch.cuda.is_available():
+            names = ", ".join(Recording.names()) or "NAME"
+            raise ValueError(
+                f"--{name} {value} needs a CUDA GPU, and torch {torch.__version__} sees none here; "
+                f"--emulate {names} shows a recorded one"
+            )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

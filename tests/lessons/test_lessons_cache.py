@@ -1,0 +1,445 @@
+"""Notebook 03's lesson: wrong answers get the message that helps, the film shows what the books did, the block map
+moves, and what a second stream breaks is found by the checker whether or not the tokens show it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from asyncbatch import AsyncBatcher, Request, SyncBatcher
+from asyncbatch.devices.virtual import Costs
+from asyncbatch.kv_cache import NOBODY, KVCache
+from asyncbatch.lessons import blocks, cache, teach
+from asyncbatch.ordering import faults
+
+# ---- exercises: wrong answers as learners write them, and a word that only the right message has ---------------------
+
+
+def keys_only(layers, kv_heads, head_size, number_bytes):
+    return layers * kv_heads * head_size * number_bytes
+
+
+def one_layer(layers, kv_heads, head_size, number_bytes):
+    return 2 * kv_heads * head_size * number_bytes
+
+
+def one_head(layers, kv_heads, head_size, number_bytes):
+    return 2 * layers * head_size * number_bytes
+
+
+def always_four_bytes(layers, kv_heads, head_size, number_bytes):
+    return 2 * layers * kv_heads * head_size * 4
+
+
+def numbers_not_bytes(layers, kv_heads, head_size, number_bytes):
+    return 2 * layers * kv_heads * head_size
+
+
+def in_bits(layers, kv_heads, head_size, number_bytes):
+    return 16 * layers * kv_heads * head_size * number_bytes
+
+
+def in_one_piece(tables, row, position, block_size):
+    return position
+
+
+def entry_for_block(tables, row, position, block_size):
+    return position // block_size * block_size + position % block_size + 0 * row
+
+
+def block_alone(tables, row, position, block_size):
+    return int(tables[row, position // block_size])
+
+
+def first_of_block(tables, row, position, block_size):
+    return tables[row, position // block_size] * block_size
+
+
+def counts_from_one(tables, row, position, block_size):
+    return tables[row, position // block_size] * block_size + position % block_size - 1
+
+
+def always_row_0(tables, row, position, block_size):
+    return tables[0, position // block_size] * block_size + position % block_size
+
+
+def rows_and_entries_swapped(tables, row, position, block_size):
+    return tables.T[position // block_size, max(row - 1, 0)] * block_size + position % block_size
+
+
+def blocks_of_four(tables, row, position, block_size):
+    return tables[row, position // 4] * 4 + position % 4
+
+
+def as_pair(tables, row, position, block_size):
+    return tables[row, position // block_size], position % block_size
+
+
+def divided(tables, row, position, block_size):
+    return tables[row, position / block_size] * block_size
+
+
+def in_words(tables, row, position, block_size):
+    return f"block {tables[row, position // block_size]}"
+
+
+def returns_nothing(kv, owner):
+    KVCache.prune(kv, owner)
+
+
+def keeps_the_table(kv, owner):
+    table = kv.table(owner)
+    kv.owner_of[table] = NOBODY
+    kv.free.extend(table)
+    return len(table)
+
+
+def keeps_the_owner(kv, owner):
+    table = kv.table(owner)
+    kv.free.extend(table)
+    if table:
+        kv.drop_table(owner)
+    return len(table)
+
+
+def frees_nothing(kv, owner):
+    table = kv.table(owner)
+    kv.owner_of[table] = NOBODY
+    if table:
+        kv.drop_table(owner)
+    return len(table)
+
+
+def drops_first(kv, owner):
+    if kv.table(owner):
+        kv.drop_table(owner)
+    kv.free.extend(kv.table(owner))
+    return len(kv.table(owner))
+
+
+def appends_the_list(kv, owner):
+    table = kv.table(owner)
+    kv.owner_of[table] = NOBODY
+    kv.free.append(table)
+    kv.drop_table(owner)
+    return len(table)
+
+
+def frees_each_too_often(kv, owner):
+    table = kv.table(owner)
+    for _ in table:
+        kv.free.extend(table)
+    kv.owner_of[table] = NOBODY
+    kv.drop_table(owner)
+    return len(table)
+
+
+def without_looking(kv, owner):
+    table = kv.table(owner)
+    kv.owner_of[table] = NOBODY
+    kv.free.extend(table)
+    kv.drop_table(owner)  # raises for an owner without a table
+    return len(table)
+
+
+def side_by_side(kv, owner):
+    table = kv.table(owner)
+    if not table:
+        return 0
+    given = range(table[0], table[0] + len(table))
+    kv.owner_of[list(given)] = NOBODY
+    kv.free.extend(given)
+    kv.drop_table(owner)
+    return len(table)
+
+
+WRONG = {
+    "kv_bytes": {
+        keys_only: "You count the keys only",
+        one_layer: "You count one layer",
+        one_head: "You count one head",
+        always_four_bytes: "That is with 4 bytes a number",
+        numbers_not_bytes: "how many numbers",
+        in_bits: "Right in bits",
+    },
+    "place": {
+        in_one_piece: "as if A lay in one piece at the pool's start. That is in block 0. The table says where: its "
+        "entry 0 is block 1",
+        block_alone: "block 1 begins at place 4",
+        first_of_block: "that is its first place",
+        counts_from_one: "2 % 4 = 2",
+        always_row_0: "Your index sends token 4 of request B to place 8, in block 2. That block belongs to request A, "
+        "whose token 4 lies there; B sits in row 1",
+        rows_and_entries_swapped: "Your index sends token 4 of request B",
+        blocks_of_four: "token 13 of request B to place 1, in block 0. That block belongs to nobody",
+        as_pair: "Both parts are right",
+        in_words: "one whole number",
+        divided: "begins at place 4",
+    },
+    "prune": {
+        returns_nothing: "Return how many blocks went back",
+        keeps_the_table: "Block 3 is free, and B's table still lists it",
+        keeps_the_owner: "`kv.owner_of[3]` still names B",
+        frees_nothing: "Block 3 is lost",
+        drops_first: "Read the table before you drop it",
+        appends_the_list: "`extend` adds them one by one",
+        frees_each_too_often: "Block 3 lies on `kv.free` twice",
+        without_looking: "A request can be cancelled while it waits",
+        side_by_side: "You gave block 2 back, which B still uses",
+    },
+}
+CASES = [(name, wrong) for name, answers in WRONG.items() for wrong in answers]
+
+
+@pytest.mark.parametrize(("name", "wrong"), CASES, ids=[wrong.__name__ for _, wrong in CASES])
+def test_a_wrong_answer_gets_the_message_that_helps(name, wrong, capsys):
+    reference = teach.EXERCISES[name].reference
+    assert teach.check(name, wrong) is reference
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert f"{name}: not yet" in said
+    assert WRONG[name][wrong] in said
+    assert len(WRONG[name]) >= 3
+
+
+def test_each_exercise_has_as_many_messages_as_wrong_answers(capsys):
+    for name, answers in WRONG.items():
+        lessons = set()
+        for wrong in answers:
+            teach.check(name, wrong)
+            lessons.add(re.split(r"is right\.", capsys.readouterr().out.replace("\n", " "))[1])
+        assert len(lessons) >= len(answers) - 1  # two ways to lose a block get the same one
+
+
+def test_entry_and_block_are_told_apart(capsys):
+    teach.check("place", entry_for_block)  # for every token that is its number: the first thing to say is that
+    assert "in one piece" in capsys.readouterr().out.replace("\n", " ")
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_reference_and_untouched_stub(name, capsys):
+    reference = teach.EXERCISES[name].reference
+
+    def learners(*args):
+        return reference(*args)
+
+    assert teach.check(name, learners) is learners
+    assert "right in all" in capsys.readouterr().out
+    assert teach.check(name, lambda *args: ...) is reference
+    assert "not attempted yet" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "wrong"), [case for case in CASES if case[0] != "kv_bytes"])
+def test_pictures_of_answers_can_be_drawn(name, wrong):
+    """And show what is wrong in words, not by colour alone."""
+    exercise = teach.EXERCISES[name]
+    answer = exercise.answer or (lambda function, *args: function(*args))
+    for args, *_ in exercise.cases:
+        want = answer(exercise.reference, *args)
+        try:
+            got = answer(wrong, *args)
+        except Exception:
+            continue
+        picture = exercise.picture(args, got, want)
+        words = [text.get_text() for text in picture.axes.texts]
+        if name == "place" and isinstance(got, int):
+            assert ("yours, right" in words) == (got == want)
+            assert ("right" in words) == (got != want)
+        if wrong is keeps_the_table and args[1][-1][0] == "prune" and got.pruned:
+            assert [word for word in words if word.endswith("+ free!")] != []
+        if wrong is frees_nothing and got.pruned:
+            assert "lost!" in words
+        picture.png(dpi=20)
+
+
+# ---- the film --------------------------------------------------------------------------------------------------------
+
+WORK = [(6, 7), (3, 4), (9, 9), (17, 4), (5, 6), (2, 4)]
+
+
+def requests(work=WORK):
+    return [Request(list(range(1, prompt + 1)), new, stop_token_ids=()) for prompt, new in work]
+
+
+@pytest.fixture(scope="module")
+def film():
+    with cache.toy_server(SyncBatcher, max_batch_size=3, num_blocks=11) as batcher:
+        return blocks.watch(batcher, requests())
+
+
+def test_the_film_has_a_frame_a_step_and_every_change_of_the_books(film):
+    assert [frame.step for frame in film.frames] == list(range(15))
+    owner_of = dict.fromkeys(range(1, 12), NOBODY)
+    taken = {block for frame in film.frames for table in frame.pool.taken.values() for block in table}
+    for frame in film.frames:
+        held = {block: owner for owner, table in frame.pool.tables.items() for block in table}
+        for owner, table in frame.pool.taken.items():
+            assert all(owner_of[block] in (NOBODY, owner) for block in table)
+        for owner, table in frame.pool.pruned.items():
+            assert owner not in frame.pool.tables
+            assert all(block not in held for block in table)
+        owner_of = {block: held.get(block, NOBODY) for block in owner_of}
+        for owner, count in frame.pool.tokens.items():
+            assert len(frame.pool.tables[owner]) == -(-count // 4)
+    assert set(owner_of.values()) == {NOBODY}
+    assert {block for _, block, owner in film.changes if owner != NOBODY} == taken
+    times = [when for when, _, _ in film.changes]
+    assert times == sorted(times)
+    assert [c.token_ids for c in film.completions] == [faults.toy_tokens(request) for request in requests()]
+
+
+def test_the_frames_say_what_happened(film):
+    told = [frame.words for frame in film.frames]
+    assert told[0] == "A joins: blocks 1, 2. B joins: block 3. C joins: blocks 4, 5, 6."
+    assert told[1] == "Every request writes into a block that it has."
+    assert told[3] == "A grows: block 8. B finished and was pruned: blocks 3, 7 are free again."
+    assert told[4] == (
+        "C grows: block 3. D has to wait: it needs 5, 4 are free, 1 of them kept so that others can grow."
+    )
+    assert told[7].startswith("D joins: blocks 1, 2, 8, 7, 9.")
+    assert film.frames[4].waiting == (3, 4, 5)
+    assert [len(frame.refused) for frame in film.frames] == [0] * 4 + [1] * 5 + [0] * 6  # each frame tells its own news
+    assert [frame.joined for frame in film.frames if frame.joined] == [(0, 1, 2), (3,), (4, 5)]
+
+
+def test_a_film_can_be_made_with_another_prune(film):
+    """A learner may give blocks back in another order: then others are handed on, and the tokens are the same."""
+    calls = []
+
+    def prune(kv, owner):
+        calls.append(owner)
+        kv.free.sort()
+        given = KVCache.prune(kv, owner)
+        kv.free.sort()
+        return given
+
+    with cache.toy_server(SyncBatcher, max_batch_size=3, num_blocks=11) as batcher:
+        other = blocks.watch(batcher, requests(), prune)
+        assert batcher.kv.num_free == 11
+    assert calls == [1, 0, 2, 3, 5, 4]
+    assert [frame.words for frame in other.frames] != [frame.words for frame in film.frames]
+    assert [c.token_ids for c in other.completions] == [c.token_ids for c in film.completions]
+
+
+def test_the_block_map_shows_each_block_with_a_letter_in_strip_and_frame(film):
+    film_map = blocks.BlockMap(film, strip=[0, 3, 4, 7])
+    assert repr(film_map) == "<BlockMap: 15 steps, 11 blocks of 4 tokens>"
+    *frames, overview = film_map.figure.axes
+    assert len(frames) == 4
+    words = [text.get_text() for text in frames[1].texts]  # after step 3
+    assert words.count("was B") == 2
+    assert words.count("A new") == 1
+    assert words.count("A") == 2
+    assert words.count("C") == 3
+    letters = [text.get_text() for text in overview.texts if text.get_text() != "shown"]
+    assert letters.count("D") == 5  # one for each block that D has had
+    size = Image.open(io.BytesIO(film_map.png())).size
+    assert size[0] == 1200
+
+
+def test_the_slider_shows_the_frame_and_says_what_happened_and_play_moves_it(film):
+    pytest.importorskip("ipywidgets")
+    film_map = blocks.BlockMap(film, strip=[0])
+    controls, words, image = film_map.widget.children
+    play, control = controls.children
+    slide, box = control.children
+    before = image.value
+    slide.value = 3
+    assert film_map.number == 3
+    assert "B finished and was pruned: blocks 3, 7 are free again." in words.value
+    assert 'role="status"' in words.value
+    assert image.value != before
+    box.value = 0
+    assert image.value == before  # drawn once, then kept
+    play.value = 4
+    assert slide.value == 4
+    assert "D has to wait" in words.value
+    box.value = 99
+    assert film_map.number == 14
+    assert image.value == film_map.frame_png(14)
+    bundle = film_map._repr_mimebundle_()
+    assert base64.b64decode(bundle["image/png"])[:4] == b"\x89PNG"
+    assert bundle["text/plain"] == repr(film_map)
+
+
+def test_the_cursor_of_a_frame_lies_around_its_column(film):
+    film_map = blocks.BlockMap(film, strip=[0])
+    first, later = (np.asarray(Image.open(io.BytesIO(film_map.frame_png(n)))) for n in (1, 8))
+    assert first.shape == later.shape
+    black = [np.flatnonzero((picture[260:450, :, :3] == 0).all(axis=(0, 2))) for picture in (first, later)]
+    assert len(black[0]) == len(black[1]) == 6  # two lines, 3 pixels each
+    below, axes = film_map._below
+    left = axes.transData.transform((8, 0))[0]
+    assert abs(black[1].min() - (left - 3)) <= 1
+
+
+# ---- what a cache saves and wastes -----------------------------------------------------------------------------------
+
+
+def test_pictures_say_what_they_count():
+    assert cache.draw_work(3, 8).title == "without: 52 computed; with a cache: 10 computed, 42 read"
+    waste = cache.draw_waste([30, 5], {"padded": [30, 30], "blocks of 16": [32, 16]})
+    assert waste.title == "padded: 60 places, 58% used; blocks of 16: 48 places, 73% used"
+    assert cache.draw_bytes({"now": (2e9, 5e8)}).title == "now: 2.0 + 0.5 GB"
+    kv = KVCache(5, 4, 4, 4)
+    kv.allocate(0, 6)
+    pool = blocks.draw_pool(kv, {0: 6})
+    assert pool.title == "blocks: A has 1 2"
+    assert [text.get_text() for text in pool.axes.texts].count("5") == 2  # block 5, and A's token 5
+
+
+# ---- pruned while a step is in flight --------------------------------------------------------------------------------
+
+
+def handover(damage, prefill_s, slots=2):
+    """One row: A stops by itself, and B waits for the row."""
+    first = Request([5, 6, 7], 20, stop_token_ids=())
+    first = Request([5, 6, 7], 20, stop_token_ids=faults.toy_tokens(first)[3:4])
+    pair = [first, Request(list(range(10, 18)), 4, stop_token_ids=())]
+    costs = Costs(step=lambda work: prefill_s if work.kind == "prefill" else 3e-3)
+    options = {"clock": costs, "check_races": True, "max_batch_size": 1, "num_blocks": 6, "num_slots": slots}
+    with cache.toy_server(AsyncBatcher, **options) as batcher:
+        if damage:
+            cache.give_prompts_a_stream(batcher)
+        film = blocks.watch(batcher, pair)
+        right = [c.token_ids == faults.toy_tokens(request) for c, request in zip(film.completions, pair, strict=True)]
+        return film, right, batcher.checked.races
+
+
+@pytest.mark.parametrize("slots", [2, 3, 4])
+@pytest.mark.parametrize("prefill_s", [1e-3, 3e-3])
+def test_on_one_stream_a_block_may_be_handed_on_while_a_step_writes_it(prefill_s, slots):
+    film, right, races = handover(False, prefill_s, slots)
+    assert right == [True, True]
+    assert races == []
+    assert film.timeline.summary().wasted_tokens == slots - 1
+    changes = [(when, owner) for when, block, owner in film.changes if block == 2]
+    (pruned, nobody), (handed_on, owner) = changes[1:3]
+    assert (nobody, owner) == (NOBODY, 1)
+    wasted = [write for write in cache.writes_of(film, 2) if write.wasted]
+    assert wasted
+    assert all(write.owner == 0 for write in wasted)
+    assert 1e3 * handed_on < wasted[0].end  # the books are ahead of the device
+    prompt = next(write for write in cache.writes_of(film, 2) if write.owner == 1)
+    assert prompt.start >= max(write.end for write in wasted)  # and yet nothing overlaps there
+    assert not prompt.beside
+
+
+@pytest.mark.parametrize(("prefill_s", "b_is_right"), [(3e-3, True), (1e-3, False)])
+def test_on_two_streams_the_checker_finds_the_race_whether_or_not_tokens_show_it(prefill_s, b_is_right):
+    film, right, races = handover(True, prefill_s)
+    assert right == [True, b_is_right]
+    assert ("KV block", 2) in [race.resource for race in races]
+    assert "second.wait_event(slot 0's step_done) before the step" in str(races[-1])
+    writes = [write for write in cache.writes_of(film, 2) if write.step in (4, 5)]
+    assert [(write.words, write.beside) for write in writes] == [("A's token 6, wasted", False), ("B's prompt", True)]
+    assert writes[1].start < writes[0].end
+    picture = cache.draw_handover({"two": film}, 2)
+    last = "B's prompt" if b_is_right else "A's token 6, wasted"
+    assert picture.title.endswith(f"in the end {last}")
+    labels = [tick.get_text() for tick in picture.axes.get_yticklabels()]
+    assert labels == ["the books: block 2 is of", "compute stream writes", "second stream writes"]

@@ -1,0 +1,416 @@
+"""Notebook 02: its exercises judge rightly, its lab keeps the order of streams and events, its pictures are whole."""
+
+from __future__ import annotations
+
+import gc
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.patches import FancyArrowPatch
+from matplotlib.text import Text
+
+from asyncbatch.lessons import streams, teach
+from asyncbatch.lessons.lab import COMMANDS, Lab, draw, program, serve
+from asyncbatch.ordering import faults, races
+from asyncbatch.ordering.explore import explore
+from asyncbatch.streams import launch_step, order
+
+# ---- wrong answers as learners write them, each with a fault of its own ----------------------------------------------
+
+
+def nothing(earlier, later, event):
+    pass
+
+
+def waits_before_it_records(earlier, later, event):
+    later.wait_event(event)
+    earlier.record_event(event)
+
+
+def only_records(earlier, later, event):
+    earlier.record_event(event)
+
+
+def only_waits(earlier, later, event):
+    later.wait_event(event)
+
+
+def records_in_later(earlier, later, event):
+    later.record_event(event)
+    later.wait_event(event)
+
+
+def holds_back_the_wrong_stream(earlier, later, event):
+    earlier.record_event(event)
+    earlier.wait_event(event)
+
+
+def host_waits(earlier, later, event):
+    earlier.record_event(event)
+    event.synchronize()
+
+
+def both_ways(earlier, later, event):
+    order(earlier, later, event)
+    order(later, earlier, event)
+
+
+def launches(*calls):
+    """A launch_step that makes these calls: "copy_in", "step", "copy_out" are launched on their streams, or as
+    "step on H2D"; "H2D > compute" orders two streams; the rest are methods, as "D2H.record_event outputs_ready"."""
+
+    def launch(lanes, slot):
+        by_name = {lane.name: lane for lane in lanes}
+        events = {"H2D": slot.inputs_ready, "compute": slot.step_done, "D2H": slot.outputs_ready}
+        for call in calls:
+            if ">" in call:
+                earlier, later = call.split(" > ")
+                order(by_name[earlier], by_name[later], events[earlier])
+            elif "." in call:
+                lane, method, *event = re.split(r"[. ]", call)
+                getattr(by_name[lane], method)(*(getattr(slot, name) for name in event))
+            else:
+                command, *lane = call.split(" on ")
+                by_name[lane[0] if lane else COMMANDS[command]].launch(command, slot.index)
+
+    return launch
+
+
+IN, STEP, OUT, END = "H2D > compute", "compute > D2H", "D2H.record_event outputs_ready", "D2H > H2D"
+LAUNCHES = {
+    "no waits": launches("copy_in", "step", "copy_out", OUT),
+    "no wait for the step": launches("copy_in", IN, "step", "copy_out", OUT),
+    "no mark for the host": launches("copy_in", IN, "step", STEP, "copy_out"),
+    "mark for the host too early": launches("copy_in", IN, "step", STEP, OUT, "copy_out"),
+    "no copy out": launches("copy_in", IN, "step", "compute.record_event outputs_ready"),
+    "copy out before the step": launches(
+        "copy_in", "H2D > D2H", "copy_out", "D2H > compute", "step", "compute.record_event outputs_ready"
+    ),
+    "the host waits": launches("copy_in", "H2D.synchronize", "step", STEP, "copy_out", OUT),
+    "all in one stream": launches(
+        *(f"{command} on compute" for command in COMMANDS), "compute.record_event outputs_ready"
+    ),
+    "batches do not overlap": launches("copy_in", IN, "step", STEP, "copy_out", END),
+    "always the first slot": lambda lanes, slot: RIGHT(lanes, SimpleNamespace(**{**vars(slot), "index": 0})),
+    "steps wait for copies out": launches("copy_in", IN, "step", STEP, "copy_out", "D2H > compute"),
+}
+RIGHT = launches("copy_in", IN, "step", STEP, "copy_out", OUT)
+
+
+def not_the_last_one(clock, kind, earlier):
+    return [use for use in earlier if "writes" in (kind, use.kind) and clock[use.lane] <= use.number]
+
+
+def any_operation_will_do(clock, kind, earlier):
+    return [use for use in earlier if "writes" in (kind, use.kind) and clock[use.lane] == 0]
+
+
+def two_reads_too(clock, kind, earlier):
+    return [use for use in earlier if clock[use.lane] < use.number]
+
+
+def only_after_writes(clock, kind, earlier):
+    return [use for use in earlier if use.kind == "writes" and clock[use.lane] < use.number]
+
+
+def only_new_writes(clock, kind, earlier):
+    return [use for use in earlier if kind == "writes" and clock[use.lane] < use.number]
+
+
+def yes_or_no(clock, kind, earlier):
+    return any("writes" in (kind, use.kind) and clock[use.lane] < use.number for use in earlier)
+
+
+WRONG = {
+    "order": (
+        nothing,
+        waits_before_it_records,
+        only_records,
+        only_waits,
+        records_in_later,
+        holds_back_the_wrong_stream,
+        host_waits,
+        both_ways,
+    ),
+    "launch_step": tuple(LAUNCHES.values()),
+    "racing": (
+        not_the_last_one,
+        any_operation_will_do,
+        two_reads_too,
+        only_after_writes,
+        only_new_writes,
+        yes_or_no,
+    ),
+}
+
+
+def said(capsys, name, function):
+    returned = teach.check(name, function)
+    return returned, capsys.readouterr().out.replace("\n", " ")
+
+
+@pytest.mark.parametrize("name", streams.EXERCISES)
+def test_the_reference_passes_and_is_the_packages_own(name, capsys):
+    reference = teach.EXERCISES[name].reference
+    assert reference.__module__ in ("asyncbatch.streams", "asyncbatch.ordering.races")
+    returned, text = said(capsys, name, lambda *args: reference(*args))
+    assert "right in all" in text
+    assert "with your function" in text
+    assert returned is not reference
+
+
+@pytest.mark.parametrize("name", streams.EXERCISES)
+def test_each_wrong_answer_is_rejected_with_its_own_message(name, capsys):
+    lessons = []
+    for wrong in WRONG[name]:
+        returned, text = said(capsys, name, wrong)
+        assert returned is teach.EXERCISES[name].reference, text
+        assert f"{name}: not yet" in text
+        lessons.append(text.split("is right. ")[1])
+    assert len(lessons) >= 3
+    assert len(set(lessons)) == len(lessons), "two faults get the same explanation"
+
+
+@pytest.mark.parametrize("name", streams.EXERCISES)
+def test_an_untouched_stub_says_so(name, capsys):
+    def raises(*args):
+        raise NotImplementedError
+
+    for stub in (lambda *args: ..., raises):
+        returned, text = said(capsys, name, stub)
+        assert returned is teach.EXERCISES[name].reference
+        assert text.startswith(f"{name}: not attempted yet.")
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "told"),
+    [
+        ("order", waits_before_it_records, "A wait means the newest mark at the time of the call"),
+        ("order", host_waits, "the host stands still: it waits for 10 ms"),
+        ("order", both_ways, "a wait too many: copy in 2 starts 30 ms later than it could"),
+        ("launch_step", LAUNCHES["no waits"], "H2D.record_event(inputs_ready) after copy_in (it was never recorded)"),
+        ("launch_step", LAUNCHES["no mark for the host"], "D2H.record_event(outputs_ready) after copy_out"),
+        ("launch_step", LAUNCHES["all in one stream"], "copy_in runs on the stream compute"),
+        ("launch_step", LAUNCHES["batches do not overlap"], "copy in 1 starts 50 ms later than it could"),
+        ("launch_step", LAUNCHES["no copy out"], "never launch 'copy_out'"),
+        ("launch_step", LAUNCHES["always the first slot"], "copy_in is launched twice for batch 0"),
+        ("racing", two_reads_too, "both only read"),
+        ("racing", any_operation_will_do, "the clock counts 1 of H2D's operations, so operation 2 may still"),
+    ],
+)
+def test_the_message_names_the_mistake_in_the_learners_terms(name, wrong, told, capsys):
+    assert told in said(capsys, name, wrong)[1]
+
+
+def test_other_right_answers_pass(capsys):
+    def waits_twice(earlier, later, event):
+        order(earlier, later, event)
+        later.wait_event(event)
+
+    more_marks = launches("copy_in", IN, IN, "step", STEP, "compute.record_event step_done", "copy_out", OUT)
+    as_a_loop = lambda clock, kind, earlier: tuple(races.racing(clock, kind, earlier))  # noqa: E731
+    for name, right in (("order", waits_twice), ("launch_step", more_marks), ("racing", as_a_loop)):
+        assert "right in all" in said(capsys, name, right)[1]
+
+
+# ---- the lab ---------------------------------------------------------------------------------------------------------
+
+times = st.floats(0.1, 50.0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(times, times, times, st.lists(st.integers(-99, 99), min_size=1, max_size=4))
+def test_whatever_the_times_are_an_ordered_launch_reads_what_was_asked_for(copy_in, step, copy_out, numbers):
+    lab = Lab("virtual", len(numbers), {"copy_in": copy_in, "step": step, "copy_out": copy_out})
+    assert serve(lab, launch_step, numbers) == [6 * number for number in numbers]
+    spans = lab.spans()
+    for slot in range(len(numbers)):
+        (_, a, b), (_, c, d), (_, e, f) = (spans[command, slot] for command in COMMANDS)
+        assert b <= c + 1e-12
+        assert d <= e + 1e-12
+        for start, end, ms in ((a, b, copy_in), (c, d, step), (e, f, copy_out)):
+            assert end - start == pytest.approx(1e-3 * ms)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sets(st.sampled_from([IN, STEP, OUT])), times, times, times)
+def test_one_outcome_means_right_on_every_clock_and_a_missing_order_means_several(missing, copy_in, step, copy_out):
+    calls = [call for call in ("copy_in", IN, "step", STEP, "copy_out", OUT) if call not in missing]
+    launch, numbers = launches(*calls), [7, 8, 9]
+    found = explore(program(launch, numbers, num_slots=2))
+    lab = Lab("virtual", 3, {"copy_in": copy_in, "step": step, "copy_out": copy_out})
+    read = serve(lab, launch, numbers)
+    assert found.complete
+    assert found.several == bool(found.races) == bool(missing)
+    assert found.several or read == [42, 48, 54]
+    assert any([o.cells[f"tokens {n}"] for n in range(3)] == [42, 48, 54] for o in found)
+
+
+def test_times_on_the_virtual_clock_are_exact():
+    lab = Lab()
+    assert serve(lab, launch_step, [7, 8, 9]) == [42, 48, 54]
+    # Fill and three launches take 5 ms a batch; the steps begin after the first copy in, and the last copy out ends it.
+    assert lab.total_ms == pytest.approx(2 + 1 + 10 + 3 * 40 + 10)
+    assert lab.waited_ms() == pytest.approx(143 - 15)
+    lab = Lab()
+    assert serve(lab, LAUNCHES["no waits"], [7, 8, 9]) == [0, 0, 0]
+    lab.work(7.0)
+    assert lab.calls[-1].end - lab.calls[-1].start == pytest.approx(7e-3)
+
+
+def test_the_lab_on_a_second_process_overlaps_and_its_hasty_batches_are_wrong():
+    ordered, hasty = Lab("cpu"), Lab("cpu")
+    assert serve(ordered, launch_step, [7, 8, 9]) == [42, 48, 54]
+    assert serve(hasty, LAUNCHES["no waits"], [7, 8, 9]) != [42, 48, 54]
+    spans = ordered.spans()
+    assert spans["copy_in", 1][1] < spans["step", 0][2]  # the next copy ran beside the step
+    assert spans["copy_in", 0][2] <= spans["step", 0][1]
+    compute = hasty.streams[1]
+    compute.launch("step", 0)
+    assert not compute.query()
+    assert repr(draw({"a": ordered, "b": hasty})) == "<Picture: a; b>"  # measured: no times in the text
+
+
+def test_a_lab_that_nobody_has_any_more_is_closed_when_the_next_one_opens():
+    lab = Lab("cpu", 1)
+    device, free = lab.device, len(lab.device.process.free_events)
+    del lab
+    gc.collect()
+    Lab("cpu", 1)
+    assert not device._events  # given back
+    assert len(device.process.free_events) >= free
+
+
+def test_what_the_lab_does_not_know_is_refused():
+    with pytest.raises(ValueError, match="a Lab is on 'virtual', 'cpu' or 'cuda', not on 'gpu'"):
+        Lab("gpu")
+    with pytest.raises(ValueError, match="there is no command 'copy': there are copy_in, step, copy_out"):
+        Lab().streams[0].launch("copy", 0)
+
+
+def test_the_launch_of_the_batchers_makes_the_calls_that_the_faults_take_away():
+    seen = []
+    lane = lambda name: SimpleNamespace(  # noqa: E731
+        launch=lambda command, slot: seen.append((name, command, slot)),
+        wait_event=lambda event: seen.append((name, "wait", event)),
+        record_event=lambda event: seen.append((name, "record", event)),
+    )
+    lanes = tuple(map(lane, ("H2D", "compute", "D2H")))
+    slot = SimpleNamespace(index=1, command="decode", inputs_ready="in", step_done="done", outputs_ready="out")
+    launch_step(lanes, slot)
+    made, seen[:] = list(seen), []
+    batcher = SimpleNamespace(device=SimpleNamespace(streams=lanes, now=lambda: 0.0, charge=lambda *_: None))
+    batcher.timeline = SimpleNamespace(add=lambda *_: None)
+    slot.plan, slot.step = SimpleNamespace(step=0), 0
+    faults.launching(lambda *_: None)(batcher)
+    batcher.launch(slot)
+    assert made == seen
+    assert len(made) == 8
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+
+def texts(picture):
+    return [text for text in picture.figure.findobj(Text) if text.get_text() and text.get_visible()]
+
+
+def all_pictures():
+    labs = {}
+    for name in ("no waits", "batches do not overlap", "the host waits"):
+        labs[name] = Lab()
+        serve(labs[name], LAUNCHES[name], [7, 8, 9])
+    yield draw(labs, [42, 48, 54])
+    yield streams.draw_copies(streams.RECORDED_COPIES, streams.RECORDED_ON)
+    yield streams.draw_default_stream(streams.RECORDED_DEFAULT_STREAM, streams.RECORDED_ON)
+    yield streams.Luck(40.0, 30.0)
+    yield streams.Luck(100.0, 1.0)
+    case = streams.EXERCISES["racing"].cases[-1]
+    yield streams.draw_clock(*case.args, races.racing(*case.args))
+    yield streams._draw_racing(case.args, case.args[2], [])
+
+
+@pytest.mark.parametrize("picture", list(all_pictures()), ids=str)
+def test_nothing_of_a_picture_is_cut(picture):
+    canvas = FigureCanvasAgg(picture.figure)
+    canvas.draw()
+    drawn, (width, height) = picture.figure.get_tightbbox(canvas.get_renderer()), picture.figure.get_size_inches()
+    assert -0.02 <= drawn.x0 < drawn.x1 <= width + 0.02
+    assert -0.02 <= drawn.y0 < drawn.y1 <= height + 0.02
+
+
+def test_a_picture_says_what_was_read_and_has_an_arrow_for_each_wait():
+    lab = Lab()
+    serve(lab, launch_step, [7, 8, 9])
+    picture = draw({"mine": lab}, [42, 48, 0])
+    words = [text.get_text() for text in texts(picture)]
+    assert repr(picture) == "<Picture: mine: 143 ms in all>"
+    assert {"42 right", "48 right", "54 WRONG", "step 0", "copy in 0"} <= set(words)
+    arrows = [patch for patch in picture.axes.patches if isinstance(patch, FancyArrowPatch)]
+    assert len(arrows) == 9  # three batches, three events each
+
+
+def test_a_check_shows_the_learners_lab_beside_the_packages():
+    draw = streams.EXERCISES["launch_step"].picture
+    wrong, right = (streams.Verdict(launch, (7, 8, 9)) for launch in (LAUNCHES["batches do not overlap"], launch_step))
+    assert wrong != right
+    assert repr(draw(((7, 8, 9),), wrong, right)).startswith(
+        "<Picture: your function: 183 ms in all; the package's: 143"
+    )
+    mine = streams.Verdict(RIGHT, (7, 8, 9))
+    assert mine == right
+    assert repr(draw(((7, 8, 9),), mine, right)) == "<Picture: your function: 143 ms in all>"
+
+
+def test_the_sliders_decide_whether_reading_without_waiting_is_right():
+    pytest.importorskip("ipywidgets")
+    luck = streams.Luck(host_ms=40, step_ms=30)
+    assert luck.read == [42, 48, 54, 60]
+    host, step, image = luck.widget.children
+    before = image.value
+    step.children[0].value = 60.0
+    assert luck.read == [42, 0, 0, 0]
+    assert image.value != before
+    host.children[1].value = 80.0  # the box beside the slider
+    assert host.children[0].value == 80.0
+    assert luck.read == [42, 48, 54, 60]
+    assert repr(luck) == "<Luck: host busy for 80 ms, a step takes 60 ms: read [42, 48, 54, 60]>"
+
+
+# ---- measured --------------------------------------------------------------------------------------------------------
+
+
+def test_who_finds_which_fault(capsys):
+    found = streams.who_finds(seeds=2)
+    assert found == {
+        "a step does not wait for its inputs": (0, 2),
+        "the copy out does not wait for the step": (2, 2),
+        "the host does not wait for the output": (2, 2),
+        "one host buffer for all slots": (2, 0),
+    }
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(found)
+
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.cuda
+@cuda
+def test_on_cuda_the_lab_and_the_measurements_say_what_was_recorded():
+    lab = Lab("cuda")
+    assert serve(lab, launch_step, [7, 8, 9]) == [42, 48, 54]
+    hasty = Lab("cuda")
+    assert serve(hasty, LAUNCHES["no waits"], [7, 8, 9]) != [42, 48, 54]
+    alone = Lab("cuda")
+    alone.streams[1].launch("step", 0)  # the other streams are never used
+    assert alone.spans() == alone.spans()
+    repr(draw({"lab": lab, "hasty": hasty, "alone": alone}))
+    copies = {copy.name: copy.host_ms for copy in streams.measure_copies()}
+    assert list(copies) == [copy.name for copy in streams.RECORDED_COPIES]
+    assert copies["pageable, host to device"] > 10 * copies["pinned, host to device"]
+    assert streams.measure_default_stream() == streams.RECORDED_DEFAULT_STREAM

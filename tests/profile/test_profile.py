@@ -1,0 +1,685 @@
+"""The profiling script as its users meet it: the command line, what it prints, what it writes, how it fails."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import math
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from support.reports import call_script
+from test_recording import MODEL, SESSION, example, made_timeline, recorded, row_of
+
+from asyncbatch import AsyncBatcher, SyncBatcher, Timeline, load_model
+from asyncbatch.measure.recording import Recording, steps_of
+from asyncbatch.models.load import ModelError
+from asyncbatch.profile import cli, session
+from asyncbatch.profile import report as report_module
+from asyncbatch.profile import session as profile
+from asyncbatch.profile.options import PRESETS, parse_arguments, settle
+from asyncbatch.profile.report import Measured, table
+from asyncbatch.timeline import load_trace
+
+SMALL = ["--batch-size", "3", "--requests", "5", "--new-tokens", "6", "--repeats", "2"]
+TINY = ["--model", "random:tiny", *SMALL]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_model():
+    """All calls here share one model, and so one device process."""
+    tiny = load_model("random:tiny")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            profile, "load_model", lambda name, **kw: tiny if name == "random:tiny" else load_model(name, **kw)
+        )
+        yield
+
+
+@pytest.fixture
+def call(capsys):
+    """Run the script in this process: (exit status, standard output, standard error)."""
+    return functools.partial(call_script, capsys)
+
+
+def check_report(report, modes):
+    assert report["schema"] == 3
+    assert report["same_tokens"] is True
+    assert isinstance(report["device"], str)
+    assert [run["mode"] for run in report["runs"]] == modes
+    for run in report["runs"]:
+        assert run["engine"] == "asyncbatch"
+        assert all(type(run[key]) is int for key in ("tokens", "steps", "decode_steps", "wasted_tokens"))
+        assert run["tokens_per_s"] == pytest.approx(run["tokens"] / run["wall_s"])
+        assert run["idle"] == pytest.approx(1 - run["device_active"])
+        assert 0 < run["device_active"] <= 1
+        assert 0 < run["decode_steps"] <= run["steps"]
+        assert run["host_ms_per_step"] > 0
+        assert run["device_ms_per_step"] > 0
+        assert sorted(run["wall_s_of_each_run"])[0] == run["wall_s"]  # the lower median of two
+
+
+def test_json_on_standard_output_is_the_report_and_nothing_else():
+    command = [sys.executable, "-m", "asyncbatch.profile", *TINY, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    check_report(report, ["sync", "async"])
+    assert report["model"] == "random:tiny"
+    assert {run["tokens"] for run in report["runs"]} == {5 * 6}
+    sync, other = (run["wall_s_of_each_run"] for run in report["runs"])
+    assert report["async_speedup"] == pytest.approx((sync[0] / other[0] + sync[1] / other[1]) / 2)
+    host, device = report["runs"][0]["host_ms_per_step"], report["runs"][0]["device_ms_per_step"]
+    assert report["law_idle"] == pytest.approx(host / (host + device))
+    assert report["workload"]["batch_size"] == 3
+    assert report["command"].endswith("--repeats 2 --json")
+    assert "Traceback" not in done.stderr
+
+
+def test_out_has_the_same_report_a_picture_and_a_trace_of_both_runs(call, tmp_path):
+    status, out, _ = call(*TINY, "--json", "--out", tmp_path / "new" / "folder")
+    assert status == 0
+    folder = tmp_path / "new" / "folder"
+    report = json.loads(out)
+    assert json.loads((folder / "report.json").read_text()) == report
+    assert (folder / "timeline.png").read_bytes().startswith(b"\x89PNG\r\n")
+    timelines = load_trace(folder / "trace.json")
+    assert [timeline.label for timeline in timelines] == ["sync", "async"]
+    for timeline, run in zip(timelines, report["runs"], strict=True):
+        assert {key: run[key] for key in timeline.summary().as_dict()} == timeline.summary().as_dict()
+
+
+def test_the_table_has_the_numbers_of_the_report(call, tmp_path):
+    status, out, error = call(*TINY, "--out", tmp_path)
+    assert status == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    rows = {line[:20].strip(): line[20:].split() for line in out.splitlines()}
+    sync, other = report["runs"]
+    host = [f"{run['host_ms_per_step']:.3f}" for run in report["runs"]]
+    assert ["sync", "async"] in [line.split() for line in out.splitlines()]
+    assert rows["wall time"] == [f"{sync['wall_s']:.3f}", "s", f"{other['wall_s']:.3f}", "s"]
+    assert rows["tokens"] == ["30", "30"]
+    assert rows["device idle"] == [f"{100 * sync['idle']:.1f}", "%", f"{100 * other['idle']:.1f}", "%"]
+    assert rows["host work per step"] == [host[0], "ms", host[1], "ms"]
+    assert rows["steps"] == [str(sync["steps"]), str(other["steps"])]
+    assert rows["wasted tokens"] == ["0", "0"]
+    assert rows["async / sync speed"] == [f"{report['async_speedup']:.3f}x"]
+    assert rows["same tokens"] == ["yes"]
+    assert f"{report['law_idle']:.1%}" in out
+    assert error.count("run 2 of 2") == 2
+
+
+def test_one_mode_alone(call):
+    status, out, _ = call(*TINY, "--mode", "async", "--json")
+    report = json.loads(out)
+    assert status == 0
+    check_report(report, ["async"])
+    assert report["async_speedup"] is None
+    assert report["law_idle"] is None
+    status, out, _ = call(*TINY, "--mode", "async")
+    assert status == 0
+    assert ["async"] in [line.split() for line in out.splitlines()]
+    assert "speed" not in out
+
+
+def test_runs_without_decode_steps_have_no_idle_share_and_say_so(call):
+    arguments = [*TINY, "--new-tokens", "1"]
+    report = json.loads(call(*arguments, "--json")[1])
+    for run in report["runs"]:
+        assert [run[key] for key in ("device_active", "idle", "host_ms_per_step", "device_ms_per_step")] == [None] * 4
+        assert run["tokens"] == 5
+    assert report["law_idle"] is None
+    out = call(*arguments)[1]
+    assert "could not be measured" in out
+    assert "nan" not in out
+    assert "By the law" not in out
+
+
+def test_added_host_work_is_host_work_and_a_timed_device_says_so(call):
+    report = json.loads(call(*TINY, "--host-work-ms", "3", "--step-ms", "0", "--json")[1])
+    check_report(report, ["sync", "async"])
+    assert all(run["host_ms_per_step"] >= 3 for run in report["runs"])
+    assert report["device"].startswith("timed")
+    report = json.loads(call(*TINY, "--step-ms", "4", "--mode", "sync", "--json")[1])
+    assert report["runs"][0]["device_ms_per_step"] >= 4
+
+
+def test_where_little_is_idle_it_says_how_to_see_more(call):
+    assert "try\n--host-work-ms 30" in call(*TINY, "--step-ms", "200", "--mode", "sync", "--new-tokens", "3")[1]
+    busy = call(*TINY, "--step-ms", "40", "--host-work-ms", "15")[1]
+    assert "try\n--host-work-ms 30" not in busy
+    assert busy.count("can save about") == 1
+    assert "the host is the slower one" not in busy
+    assert "the host is the slower one" in call(*TINY, "--step-ms", "4", "--host-work-ms", "15")[1]
+
+
+def test_prompts_are_of_the_length_and_the_seed_given(call, monkeypatch):
+    served, prompts = [], []
+
+    class Watched(AsyncBatcher):
+        def run(self, requests, *options):
+            served.append(requests)
+            return super().run(requests, *options)
+
+    monkeypatch.setitem(session.BATCHERS, "async", Watched)
+    for seed in (0, 0, 1):
+        assert call(*TINY, "--mode", "async", "--prompt-tokens", "7", "--seed", seed)[0] == 0
+        prompts.append([request.token_ids for request in served[-1]])
+    assert [len(prompt) for prompt in prompts[0]] == [7] * 5
+    assert prompts[0] == prompts[1] != prompts[2]
+    assert len({tuple(prompt) for prompt in prompts[0]}) == 5
+
+
+def test_one_wrong_token_is_noticed(call, monkeypatch, tmp_path):
+    class Wrong(AsyncBatcher):
+        def commit(self, slot):
+            if slot.step == 3:
+                slot.output_ids[0] ^= 1
+            super().commit(slot)
+
+    monkeypatch.setitem(session.BATCHERS, "async", Wrong)
+    status, out, _ = call(*TINY, "--out", tmp_path)
+    assert status == 1
+    assert "tokens differ" in out
+    assert json.loads((tmp_path / "report.json").read_text())["same_tokens"] is False
+    assert call(*TINY, "--mode", "sync")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--model", "random:huge"], "random:huge"),
+        (["--model", "./no/such/folder"], "./no/such/folder"),
+        (["--mode", "both"], "'both'"),
+        (["--mode", ""], "''"),
+        (["--mode", "sync,sync"], "'sync,sync'"),
+        (["--batch-size", "0"], "--batch-size"),
+        (["--batch-size", "100000000"], "--batch-size"),
+        (["--requests", "-3"], "'-3'"),
+        (["--new-tokens", "nan"], "--new-tokens"),
+        (["--repeats", "1.5"], "'1.5'"),
+        (["--slots", "0"], "--slots"),
+        (["--slots", "1000"], "--slots"),
+        (["--seed", "²"], "'²'"),
+        (["--host-work-ms", "nan"], "--host-work-ms"),
+        (["--host-work-ms", "-1"], "'-1'"),
+        (["--step-ms", "inf"], "--step-ms"),
+        (["--prompt-tokens", "1020"], "1020"),
+        (["--prompt-tokens", "1000000000"], "1024"),
+        (["--new-tokens", "2000"], "2000"),
+        (["--engine", "vllm"], "'vllm'"),
+        (["--prefill-tokens", "0"], "--prefill-tokens"),
+        (["--preset", "everything"], "'everything'"),
+        (["--record", "../mine"], "'../mine'"),
+        (["--record", "mine"], "--record mine needs --out DIR"),
+        (["--emulate", "nobody"], "no recording 'nobody'"),
+        (["--step-ms", "3", "--preset", "headline"], "--step-ms and --preset"),
+        (["--step-ms", "3", "--engine", "transformers"], "--step-ms"),
+        (["--host-work-ms", "3", "--engine", "asyncbatch,transformers"], "--host-work-ms"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_it(call, arguments, named):
+    status, out, error = call(*TINY, *arguments)
+    assert (status, out) == (2, "")
+    lines = [line for line in error.splitlines() if not line.startswith("usage:")]
+    assert len(lines) == 1
+    assert lines[0].startswith("asyncbatch.profile: ")
+    assert named in lines[0]
+
+
+def test_an_out_that_is_a_file_is_refused_before_anything_is_measured(call, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        status, out, error = call(*TINY, "--out", folder)
+        assert (status, out) == (2, "")
+        assert error.count("\n") == 1
+        assert str(tmp_path / "file") in error
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_results_are_printed_even_if_they_cannot_be_written(call, tmp_path):
+    (tmp_path / "report.json").mkdir()
+    status, out, error = call(*TINY, "--json", "--out", tmp_path)
+    assert status == 2
+    assert json.loads(out)["same_tokens"] is True
+    assert "report.json" in error.splitlines()[-1]
+
+
+def test_debug_shows_where_it_went_wrong():
+    with pytest.raises(ValueError, match="random:huge"):
+        cli.main(["--model", "random:huge", "--debug"])
+
+
+def test_a_device_that_fails_is_one_line_without_its_traceback(call, monkeypatch):
+    class Lost(AsyncBatcher):
+        def commit(self, slot):
+            self.device.failure = lambda slot: "decode/greedy failed on the device:\nTraceback ...\nMemoryError: full"
+            super().commit(slot)
+
+    monkeypatch.setitem(session.BATCHERS, "async", Lost)
+    status, out, error = call(*TINY)
+    assert (status, out) == (2, "")
+    assert error.splitlines()[-1] == "asyncbatch.profile: decode/greedy failed on the device: MemoryError: full"
+    assert "Traceback" not in error
+
+
+def timeline(mode, host_ms, device_ms, idle_ms):
+    """Ten decode steps: `idle_ms` between two of them, `host_ms` of host work in each."""
+    made, period = Timeline(mode), device_ms + idle_ms
+    for step in range(10):
+        start = 1e-3 * step * period
+        made.add("host", "plan", step, start, start + 1e-3 * host_ms)
+        made.add("compute", "step", step, start, start + 1e-3 * device_ms)
+        made.add_step(step, "decode", 1, 0)
+    return made
+
+
+def closing(sync, others):
+    options, (workload,) = settle(parse_arguments([]))
+    runs = [("sync", [sync] * len(others)), ("async", others)]
+    measured = [Measured(workload, "asyncbatch", mode, runs=[(t, []) for t in each]) for mode, each in runs]
+    result, _ = report_module.report(options, measured, "none")
+    text = table(result)
+    return result, text[text.index("same tokens") :]
+
+
+def test_the_closing_sentences_fit_the_numbers():
+    sync = timeline("sync", host_ms=2, device_ms=8, idle_ms=2)
+    result, text = closing(sync, [timeline("async", 2, 8, 0)] * 3)
+    assert result["law_idle"] == pytest.approx(0.2)
+    saved = 1 - result["runs"][1]["wall_s"] / result["runs"][0]["wall_s"]
+    assert f"{saved:.1%} less time" in text
+    assert "20.0%" in text
+    assert result["runs"][1]["idle"] == pytest.approx(0, abs=1e-9)
+    assert "more time" in closing(sync, [timeline("async", 2, 8, 3)] * 3)[1]
+    # Pairs that do not agree which is faster are no result.
+    mixed = [timeline("async", 2, 8, idle) for idle in (1.9, 2.1, 1.8)]
+    assert "about the same time" in closing(sync, mixed)[1]
+    # A host slower than the device: what can be saved is the device's share, not the host's.
+    result, text = closing(timeline("sync", 6, 2, 6), [timeline("async", 6, 2, 4)] * 3)
+    assert result["law_idle"] == pytest.approx(0.75)
+    assert "can save about 25.0%" in text
+    assert not math.isnan(result["async_speedup"])
+
+
+# ---- emulation ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recording_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("recordings") / "made-up.json"
+    example().save(path)
+    return path
+
+
+def test_emulation_runs_the_recorded_workload_on_a_timed_device_and_says_so(call, recording_file, tmp_path):
+    status, out, _ = call("--emulate", recording_file, "--json", "--out", tmp_path)
+    assert status == 0
+    report = json.loads(out)
+    check_report(report, ["sync", "async"])
+    assert report["emulated"] == "made-up"
+    assert report["device"].startswith("emulated")
+    assert report["model"] == MODEL
+    assert [report["workload"][key] for key in ("batch_size", "requests", "prompt_tokens", "new_tokens")] == [
+        8,
+        8,
+        16,
+        8,
+    ]
+    assert {run["prefill_tokens"] for run in report["runs"]} == {48}
+    assert [(row["mode"], row["batch_size"]) for row in report["recorded"]] == [("sync", 8), ("async", 8)]
+    run = next(run for run in example().runs if (run["mode"], run["batch_size"]) == ("async", 8))
+    steps = report["runs"][1]["steps"]
+    cut = report["recorded"][1]
+    assert cut["setting"] == f"the first {steps} steps"
+    assert {key: cut[key] for key in run["totals"]} == steps_of(run).first(steps).totals()
+    assert all("emulated made-up" in timeline.clock for timeline in load_trace(tmp_path / "trace.json"))
+
+
+def test_the_table_of_an_emulation_has_what_was_recorded_beside_it(call, recording_file):
+    status, out, _ = call("--emulate", recording_file, "--batch-size", "4", "--new-tokens", "3", "--mode", "async")
+    assert status == 0
+    assert ["emulated"] in [line.split() for line in out.splitlines()]
+    assert "no run of this batch size" in out
+    status, out, _ = call("--emulate", recording_file, "--batch-size", "2", "--new-tokens", "3")
+    assert status == 0
+    assert ["emulated", "emulated", "recorded", "recorded"] in [line.split() for line in out.splitlines()]
+    assert ["sync", "async", "sync", "async"] in [line.split() for line in out.splitlines()]
+    assert any(line.startswith("device: emulated: A GPU") for line in out.splitlines())
+
+
+def test_emulation_beyond_the_recording_is_refused_before_it_starts(call, recording_file):
+    for arguments, named in (
+        (["--new-tokens", "400"], "up to 2752"),
+        (["--batch-size", "9"], "batch size 9"),
+        (["--model", "random:tiny"], f"recorded models: {MODEL}"),
+        (["--step-ms", "3"], "--emulate and --step-ms"),
+        (["--preset", "sweep"], "--emulate and --preset"),
+        (["--engine", "transformers"], "--emulate is for"),
+    ):
+        status, out, error = call("--emulate", recording_file, *arguments)
+        assert (status, out) == (2, "")
+        assert error.count("\n") == 1
+        assert named in error
+
+
+# ---- presets, peers and recordings: a GPU that is not there ---------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is said without CUDA")
+@pytest.mark.parametrize("arguments", [["--preset", "headline"], ["--preset", "sweep"], ["--record", "mine"]])
+def test_without_a_gpu_presets_point_to_emulation(call, arguments, tmp_path):
+    status, out, error = call(*arguments, "--out", tmp_path / "out")
+    assert (status, out) == (2, "")
+    assert error.count("\n") == 1
+    assert " ".join(arguments) in error
+    assert "needs a CUDA GPU" in error
+    assert "--emulate" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """As if the tiny models were on a GPU. Returns the log of what was opened and closed."""
+    log = []
+
+    def logged(base, engine):
+        class Logged(base):
+            setting = "as it is"
+
+            def __init__(self, model, *, compile=False, **options):
+                self.compile = compile
+                super().__init__(model, **options)
+                log.append(("open", engine, self.mode, compile, self.shape.max_batch_size))
+
+            def close(self):
+                log.append(("close", engine, self.mode))
+                super().close()
+
+        return Logged
+
+    ours = {"sync": logged(SyncBatcher, "asyncbatch"), "async": logged(AsyncBatcher, "asyncbatch")}
+    theirs = {"sync": logged(SyncBatcher, "transformers"), "async": logged(AsyncBatcher, "transformers")}
+    peers = types.ModuleType("asyncbatch.profile.peers.batcher")
+    peers.TransformersBatcher = lambda model, *, mode, **options: theirs[mode](model, **options)
+    monkeypatch.setitem(sys.modules, "asyncbatch.profile.peers.batcher", peers)
+    monkeypatch.setattr(session, "BATCHERS", ours)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(session, "is_on_cuda", lambda model: True)
+    monkeypatch.setattr(session, "gpu_facts", lambda: SESSION["gpu"])
+    monkeypatch.setattr(session, "copy_bandwidth", lambda device: 4e12)
+    monkeypatch.setattr(report_module, "versions", lambda: SESSION["versions"])
+    small = dict(engine=["asyncbatch", "transformers"], prompt_tokens=4, new_tokens=5, repeats=1, compile=True)
+    monkeypatch.setitem(PRESETS, "headline", dict(small, workloads=[("random:tiny", 3)]))
+    sweep = [(model, batch) for model in ("random:tiny", "random:other") for batch in (1, 2)]
+    monkeypatch.setitem(PRESETS, "sweep", dict(small, workloads=sweep))
+    load = session.load_model
+    tiny = {"random:other": "random:tiny"}
+    monkeypatch.setattr(session, "load_model", lambda name, **kw: load(tiny.get(name, name), **kw))
+    return types.SimpleNamespace(log=log, peers=peers, ours=ours, theirs=theirs)
+
+
+def test_a_preset_measures_both_engines_one_after_the_other_and_records_them(call, gpu, tmp_path):
+    status, out, _ = call("--preset", "headline", "--record", "mine", "--out", tmp_path, "--json")
+    report = json.loads(out)
+    assert status == 0
+    pairs = list(itertools.product(("asyncbatch", "transformers"), ("sync", "async")))
+    assert [(run["engine"], run["mode"]) for run in report["runs"]] == pairs
+    assert report["workload"]["new_tokens"] == 5
+    opened = [entry[1:3] for entry in gpu.log]
+    assert opened == [pair for pair in pairs for _ in range(2)], "each is closed before the next one is opened"
+    assert [entry[0] for entry in gpu.log] == ["open", "close"] * 4
+    assert [entry[3] for entry in gpu.log[::2]] == [True, True, False, False], "compile is our own batchers' option"
+    for run in report["runs"]:
+        assert run["floor_s"] > 0
+        assert run["time_over_floor"] == pytest.approx(run["wall_s"] / run["floor_s"])
+        assert run["first_context"]["context"] < run["last_context"]["context"]
+        assert run["first_context"]["over_floor"] > 1
+    recording = Recording.load(tmp_path / "mine.json")
+    assert [(run["engine"], run["mode"]) for run in recording.runs] == pairs
+    assert recording.data["command"] == report["command"]
+    assert all(run["setting"] == "as it is" for run in recording.runs)
+    assert recording.models["random:tiny"]["vocab_size"] == 256
+    assert recording.step_s(3, 12) > 0
+
+
+def test_a_sweep_goes_through_its_workloads_and_options_narrow_it(call, gpu, tmp_path):
+    status, out, _ = call("--preset", "sweep", "--json", "--out", tmp_path)
+    report = json.loads(out)
+    assert status == 0
+    workloads = [(one["model"], one["batch_size"]) for one in report["comparisons"]]
+    assert workloads == PRESETS["sweep"]["workloads"]
+    assert all(one["async_speedup"] > 0 for one in report["comparisons"])
+    assert len(report["runs"]) == 16
+    assert {(run["batch_size"], run["requests"]) for run in report["runs"]} == {(1, 1), (2, 2)}
+    assert set(report["models"]) == {"random:tiny", "random:other"}
+    status, out, _ = call("--preset", "sweep", "--model", "random:tiny", "--batch-size", "2", "--mode", "async",
+                          "--engine", "asyncbatch", "--new-tokens", "3", "--no-compile", "--json")  # fmt: skip
+    report = json.loads(out)
+    assert [(run["model"], run["batch_size"], run["mode"]) for run in report["runs"]] == [("random:tiny", 2, "async")]
+    assert report["runs"][0]["tokens"] == 2 * 3
+    assert gpu.log[-2][3] is False
+
+
+def test_a_peer_that_fails_says_why_and_the_others_results_stay(call, gpu, tmp_path):
+    class Full(gpu.theirs["async"]):
+        def run(self, requests, progress=False):
+            if requests[0].max_new_tokens == 5 and self.shape.max_batch_size == 2:
+                raise torch.OutOfMemoryError("no memory left for 7 blocks")
+            return super().run(requests, progress)
+
+    gpu.theirs["async"] = Full
+    status, out, _ = call("--preset", "sweep", "--out", tmp_path, "--record", "mine")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert status == 0
+    assert [(one["model"], one["batch_size"], one["engine"], one["mode"]) for one in report["failed"]] == [
+        (model, 2, "transformers", "async") for model in ("random:tiny", "random:other")
+    ]
+    assert len(report["runs"]) == 14
+    assert out.count("was not measured: no memory left for 7 blocks") == 2
+    assert len(Recording.load(tmp_path / "mine.json").data["failed"]) == 2
+    del gpu.peers.TransformersBatcher
+    status, out, _ = call("--preset", "headline")
+    assert status == 0
+    assert out.count("was not measured: cannot import name") == 2
+
+
+def test_our_own_failure_in_a_preset_keeps_the_rest_and_is_the_exit_status(call, gpu):
+    class Lost(gpu.ours["async"]):
+        def run(self, requests, progress=False):
+            raise RuntimeError("the device is lost")
+
+    gpu.ours["async"] = Lost
+    status, out, _ = call("--preset", "headline", "--json")
+    report = json.loads(out)
+    assert status == 2
+    assert [one["error"] for one in report["failed"]] == ["the device is lost"]
+    assert [(run["engine"], run["mode"]) for run in report["runs"]] == [
+        ("asyncbatch", "sync"), ("transformers", "sync"), ("transformers", "async"),
+    ]  # fmt: skip
+    assert report["async_speedup"] is None
+
+
+def test_a_peer_that_fails_again_when_closed_does_not_stop_the_next_one(call, gpu):
+    class Stuck(gpu.theirs["sync"]):
+        def close(self):
+            super().close()
+            raise RuntimeError("it does not answer")
+
+    gpu.theirs["sync"] = Stuck
+    status, out, _ = call("--preset", "headline", "--json")
+    report = json.loads(out)
+    assert status == 0
+    assert [(one["engine"], one["mode"], one["error"]) for one in report["failed"]] == [
+        ("transformers", "sync", "it does not answer")
+    ]
+    assert len(report["runs"]) == 4
+
+
+def test_a_workload_that_cannot_even_begin_does_not_stop_a_sweep(call, gpu, monkeypatch):
+    load = session.load_model
+
+    def no_huge_one(name, **options):
+        if name == "random:huge":
+            raise ModelError("random:huge is not a shape")
+        return load(name, **options)
+
+    wanted = [("random:huge", 1), ("random:tiny", 1)]
+    monkeypatch.setattr(session, "load_model", no_huge_one)
+    monkeypatch.setitem(PRESETS, "sweep", {**PRESETS["sweep"], "workloads": wanted})
+    status, out, _ = call("--preset", "sweep", "--json")
+    report = json.loads(out)
+    assert status == 2
+    assert [(one["model"], one["mode"]) for one in report["failed"]] == [("random:huge", "sync,async")]
+    assert "random:huge" in report["failed"][0]["error"]
+    assert {run["model"] for run in report["runs"]} == {"random:tiny"}
+    assert len(report["runs"]) == 4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="transformers has an asynchronous mode there")
+def test_a_peer_alone_that_cannot_run_here_is_said_and_is_the_exit_status(call, tmp_path):
+    status, out, _ = call(*TINY, "--engine", "transformers", "--mode", "async", "--out", tmp_path)
+    assert status == 2
+    assert "transformers async was not measured: " in out
+    assert json.loads((tmp_path / "report.json").read_text())["runs"] == []
+
+
+def test_an_interrupted_sweep_keeps_what_it_has(call, gpu, tmp_path):
+    class Stopped(gpu.ours["sync"]):
+        def run(self, requests, progress=False):
+            if self.shape.max_batch_size == 2:
+                raise KeyboardInterrupt
+            return super().run(requests, progress)
+
+    gpu.ours["sync"] = Stopped
+    status, out, error = call("--preset", "sweep", "--out", tmp_path, "--record", "mine", "--json")
+    assert status == 130
+    assert "interrupted; the report is about what ran" in error.splitlines()[-1]
+    assert len(json.loads(out)["runs"]) == len(json.loads((tmp_path / "report.json").read_text())["runs"]) == 4
+    assert len(Recording.load(tmp_path / "mine.json").runs) == 4
+
+
+def test_a_peer_that_would_take_too_long_is_left_out(call, gpu):
+    arguments = ["--preset", "headline", "--new-tokens", "900", "--mode", "sync"]
+    gpu.ours["sync"] = lambda model, **options: SyncBatcher(
+        model, **{key: value for key, value in options.items() if key != "compile"} | {"step_s": 0.0}
+    )
+    gpu.theirs["sync"] = lambda model, **options: SyncBatcher(model, step_s=0.002, **options)
+    status, out, _ = call(*arguments, "--peer-limit-s", "1", "--json")
+    report = json.loads(out)
+    assert status == 0
+    assert [run["engine"] for run in report["runs"]] == ["asyncbatch"]
+    assert "--peer-limit-s is 1" in report["failed"][0]["error"]
+
+
+def test_a_peer_is_compared_with_itself_alone(call, gpu):
+    class Wrong(gpu.theirs["async"]):
+        def commit(self, slot):
+            slot.output_ids[0] ^= 1
+            super().commit(slot)
+
+    gpu.theirs["async"] = Wrong
+    status, out, _ = call("--preset", "headline", "--json")
+    report = json.loads(out)
+    assert status == 0
+    assert report["same_tokens"] is True
+    assert report["peers_same_tokens"] == {"transformers": False}
+    assert "transformers: sync and async gave different tokens" in call("--preset", "headline")[1]
+
+
+# ---- numbers that need a GPU, on times that are made up -------------------------------------------------------------
+
+
+def headline(host_s, device_share, peer_factor=1.5, new_tokens=8192):
+    """The report of a made-up headline: asynchronous, steps `device_share` times as long as their floor."""
+    facts, batch = SESSION["models"][MODEL], 32
+    steps, measured = [], []
+    for number in range(new_tokens):
+        floor_s = (facts["weight_bytes"] + batch * (17 + number) * facts["kv_bytes_per_token"]) / 4e12
+        steps.append(floor_s * device_share)
+    options, (workload,) = settle(
+        types.SimpleNamespace(
+            **vars(parse_arguments([])),
+        )
+    )
+    options.preset = workload.preset = "headline"
+    workload.model, workload.batch_size, workload.requests, workload.new_tokens = MODEL, batch, batch, new_tokens
+    for engine, factor in (("asyncbatch", 1), ("transformers", peer_factor)):
+        timeline, now = Timeline("async", "cuda"), 0.0
+        for place, device_s in enumerate(steps):
+            timeline.add("host", "plan", place, now, now + host_s)
+            timeline.add("compute", "step", place, now, now + device_s * factor)
+            timeline.add_step(place, "decode", batch, 0, batch, batch * (17 + place))
+            now += device_s * factor
+        measured.append(Measured(workload, engine, "async", "as it is", None, [(timeline, [])]))
+    return report_module.report(options, measured, "H200", bandwidth=4e12, models=SESSION["models"])[0]
+
+
+def reached(result):
+    return {one["what"].split(", context")[0] + one["reach"]: one["reached"] for one in result["targets"]}
+
+
+def test_the_targets_are_reached_or_not_as_the_numbers_say():
+    near = headline(host_s=4e-4, device_share=1.1)
+    assert set(reached(near).values()) == {True}
+    assert near["runs"][0]["time_over_floor"] == pytest.approx(1.1)
+    first, last = near["runs"][0]["first_context"], near["runs"][0]["last_context"]
+    assert first["over_floor"] == pytest.approx(1.1, abs=1e-3)
+    assert last["floor_ms"] == pytest.approx(1e3 * (15e9 + last["context"] * 131072) / 4e12)
+    assert near["runs"][0]["kv_bytes_per_s"] == pytest.approx(4e12 / 1.1, rel=1e-3)
+    text = table(near)
+    assert "NOT REACHED" not in text
+    assert text.count("  reached") == len(near["targets"]) == 8
+    far = reached(headline(host_s=6e-4, device_share=1.5, peer_factor=0.9))
+    assert [what for what, is_reached in far.items() if is_reached] == ["device active, async99.9 %"]
+    assert "NOT REACHED" in table(headline(host_s=6e-4, device_share=1.5))
+
+
+def test_a_shortened_headline_claims_nothing_about_the_whole():
+    short = {one["what"]: one["reached"] for one in headline(host_s=4e-4, device_share=1.0, new_tokens=256)["targets"]}
+    assert short["total, async"] is None
+    assert short["total, async, over its floor"] is None
+    assert [value for what, value in short.items() if what.startswith("decode step")] == [True, None]
+    assert "no claim: another length" in table(headline(4e-4, 1.0, new_tokens=256))
+
+
+def test_the_small_shape_is_held_to_its_target_where_the_law_allows_it():
+    """Sync over async time of one made-up pair of runs; host and device times make the law's bound."""
+
+    def small(host_ms, async_idle_ms):
+        _, (workload,) = settle(parse_arguments([]))
+        workload.model, workload.batch_size, workload.preset = "random:llama-0.6b", 32, "sweep"
+        pair = (timeline("sync", host_ms, 4, host_ms), timeline("async", host_ms, 4, async_idle_ms))
+        measured = [Measured(workload, "asyncbatch", made.label, runs=[(made, [])]) for made in pair]
+        return report_module.report(workload, measured, "H200")[0]["targets"][-1]
+
+    assert small(host_ms=2, async_idle_ms=0)["reached"] is True
+    assert small(host_ms=2, async_idle_ms=1)["reached"] is False
+    assert small(host_ms=1, async_idle_ms=0)["reached"] is None
+    assert small(host_ms=1, async_idle_ms=0)["reach"] == "1.3x (law: 1.25x)"
+
+
+def test_steps_without_a_context_have_no_floor():
+    timeline = made_timeline("async", [("decode", 0, 1e-3, 1e-4, 4, 0)] * 5)
+    timeline.steps = [step._replace(context=0, rows=0) for step in timeline.steps]
+    run = recorded((timeline, row_of(timeline))).runs[0]
+    numbers = report_module.floor_numbers(steps_of(run), 1.0, SESSION["models"][MODEL], 4e12)
+    assert set(numbers.values()) == {None}
+
+
+def test_first_and_last_context_are_the_smallest_and_the_largest_in_whatever_order_the_steps_come():
+    timeline = made_timeline("async", [("decode", 0, 1e-3 * n, 1e-4, 4, 0) for n in range(1, 17)])
+    steps = steps_of(recorded((timeline, row_of(timeline))).runs[0])
+    turned = steps._replace(context=steps.context[::-1], device_us=steps.device_us[::-1])
+    facts = SESSION["models"][MODEL]
+    numbers = report_module.floor_numbers(steps, 1.0, facts, 4e12)
+    others = report_module.floor_numbers(turned, 1.0, facts, 4e12)
+    assert [others[key] for key in ("first_context", "last_context")] == [
+        numbers[key] for key in ("first_context", "last_context")
+    ]
+    assert (numbers["first_context"]["context"], numbers["last_context"]["context"]) == (4 * 17.5, 4 * 31.5)
+    assert (numbers["first_context"]["ms"], numbers["last_context"]["ms"]) == pytest.approx((1.5, 15.5))
