@@ -50,6 +50,7 @@ check: $(STAMP)
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
+	$(VENV)/bin/lint-imports --no-logo
 	$(PY) tools/notebooks.py --check
 	$(PY) tools/badges.py --check
 

@@ -8,11 +8,12 @@ The tokens of a forward pass lie in rows, one row a request: row r has `count[r]
 and the first of them is the request's token number `position[r]`. A decode step has one token a row, a chunk of a
 prompt is a row of many. There are two ways to the same result. On a CPU, one row after the other: gather the row's own
 blocks, then scaled dot product attention, in shapes that depend on this request only. On CUDA, the Triton kernels of
-`kernels.py`, which read the pool in place and whose results do not depend on the other rows either.
+`devices/cuda/kernels.py`, which read the pool in place and whose results do not depend on the other rows either.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,7 @@ class Batch:
 
     places: int64 [N], where in a pool (block * block_size + place in it) each token's key and value go.
     tables: int32 [rows, max_blocks]. first, count, position: int32 [rows], see above.
+    attend: the device's way, called as attend(batch, query, key, value, keys, values, scale); see `attend_on_cpu`.
     parts: on a CPU, the same as (first, count, position, the row's blocks int64 [n]) for each row that has tokens.
     splits, arrived: on CUDA, for a decode step (see `kernels.decode`); 0 and None for chunks of prompts.
     """
@@ -36,6 +38,7 @@ class Batch:
     first: torch.Tensor
     count: torch.Tensor
     position: torch.Tensor
+    attend: Callable[..., torch.Tensor]
     parts: list[tuple[int, int, int, torch.Tensor]] | None = None
     splits: int = 0
     arrived: torch.Tensor | None = None
@@ -50,14 +53,7 @@ def paged_attention(module, query, key, value, attention_mask, *, paged: Batch, 
     query, key, value = (x.transpose(1, 2).reshape(rows * length, -1, dim) for x in (query, key, value))
     keys, values = module.paged_pools
     scale = dim**-0.5 if scaling is None else scaling
-    if paged.parts is not None:
-        _store(key, value, keys, values, paged.places)
-        output = _attend_one_by_one(query, keys, values, paged.parts, scale)
-    else:
-        output = _on_cuda(
-            query, key, value, keys, values, paged.places, paged.tables, paged.first, paged.count, paged.position,
-            scale, paged.splits, paged.arrived,
-        )  # fmt: skip
+    output = paged.attend(paged, query, key, value, keys, values, scale)
     return output.view(rows, length, heads, dim), None
 
 
@@ -68,9 +64,18 @@ def register() -> None:
     AttentionInterface.register(NAME, paged_attention)
 
 
-def _store(key, value, keys, values, places) -> None:
-    block, place = places // keys.shape[2], places % keys.shape[2]
+def kv_heads_and_dim(config) -> tuple[int, int]:
+    """Key-value heads of a layer, and the elements of each head."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def attend_on_cpu(batch: Batch, query, key, value, keys, values, scale) -> torch.Tensor:
+    """Store the new keys and values in the pool and attend, one row after the other. query: [N, heads, head_dim], key
+    and value [N, kv_heads, head_dim]; returns [N, heads, head_dim]."""
+    block, place = batch.places // keys.shape[2], batch.places % keys.shape[2]
     keys[block, :, place], values[block, :, place] = key, value
+    return _attend_one_by_one(query, keys, values, batch.parts, scale)
 
 
 def _attend_one_by_one(query, keys, values, parts, scale):
@@ -91,23 +96,3 @@ def _attend_one_by_one(query, keys, values, parts, scale):
         out = out.view(kv_heads, heads // kv_heads, count, dim).permute(2, 0, 1, 3)
         output[first : first + count] = out.reshape(count, heads, dim)
     return output
-
-
-# One operator that says what it changes. torch.compile then calls it as it stands; if it could look inside, it would
-# clone the whole pool in every step to be able to treat the write as a value (38 ms instead of 6, measured).
-@torch.library.custom_op("asyncbatch::paged_attention", mutates_args=("keys", "values", "arrived"))
-def _on_cuda(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
-    places: torch.Tensor, tables: torch.Tensor, first: torch.Tensor, count: torch.Tensor, position: torch.Tensor,
-    scale: float, splits: int, arrived: torch.Tensor | None,
-) -> torch.Tensor:  # fmt: skip
-    from .devices.cuda import kernels  # needs Triton, which a CPU does not
-
-    if splits:
-        return kernels.decode(query, key, value, keys, values, tables, count, position, scale, splits, arrived)
-    return kernels.prefill(query, key, value, keys, values, places, tables, first, count, position, scale)
-
-
-@_on_cuda.register_fake
-def _(query, *_):
-    return torch.empty_like(query, memory_format=torch.contiguous_format)

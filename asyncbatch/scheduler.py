@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
-from .request import Request, finish_reason
+from .request import Request, RequestError, finish_reason
 
 
 def fit_budget(chunk_sizes: Sequence[int], free_rows: int, budget: int) -> int:
@@ -42,10 +42,18 @@ class RunState:
     prompt, generated: the tokens that the host knows: given, and committed so far.
     placed: how many tokens have their keys and values in the cache, counting steps still in flight.
     carry: (step, row) of its newest launched row, which samples token number `placed`.
+    stops_on_text: for a request with stop strings, whether the newest token completes one; it may raise RequestError.
     """
 
-    def __init__(self, number: int, request: Request, stop_token_ids: frozenset[int]):
+    def __init__(
+        self,
+        number: int,
+        request: Request,
+        stop_token_ids: frozenset[int],
+        stops_on_text: Callable[[RunState], bool] | None = None,
+    ):
         self.number, self.request, self.stop_token_ids = number, request, stop_token_ids
+        self.stops_on_text = stops_on_text
         self.prompt = [int(token) for token in request.token_ids]
         self.generated: list[int] = []
         self.num_prompt = len(self.prompt)
@@ -65,6 +73,16 @@ class RunState:
         if start < self.num_prompt:
             return self.prompt[start : start + count]
         return self.generated[start - self.num_prompt : start - self.num_prompt + count]
+
+    def end(self) -> tuple[str | None, RequestError | None]:
+        """Why the request ends with its newest token, and the error if there is one; (None, None) if it goes on."""
+        reason = finish_reason(self.generated, self.request.max_new_tokens, self.stop_token_ids)
+        if reason == "stop" or self.stops_on_text is None:
+            return reason, None
+        try:
+            return ("stop" if self.stops_on_text(self) else reason), None
+        except RequestError as error:
+            return "error", error
 
     @property
     def fully_launched(self) -> bool:
@@ -86,6 +104,22 @@ class Row(NamedTuple):
     samples: bool
 
 
+class StepKind(NamedTuple):
+    """All that the host must decide about how a step is computed: on CUDA each kind has a graph of its own.
+
+    passes: which forward passes it runs: "decode", "prefill" or "mixed" (both).
+    sampled: whether any row samples; otherwise every row takes its most likely token.
+    rows: how many rows it has, padding included.
+    """
+
+    passes: str
+    sampled: bool
+    rows: int
+
+    def __str__(self) -> str:
+        return f"{self.passes}/{'sampled' if self.sampled else 'greedy'}/{self.rows}"
+
+
 @dataclass
 class BatchPlan:
     """The rows of one step: first `num_decode` decode rows, then the prefill rows."""
@@ -96,10 +130,34 @@ class BatchPlan:
 
     @property
     def passes(self) -> str:
-        """Which forward passes the step runs: "decode", "prefill" or "mixed" (both)."""
+        """`StepKind.passes` of the step."""
         if self.num_decode == len(self.rows):
             return "decode"
         return "mixed" if self.num_decode else "prefill"
+
+    @property
+    def work(self) -> str:
+        """What the step is for: "decode", or "prefill" if it has any prefill row."""
+        return "decode" if self.num_decode == len(self.rows) else "prefill"
+
+    @property
+    def context(self) -> int:
+        """How many tokens the rows' last queries attend to, themselves included, over all rows."""
+        return sum(row.position + row.num_tokens for row in self.rows)
+
+    def kind(self, rows: int) -> StepKind:
+        """The step's kind when it is padded to so many rows."""
+        sampled = any(row.state.request.sampling.temperature > 0 for row in self.rows)
+        return StepKind(self.passes, sampled, rows)
+
+
+class Committed(NamedTuple):
+    """What the results of a step brought: the new (request, token) pairs in the order of the rows, the requests that
+    ended with them, and the number of wasted tokens."""
+
+    new: list[tuple[RunState, int]]
+    ended: list[RunState]
+    wasted: int
 
 
 class Scheduler:
@@ -107,17 +165,12 @@ class Scheduler:
 
     kv: the books of the block pool (`KVCache`).
     max_batch_size: rows of a step. prefill_tokens: prompt tokens of a step, for all its prefill rows together.
-    stops_on_text: called with a RunState after each of its tokens; True ends the request (stop strings).
     """
 
-    def __init__(
-        self, kv, max_batch_size: int, prefill_tokens: int, stops_on_text: Callable[[RunState], bool] | None = None
-    ):
+    def __init__(self, kv, max_batch_size: int, prefill_tokens: int):
         self.kv, self.max_batch_size, self.prefill_tokens = kv, max_batch_size, prefill_tokens
-        self.stops_on_text = stops_on_text
         self.waiting: deque[RunState] = deque()
         self.running: list[RunState] = []  # in the order of admission: the last one is preempted first
-        self.finished: list[RunState] = []  # for the batcher to collect
         self.num_steps = 0
 
     def add(self, state: RunState) -> None:
@@ -206,12 +259,9 @@ class Scheduler:
 
     # ---- commit -----------------------------------------------------------------------------------------------
 
-    def commit(self, plan: BatchPlan, token_ids: Sequence[int]) -> tuple[list[tuple[RunState, int]], int]:
-        """Take the results of a step: `token_ids[i]` is what row i sampled. Append, stop, prune.
-
-        Returns the new (request, token) pairs, in the order of the rows, and the number of wasted tokens.
-        """
-        new, wasted = [], 0
+    def commit(self, plan: BatchPlan, token_ids: Sequence[int]) -> Committed:
+        """Take the results of a step: `token_ids[i]` is what row i sampled. Append, stop, prune."""
+        new, ended, wasted = [], [], 0
         for row, token in zip(plan.rows, token_ids, strict=False):
             state = row.state
             if not row.samples:
@@ -223,12 +273,10 @@ class Scheduler:
                 continue  # a replayed token: it was committed before
             state.generated.append(token)
             new.append((state, token))
-            reason = finish_reason(state.generated, state.request.max_new_tokens, state.stop_token_ids)
-            if reason != "stop" and self.stops_on_text is not None and self.stops_on_text(state):
-                reason = "stop"
-            if reason:
-                self.finish(state, reason)
-        return new, wasted
+            reason, error = state.end()
+            if reason and self.finish(state, reason, error):
+                ended.append(state)
+        return Committed(new, ended, wasted)
 
     def finish(self, state: RunState, reason: str, error: Exception | None = None) -> bool:
         """End a request, wherever it is, and prune its blocks. False if it had ended before."""
@@ -240,5 +288,4 @@ class Scheduler:
             self.running.remove(state)
         else:
             self.waiting.remove(state)
-        self.finished.append(state)
         return True

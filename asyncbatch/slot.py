@@ -18,8 +18,8 @@ import torch
 
 from .kv_cache import blocks_for
 from .sampling import uniforms
-from .scheduler import BatchPlan
-from .streams import Device
+from .scheduler import BatchPlan, StepKind
+from .streams import EVENTS, Device
 
 ROW_FIELDS = ("input_id", "carry", "position", "decodes", "prefill_start", "prefill_count", "top_k")
 FLOAT_FIELDS = ("temperature", "top_p", "uniform")
@@ -44,11 +44,11 @@ class StepShape:
         return next(size for size in (*self.batch_sizes, self.max_batch_size) if size >= count)
 
     @property
-    def steps(self) -> list[str]:
-        """The names of all kinds of step."""
+    def kinds(self) -> list[StepKind]:
+        """All kinds of step."""
         sizes = sorted({*self.batch_sizes, self.max_batch_size}, reverse=True)
-        passes, sampling = ("decode", "prefill", "mixed"), ("greedy", "sampled")
-        return [f"{p}/{s}/{size}" for size in sizes for p in passes for s in sampling]
+        passes, sampled = ("decode", "prefill", "mixed"), (False, True)
+        return [StepKind(p, s, size) for size in sizes for p in passes for s in sampled]
 
     @property
     def max_blocks(self) -> int:
@@ -105,8 +105,8 @@ class Slot:
         self.fields = shape.fields(self.inputs)
         self.plan: BatchPlan | None = None
         self.step = -1  # number of the newest step
-        self.command = ""
-        self.inputs_ready, self.step_done, self.outputs_ready = device.event(), device.event(), device.event()
+        self.command: StepKind | None = None  # what computes it
+        self.inputs_ready, self.step_done, self.outputs_ready = (device.event(name, index) for name in EVENTS)
 
     def fill(self, plan: BatchPlan, kv) -> None:
         """Write the step's inputs into the host buffer. The slot's step before must be committed."""
@@ -129,7 +129,9 @@ class Slot:
         ]
         if decode < count:
             self._fill_prefill(rows, decode)
-        self._fill_sampling(rows)
+        self.command = plan.kind(self.shape.rows_for(count))
+        if self.command.sampled:
+            self._fill_sampling(rows)
 
     def _place(self, step: int, row: int) -> int:
         return (step % self.shape.num_slots) * self.shape.max_batch_size + row
@@ -147,13 +149,9 @@ class Slot:
     def _fill_sampling(self, rows) -> None:
         """Parameters and random numbers of the rows that sample; a greedy step needs none of them."""
         params = [row.state.request.sampling for row in rows]
-        sampled = any(p.temperature > 0 for p in params)
-        sampling = "sampled" if sampled else "greedy"
-        self.command = f"{self.plan.passes}/{sampling}/{self.shape.rows_for(len(rows))}"  # type: ignore[union-attr]
-        if sampled:
-            count, fields = len(rows), self.fields
-            for name in ("temperature", "top_k", "top_p"):
-                fields[name][:count] = [getattr(p, name) for p in params]
-            # The token that a row samples stands right after the row's last one: its position seeds its random number.
-            positions = np.array([row.position + row.num_tokens for row in rows])
-            fields["uniform"][:count] = uniforms(np.array([p.seed for p in params], np.uint64), positions)
+        count, fields = len(rows), self.fields
+        for name in ("temperature", "top_k", "top_p"):
+            fields[name][:count] = [getattr(p, name) for p in params]
+        # The token that a row samples stands right after the row's last one: its position seeds its random number.
+        positions = np.array([row.position + row.num_tokens for row in rows])
+        fields["uniform"][:count] = uniforms(np.array([p.seed for p in params], np.uint64), positions)

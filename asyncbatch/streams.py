@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 STREAMS = ("H2D", "compute", "D2H")
+EVENTS = ("inputs_ready", "step_done", "outputs_ready")  # of a slot, one recorded on each of the streams
 
 
 class DeviceError(RuntimeError):
@@ -33,33 +34,58 @@ class Stream(Protocol):
 
     name: str
 
-    def launch(self, command: str, slot: int) -> None: ...
+    def launch(self, command: Any, slot: int) -> None: ...
     def wait_event(self, event: Any) -> None: ...  # what is launched here later starts after the event's mark
     def record_event(self, event: Any) -> None: ...
     def synchronize(self) -> None: ...
     def query(self) -> bool: ...
 
 
+class CostModel(Protocol):
+    """Says the times of a virtual clock (`Costs` in `devices/virtual.py`)."""
+
+    def seconds(self, name: str, work: Any, number: int) -> float: ...
+
+
 class Device(Protocol):
-    """Three streams and a program. `spans(slot)` gives, once the slot's last command is done, the (start, end) of its
-    newest command on each stream, float64 [3, 2], in seconds of the host's `now()`. `failure(slot)` gives the text of
-    the error in the slot's newest commands, or None. `parts(slot)`, asked after `spans`, gives the seconds that the
-    slot's newest step spent on carry-over, on the model and on sampling, 0 where the device does not tell them apart.
-    `charge(phase, plan)` says
-    that the host does a part of a step ("plan", "fill", "launch", "wait" or "commit"): it moves the virtual clock,
-    others move by themselves. In `wait_until` the host does nothing until a time of `now()`."""
+    """Three streams and a program. `clock` says in words whose times its times are, `shape` is that of its steps."""
 
     clock: str
+    shape: Any
 
     @property
     def streams(self) -> tuple[Stream, Stream, Stream]: ...
-    def now(self) -> float: ...
-    def charge(self, phase: str, plan: Any) -> None: ...
-    def wait_until(self, moment: float) -> None: ...
-    def event(self) -> Event: ...
-    def spans(self, slot: int) -> np.ndarray: ...
-    def parts(self, slot: int) -> list[float]: ...
-    def failure(self, slot: int) -> str | None: ...
+
+    def event(self, name: str = "an event", slot: int | None = None) -> Event:
+        """A new event. `name` is for messages; with `slot` it is one of the slot's own `EVENTS`."""
+
+    def now(self) -> float:
+        """Seconds on the host's clock."""
+
+    def wait_until(self, moment: float) -> None:
+        """The host does nothing until then."""
+
+    def host_begins(self, phase: str, plan: Any, kv: Any) -> None:
+        """The host begins a part of a step: "plan", "fill", "launch", "wait" or "commit". `plan` is the step's, None
+        while it is planned; `kv` are the books of the KV cache."""
+
+    def host_ends(self, phase: str, plan: Any) -> None:
+        """The host has done that part. `plan` is None if there was nothing to plan."""
+
+    def spans(self, slot: int) -> np.ndarray:
+        """The (start, end) of the slot's newest command on each stream, float64 [3, 2] in seconds of `now()`. Asked
+        when the last of them is done."""
+
+    def parts(self, slot: int) -> list[float]:
+        """The seconds that the slot's newest step spent on carry-over, on the model and on sampling; zeros where the
+        device does not tell them apart. Asked after `spans`."""
+
+    def failure(self, slot: int) -> str | None:
+        """The text of the error in the slot's newest commands, or None."""
+
+    def abandon(self, slots: Any) -> None:
+        """The device is lost: keep alive what must not be freed any more. `slots` hold buffers of the host."""
+
     def close(self) -> None: ...
 
 
@@ -96,12 +122,25 @@ def time_work(work: Callable[[], Any], synchronize: Callable[[], Any], now: Call
 
 
 class RealTime:
-    """The host's time on the clocks where time passes by itself: seconds of `time.perf_counter`."""
+    """What the devices have in common on whose clock time passes by itself: seconds of `time.perf_counter`.
 
+    host_work_s: seconds of Python that are burnt with each plan, for lessons."""
+
+    host_work_s = 0.0
+    shape: Any = None
     now = staticmethod(time.perf_counter)
-
-    def charge(self, phase: str, plan: Any) -> None:
-        pass
 
     def wait_until(self, moment: float) -> None:
         time.sleep(max(0.0, moment - self.now()))
+
+    def host_begins(self, phase: str, plan: Any, kv: Any) -> None:
+        pass
+
+    def host_ends(self, phase: str, plan: Any) -> None:
+        if self.host_work_s and phase == "plan" and plan is not None:
+            end = self.now() + self.host_work_s
+            while self.now() < end:
+                pass
+
+    def abandon(self, slots: Any) -> None:
+        pass

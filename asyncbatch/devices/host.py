@@ -128,7 +128,7 @@ class HostStream:
         self.process, self.session, self.number, self.name = device.process, device.session, number, STREAMS[number]
         self._end, self._has_new = HostEvent(self.process), False
 
-    def launch(self, command: str, slot: int) -> None:
+    def launch(self, command: Any, slot: int) -> None:
         self._send("launch", self.session, command, slot)
 
     def wait_event(self, event: HostEvent) -> None:
@@ -177,7 +177,7 @@ class HostDevice(RealTime):
             self._give_events_back()
             raise
 
-    def event(self) -> HostEvent:
+    def event(self, name: str = "", slot: int | None = None) -> HostEvent:
         self._events.append(HostEvent(self.process))
         return self._events[-1]
 

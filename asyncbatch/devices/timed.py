@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..runner import Runner
+from ..scheduler import StepKind
 from ..slot import StepShape
 
 
@@ -45,23 +46,20 @@ class TimedRunner(Runner):
 
     def __init__(self, model, *, shape: StepShape, host, step_s: float | StepTimes):
         self.shape, self.host, self.step_s, self.device = shape, host, step_s, torch.device("cpu")
-        self.graphs = {}
         self.inputs = [torch.zeros(shape.num_inputs, dtype=torch.int32) for _ in host]
         self.outputs = torch.zeros(shape.num_slots, shape.max_batch_size, dtype=torch.int32)
         self.vocab_size = model.config.get_text_config().vocab_size
 
-    def _step(self, slot: int, command: str) -> None:
+    def _step(self, slot: int, kind: StepKind) -> None:
         start = time.perf_counter()
-        passes, _, size = command.split("/")
-        rows = int(size)
-        fields = self.shape.fields(self.inputs[slot], rows)
+        fields = self.shape.fields(self.inputs[slot], kind.rows)
         last = fields["prefill_id"][(fields["prefill_start"] + fields["prefill_count"] - 1).clamp(min=0)]
         previous = torch.where(fields["decodes"].bool(), self._input_ids(fields), last)
         end = fields["position"] + fields["prefill_count"] + fields["decodes"]  # 0 for padding
-        self.outputs[slot, :rows] = (previous * 31 + end * 7 + 1) % self.vocab_size
+        self.outputs[slot, : kind.rows] = (previous * 31 + end * 7 + 1) % self.vocab_size
         step_s = self.step_s
         if callable(step_s):
-            step_s = step_s("decode" if passes == "decode" else "prefill", int(end.sum()))
+            step_s = step_s("decode" if kind.passes == "decode" else "prefill", int(end.sum()))
         wait_until(start + step_s)
 
 

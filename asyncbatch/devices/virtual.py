@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from ..scheduler import BatchPlan
-from ..streams import STREAMS, DeviceError
+from ..streams import STREAMS, CostModel, DeviceError
 
 HOST_PHASES = ("plan", "fill", "launch", "commit")
 OPERATIONS = ("copy_in", "step", "copy_out")  # what a command on each of the three streams is to the cost model
@@ -46,10 +46,8 @@ class StepWork(NamedTuple):
 
     @classmethod
     def of(cls, plan: BatchPlan) -> StepWork:
-        kind = "decode" if plan.passes == "decode" else "prefill"
-        context = sum(row.position + row.num_tokens for row in plan.rows)
         prefill = sum(row.num_tokens for row in plan.rows[plan.num_decode :])
-        return cls(kind, len(plan.rows), context, prefill)
+        return cls(plan.work, len(plan.rows), plan.context, prefill)
 
 
 Cost = float | Callable[[StepWork], float]
@@ -120,7 +118,7 @@ class VirtualStream:
     def __init__(self, device: VirtualDevice, number: int):
         self.device, self.number, self.name, self.time = device, number, STREAMS[number], 0.0
 
-    def launch(self, command: str, slot: int) -> None:
+    def launch(self, command: Any, slot: int) -> None:
         self.device._launch(self, command, slot)
 
     def wait_event(self, event: VirtualEvent) -> None:
@@ -146,9 +144,11 @@ class VirtualDevice:
     """
 
     clock = "virtual"
+    shape: Any = None
 
-    def __init__(self, program: Any, num_slots: int, costs: Costs | None = None, host_work_s: float = 0.0):
-        self.program, self.costs, self.host_work_s = program, Costs() if costs is None else costs, host_work_s
+    def __init__(self, program: Any, num_slots: int, costs: CostModel | None = None, host_work_s: float = 0.0):
+        self.program, self.host_work_s = program, host_work_s
+        self.costs: CostModel = Costs() if costs is None else costs
         self.num_slots = num_slots
         self.streams = (VirtualStream(self, 0), VirtualStream(self, 1), VirtualStream(self, 2))
         self._host_s = 0.0
@@ -173,9 +173,16 @@ class VirtualDevice:
             raise ValueError(f"the host works for {seconds!r}: allowed are seconds from 0")
         self.wait_until(self._host_s + seconds)
 
-    def charge(self, phase: str, plan: BatchPlan | None) -> None:
-        """A batcher's part of a step ("plan", "fill", "launch" or "commit") costs the host what the cost model says.
-        Waiting ("wait") costs nothing of its own."""
+    def host_begins(self, phase: str, plan: BatchPlan | None, kv: Any) -> None:
+        if phase == "launch":  # paid for beforehand: what it launches starts when the host is through with it
+            self._charge(phase, plan)
+
+    def host_ends(self, phase: str, plan: BatchPlan | None) -> None:
+        if phase != "launch":
+            self._charge(phase, plan)
+
+    def _charge(self, phase: str, plan: BatchPlan | None) -> None:
+        """A part of a step costs the host what the cost model says. Waiting costs nothing of its own."""
         if plan is None or phase not in HOST_PHASES:
             return
         work = StepWork.of(plan)
@@ -200,7 +207,7 @@ class VirtualDevice:
 
     # ---- the device --------------------------------------------------------------------------------------------
 
-    def event(self) -> VirtualEvent:
+    def event(self, name: str = "", slot: int | None = None) -> VirtualEvent:
         return VirtualEvent(self)
 
     def spans(self, slot: int) -> np.ndarray:
@@ -214,6 +221,9 @@ class VirtualDevice:
         self.now()
         return self._errors[slot]
 
+    def abandon(self, slots: Any) -> None:
+        pass
+
     def close(self) -> None:
         """Wait for all that is under way, and free the program."""
         if self.program is not None:
@@ -221,11 +231,13 @@ class VirtualDevice:
                 stream.synchronize()
             self.program = None
 
-    def _launch(self, stream: VirtualStream, command: str, slot: int) -> None:
+    def _launch(self, stream: VirtualStream, command: Any, slot: int) -> None:
         if self.program is None:
-            raise DeviceError(f"{command!r} launched on a device that is closed")
+            raise DeviceError(f"{str(command)!r} launched on a device that is closed")
         if not 0 <= slot < self.num_slots:
-            raise DeviceError(f"{command!r} launched on slot {slot}: the device has slots 0 to {self.num_slots - 1}")
+            raise DeviceError(
+                f"{str(command)!r} launched on slot {slot}: the device has slots 0 to {self.num_slots - 1}"
+            )
         order = next(self._order)
         step, work = self._plans.get(slot, (order, StepWork(command, 0, 0, 0)))
         start = max(stream.time, self.now())
@@ -239,7 +251,7 @@ class VirtualDevice:
         while self._under_way and self._under_way[0][0] <= self._host_s:
             self._run(*heapq.heappop(self._under_way))
 
-    def _run(self, end: float, order: int, start: float, number: int, command: str, slot: int) -> None:
+    def _run(self, end: float, order: int, start: float, number: int, command: Any, slot: int) -> None:
         if number == 0:
             self._errors[slot] = None  # a step begins on H2D; its later commands are skipped once one of them failed
         if self._errors[slot] is None:

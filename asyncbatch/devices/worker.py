@@ -94,7 +94,7 @@ class _Worker:
             self.reached.notify_all()
         self.wake.release()
 
-    def _launch(self, number: int, session: int, command: str, slot: int) -> None:
+    def _launch(self, number: int, session: int, command: Any, slot: int) -> None:
         program, times, failed, errors = self._programs[session]
         start = time.perf_counter()
         if number == 0:

@@ -13,10 +13,10 @@ from matplotlib.collections import PatchCollection
 from matplotlib.patches import Patch, Rectangle
 
 from .. import kv_cache
+from ..devices.checked import CheckedDevice, CheckedStream
 from ..devices.virtual import Costs, VirtualStream
 from ..kv_cache import NOBODY, KVCache
 from ..measure import bandwidth as floor
-from ..ordering import races
 from ..pictures.picture import COLORS, TEXT, Picture, figure
 from .blocks import FREE, RED, Film, Pool, color, letter, listed, pool_picture
 from .parts import Case, Exercise
@@ -134,13 +134,13 @@ def give_prompts_a_stream(batcher: Any) -> None:
     from ..ordering import faults
 
     device = batcher.device
-    checked = isinstance(device, races.CheckedDevice)
+    checked = isinstance(device, CheckedDevice)
     second: Any = VirtualStream(device.device if checked else device, 1)
     second.name = "second"
     if checked:
         device.checker.add_lane(second.name)
         device.checker.collect = True
-        second = races.CheckedStream(device, second)
+        second = CheckedStream(device, second)
 
     def edit(calls: dict[str, Callable[[], Any]], slot: Any, batcher: Any) -> None:
         if slot.plan.passes == "prefill":

@@ -22,7 +22,7 @@ from matplotlib.patches import FancyArrowPatch, Patch, Rectangle
 from matplotlib.patheffects import withStroke
 
 from .. import streams
-from ..devices import open_device
+from ..devices import open_program
 from ..devices.virtual import Costs, VirtualDevice
 from ..ordering import explore
 from ..pictures.picture import COLORS, Picture
@@ -178,7 +178,7 @@ class Lab:
             self.device: Any = VirtualDevice(program, num_slots, Costs(copy_in=cost, step=cost, copy_out=cost))
         elif where in ("cpu", "cuda"):
             host = [tuple(t.pin_memory() if where == "cuda" else t.share_memory_() for t in pair) for pair in host]
-            self.device = open_device(_owner(where), LabProgram, num_slots, host=host, ms=self.ms)
+            self.device = open_program(_owner(where), LabProgram, num_slots, host=host, ms=self.ms)
             _close_unused()
             _OPEN.append((weakref.ref(self), self.device))
         else:

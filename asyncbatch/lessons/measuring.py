@@ -21,6 +21,7 @@ from ..measure.simulate import WhatIf
 from ..ordering.faults import carrier
 from ..pictures.picture import COLORS, TEXT, Picture, figure
 from ..profile.cli import main
+from ..scheduler import StepKind
 from ..timeline import busy_curve, idle_share
 from .idle import Law
 from .lab import spend_on_gpu
@@ -42,9 +43,10 @@ def timed_step(device: str, ms: float) -> Iterator[tuple[Callable[[], Any], Call
         return
     with SyncBatcher(carrier(), max_batch_size=1, step_s=1e-3 * ms) as batcher:
         compute = batcher.device.streams[1]
-        compute.launch("decode/greedy/1", 0)
+        step = StepKind("decode", sampled=False, rows=1)
+        compute.launch(step, 0)
         compute.synchronize()
-        yield lambda: compute.launch("decode/greedy/1", 0), compute.synchronize
+        yield lambda: compute.launch(step, 0), compute.synchronize
 
 
 def profile(*arguments: str) -> dict[str, Any]:

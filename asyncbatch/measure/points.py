@@ -112,7 +112,7 @@ class _Recorder:
 
     def plan(self, function: Callable) -> Callable:
         """The scheduler's `plan`, after which, in the same host span, host_work_s is burnt."""
-        note, now, burnt_s = self.calls.extend, self.now, self.batcher.host_work_s
+        note, now, burnt_s = self.calls.extend, self.now, self.batcher.config.host_work_s
 
         def plan():
             made = function()
@@ -288,7 +288,7 @@ def record_points(batcher: Any) -> Iterator[None]:
     if hasattr(batcher, "scheduler"):
         scheduler, kv, device = batcher.scheduler, batcher.kv, batcher.device
         replace(batcher, "_new_timeline", recorder.new_timeline(batcher._new_timeline))
-        if batcher.host_work_s:
+        if batcher.config.host_work_s:
             replace(scheduler, "plan", recorder.plan(scheduler.plan))
         time(scheduler, "_prefill_rows", "admit")
         time(kv, "_grow", "KV allocate")
@@ -301,7 +301,7 @@ def record_points(batcher: Any) -> Iterator[None]:
             replace(batcher, "tokenizer", _TimedTokenizer(batcher.tokenizer, recorder))
     # On the virtual clock a collection takes no time, and asking for the time, which lets commands take effect, is not
     # allowed in the middle of anything.
-    collected = [recorder.collected] if getattr(batcher, "clock", None) is None else []
+    collected = [recorder.collected] if getattr(getattr(batcher, "config", None), "clock", None) is None else []
     gc.callbacks += collected
     try:
         yield

@@ -27,6 +27,7 @@ from ..devices.virtual import Costs
 from ..request import Request, SamplingParams
 from ..runner import Runner
 from ..sampling import uniforms
+from ..scheduler import StepKind
 from .races import RaceError
 
 VOCABULARY = 251
@@ -61,13 +62,13 @@ class ToyRunner(Runner):
     """A runner whose model is `next_token`. Its KV cache holds the tokens themselves: [num_blocks + 1, block_size]."""
 
     def __init__(self, shape, host):
-        self.shape, self.host, self.graphs = shape, host, {}
+        self.shape, self.host = shape, host
         self.inputs = [torch.zeros(shape.num_inputs, dtype=torch.int32) for _ in host]
         self.outputs = torch.zeros(shape.num_slots, shape.max_batch_size, dtype=torch.int32)
         self.cache = np.zeros((shape.num_blocks + 1, shape.block_size), np.int64)
 
-    def _step(self, slot: int, command: str) -> None:
-        rows = int(command.split("/")[-1])
+    def _step(self, slot: int, kind: StepKind) -> None:
+        rows = kind.rows
         fields = {name: part.numpy() for name, part in self.shape.fields(self.inputs[slot], rows).items()}
         carried = self._input_ids(self.shape.fields(self.inputs[slot], rows)).numpy()
         answers = np.zeros(rows, np.int32)
@@ -251,11 +252,11 @@ def placeholder_left(batcher: BatcherBase) -> None:
     commit = batcher.scheduler.commit
 
     def damaged(plan, token_ids):
-        new, wasted = commit(plan, token_ids)
-        for state, _ in new:
+        result = commit(plan, token_ids)
+        for state, _ in result.new:
             if len(state.generated) == 2:
                 state.generated[-1] = PLACEHOLDER
-        return new, wasted
+        return result
 
     _put(batcher.scheduler, "commit", damaged)
 
@@ -303,11 +304,11 @@ def stop_not_discarded(batcher: BatcherBase) -> None:
 
     def damaged(plan, token_ids):
         ended = [row.state.finish_reason for row in plan.rows]
-        new, wasted = commit(plan, token_ids)
+        result = commit(plan, token_ids)
         for row, reason, token in zip(plan.rows, ended, token_ids, strict=False):
             if reason and row.samples:
                 row.state.generated.append(token)
-        return new, wasted
+        return result
 
     _put(batcher.scheduler, "commit", damaged)
 

@@ -18,13 +18,9 @@ clock does not count the first one. For each resource only the last write and ea
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-
-from ..kv_cache import blocks_for
-from ..scheduler import BatchPlan
-from ..streams import Device
+from ..scheduler import StepKind
 
 HOST = "host"
 NAMES = {
@@ -41,7 +37,7 @@ class Access(NamedTuple):
     `kind` is "reads" or "writes"."""
 
     lane: str
-    name: str
+    name: str | StepKind
     step: int | None
     kind: str
 
@@ -52,8 +48,8 @@ class Access(NamedTuple):
 
     @property
     def spoken(self) -> str:
-        """Its name within a sentence. A batcher launches steps under names such as "decode/greedy/8"."""
-        return "the step" if self.step is not None and "/" in self.name else self.name
+        """Its name within a sentence."""
+        return "the step" if isinstance(self.name, StepKind) else self.name
 
 
 class RaceError(RuntimeError):
@@ -247,151 +243,3 @@ def _join(clock: dict[str, int], other: Mapping[str, int]) -> None:
     for lane, count in other.items():
         if count > clock[lane]:
             clock[lane] = count
-
-
-# ---- around a batcher's device -----------------------------------------------------------------------------------
-
-
-class CheckedDevice:
-    """Any clock's device, with every call forwarded to it and every access checked first.
-
-    The checker knows what "copy_in" and "copy_out" access. Every other command counts as the step of its slot; which
-    blocks and carried outputs that one uses it learns from `before_fill`. With `collect` races are kept in `races`,
-    without it the first one is raised as RaceError, and what would have raced is not launched.
-    """
-
-    def __init__(self, device: Device, *, collect: bool = False):
-        self.device: Any = device
-        self.clock = device.clock
-        self.checker = RaceChecker([stream.name for stream in device.streams], collect=collect)
-        first, second, third = (CheckedStream(self, stream) for stream in device.streams)
-        self.streams = (first, second, third)
-        self._filled: dict[int, tuple[int, list, list]] = {}  # slot: its step, and what that reads and writes besides
-
-    @property
-    def races(self) -> list[RaceError]:
-        return self.checker.races
-
-    def event(self) -> CheckedEvent:
-        return CheckedEvent(self, self.device.event())
-
-    def spans(self, slot: int) -> np.ndarray:
-        return self.device.spans(slot)
-
-    def failure(self, slot: int) -> str | None:
-        return self.device.failure(slot)
-
-    def now(self) -> float:
-        return self.device.now()
-
-    def charge(self, phase: str, plan: BatchPlan | None) -> None:
-        self.device.charge(phase, plan)
-
-    def wait_until(self, moment: float) -> None:
-        self.device.wait_until(moment)
-
-    def close(self) -> None:
-        self.device.close()
-
-    def __getattr__(self, name: str) -> Any:  # all else is the device's own
-        if name == "device":
-            raise AttributeError(name)
-        return getattr(self.device, name)
-
-    # The host's own accesses: the batcher tells of them.
-
-    def name_events(self, slots: Sequence[Any]) -> None:
-        """Let errors call the slots' events by name."""
-        lanes = [stream.name for stream in self.streams]
-        for slot in slots:
-            for lane, name in zip(lanes, ("inputs_ready", "step_done", "outputs_ready"), strict=True):
-                mark = getattr(slot, name).mark
-                mark.name, mark.meant_for = f"slot {slot.index}'s {name}", (lane, slot.index)
-
-    def before_fill(self, slot: int, plan: BatchPlan, kv, num_slots: int) -> None:
-        """The host is about to write the inputs of `plan` into a slot. `kv`: the books of the cache, after planning."""
-        self.checker.access(HOST, "fill", plan.step, writes=[("host inputs", slot)], slot=slot)
-        self._filled[slot] = plan.step, *step_accesses(plan, kv, num_slots)
-
-    def before_commit(self, slot: int, step: int) -> None:
-        """The host is about to read a slot's output ids."""
-        self.checker.access(HOST, "commit", step, reads=[("host output ids", slot)], slot=slot)
-
-    def before_launch(self, lane: str, command: str, slot: int) -> None:
-        step, more_reads, more_writes = self._filled.get(slot, (None, [], []))
-        if command == "copy_in":
-            reads, writes = [("host inputs", slot)], [("device inputs", slot)]
-        elif command == "copy_out":
-            reads, writes = [("output ids", slot)], [("host output ids", slot)]
-        else:
-            reads, writes = [("device inputs", slot), *more_reads], [("output ids", slot), *more_writes]
-        self.checker.access(lane, command, step, reads, writes, slot)
-
-
-def step_accesses(plan: BatchPlan, kv, num_slots: int) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """What a step (reads, writes) besides its slot's inputs and outputs: outputs of the slots that it carries tokens
-    from, and KV blocks. Block 0 is not among them: padding writes it, and nobody cares what is there."""
-    reads: dict[tuple[str, int], None] = {}
-    writes: dict[tuple[str, int], None] = {}
-    for row in plan.rows:
-        if row.carry is not None:
-            reads["output ids", row.carry[0] % num_slots] = None
-        table = kv.table(row.state.number)
-        end = row.position + row.num_tokens
-        for block in table[: blocks_for(end, kv.block_size)]:
-            reads["KV block", block] = None
-        for block in table[row.position // kv.block_size : blocks_for(end, kv.block_size)]:
-            writes["KV block", block] = None
-    return list(reads), list(writes)
-
-
-class CheckedStream:
-    def __init__(self, owner: CheckedDevice, stream):
-        self.owner, self.stream, self.name = owner, stream, stream.name
-
-    def launch(self, command: str, slot: int) -> None:
-        self.owner.before_launch(self.name, command, slot)
-        self.stream.launch(command, slot)
-
-    def wait_event(self, event: Any) -> None:
-        self.stream.wait_event(event.event)
-        self.owner.checker.wait(self.name, event.mark)
-
-    def record_event(self, event: Any) -> None:
-        self.stream.record_event(event.event)
-        self.owner.checker.record(self.name, event.mark)
-
-    def synchronize(self) -> None:
-        self.stream.synchronize()
-        self.owner.checker.finished(self.name)
-
-    def query(self) -> bool:
-        done = self.stream.query()
-        if done:
-            self.owner.checker.finished(self.name)
-        return done
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "stream":
-            raise AttributeError(name)
-        return getattr(self.stream, name)
-
-
-class CheckedEvent:
-    def __init__(self, owner: CheckedDevice, event):
-        self.owner, self.event, self.mark = owner, event, owner.checker.mark()
-
-    def synchronize(self) -> None:
-        self.event.synchronize()
-        self.owner.checker.wait(HOST, self.mark)
-
-    def query(self) -> bool:
-        done = self.event.query()
-        if done:
-            self.owner.checker.wait(HOST, self.mark)
-        return done
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "event":
-            raise AttributeError(name)
-        return getattr(self.event, name)

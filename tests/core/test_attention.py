@@ -12,8 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tiny import tiny_model
 
-from asyncbatch.attention import Batch, paged_attention
+from asyncbatch.attention import Batch, attend_on_cpu, paged_attention
+from asyncbatch.devices.cuda.attention import attend_on_cuda
+from asyncbatch.devices.cuda.runner import CudaRunner
 from asyncbatch.runner import Runner
+from asyncbatch.scheduler import StepKind
 from asyncbatch.slot import StepShape, host_buffers
 
 BLOCK, MAX_BLOCKS = 4, 6
@@ -72,6 +75,7 @@ class Case:
             torch.tensor(places + [0] * padding, device=device),
             self.tables.to(device),
             *(on_device(c) for c in counts),
+            attend_on_cuda,  # the kernels, which Triton interprets where there is no GPU
         )
 
     def attend(self, layout):
@@ -103,7 +107,7 @@ SEED = st.integers(0, 2**31)
 @given(st.lists(ROW, min_size=1, max_size=4), SEED, st.integers(0, 3))
 def test_on_a_cpu_each_row_attends_to_its_own_tokens(rows, seed, padding):
     case = Case(rows, seed, padding=padding)
-    case.batch.parts = case.parts
+    case.batch.attend, case.batch.parts = attend_on_cpu, case.parts
     case.check(case.attend("prefill"))
 
 
@@ -171,7 +175,7 @@ def test_a_row_of_the_decode_kernel_is_bitwise_the_same_alone_and_among_others()
 def test_on_a_cpu_a_row_is_bitwise_the_same_alone_and_among_others(count):
     def attend(chosen):
         case = Case([(3, count)] * 3, seed=1)
-        case.batch.parts = [case.parts[row] for row in chosen]
+        case.batch.attend, case.batch.parts = attend_on_cpu, [case.parts[row] for row in chosen]
         return case.attend("prefill")
 
     together = attend(range(3))
@@ -183,12 +187,11 @@ def test_on_a_cpu_a_row_is_bitwise_the_same_alone_and_among_others(count):
 class KernelRunner(Runner):
     """A runner on the CPU that attends with the kernels all the same, interpreted."""
 
-    def _batch(self, *arguments):
-        self.splits = 4
+    splits = 4
+
+    def _batch(self, *arguments, **named):
         self.arrived = torch.zeros(self.shape.max_batch_size * 2, dtype=torch.int32)
-        batch = super()._batch(*arguments)
-        batch.parts = None
-        return batch
+        return CudaRunner._batch(self, *arguments, **named)
 
 
 @needs_triton
@@ -204,12 +207,12 @@ def test_a_model_that_attends_with_the_kernels_generates_what_generate_does():
     fields["prefill_count"][1], fields["prefill_id"][:11] = 11, torch.tensor(prompt)
     fields["prefill_position"][:11] = torch.arange(11)
     with torch.inference_mode():
-        runner.run("prefill/greedy/3", 0)
+        runner.run(StepKind("prefill", False, 3), 0)
         tokens = [int(runner.outputs[0, 1])]
         fields["prefill_count"][1], fields["decodes"][1], fields["carry"][:] = 0, 1, torch.tensor([-1, 1, -1])
         for position in range(11, 30):
             fields["position"][1] = position
-            runner.run("decode/greedy/3", 0)
+            runner.run(StepKind("decode", False, 3), 0)
             tokens.append(int(runner.outputs[0, 1]))
     expected = model.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0, 11:]
     assert tokens == expected.tolist()

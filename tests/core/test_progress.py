@@ -12,7 +12,7 @@ from support.tiny import tiny_model
 from test_timeline import runs
 
 from asyncbatch import AsyncBatcher, Request, SyncBatcher
-from asyncbatch.base import _IdleSoFar
+from asyncbatch.serving import _IdleSoFar
 from asyncbatch.timeline import Timeline
 
 
@@ -84,7 +84,7 @@ def test_the_bar_counts_every_token_and_says_idle_at_most_once_a_second(batcher_
 
     clock = itertools.count(100, 0.25)  # a quarter of a second for each turn of the loop
     monkeypatch.setattr("tqdm.tqdm", Bar)
-    monkeypatch.setattr("asyncbatch.base.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr("asyncbatch.serving.time", SimpleNamespace(monotonic=lambda: next(clock)))
     with batcher_class(tiny_model(), max_batch_size=2) as batcher:
         batcher.run([Request([1, 2], max_new_tokens=20)] * 2, progress=True)
     (bar,) = bars

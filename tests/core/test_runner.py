@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncbatch.runner import matrix_products_by_cublaslt, sample
+from asyncbatch.devices.cuda.runner import matrix_products_by_cublaslt
+from asyncbatch.sampling import sample
 
 VOCABULARY = 12
 

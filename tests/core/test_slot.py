@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from asyncbatch import Request, SamplingParams
 from asyncbatch.kv_cache import KVCache
 from asyncbatch.sampling import uniforms
-from asyncbatch.scheduler import RunState, Scheduler
+from asyncbatch.scheduler import RunState, Scheduler, StepKind
 from asyncbatch.slot import FLOAT_FIELDS, Slot, StepShape, host_buffers
 
 SHAPE = StepShape(max_batch_size=4, num_slots=2, block_size=4, num_blocks=20, max_length=32, prefill_tokens=8)
 
 
 class NoDevice:
-    def event(self):
+    def event(self, name, slot):
         return None
 
 
@@ -60,7 +60,7 @@ def test_a_plan_is_written_where_the_device_looks_for_it(parts):
 
     slots[0].fill(scheduler.plan(), kv)  # the two short prompts, 3 + 5 tokens
     fields = slots[0].fields
-    assert slots[0].command == "prefill/sampled/4"
+    assert slots[0].command == StepKind("prefill", True, 4)
     assert fields["prefill_id"].tolist() == [7, 8, 9, 1, 2, 3, 4, 5]
     assert fields["prefill_position"].tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
     assert fields["prefill_row"].tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
@@ -73,7 +73,7 @@ def test_a_plan_is_written_where_the_device_looks_for_it(parts):
 
     slots[1].fill(scheduler.plan(), kv)  # both decode, and the long prompt's first chunk; step 0 is still in flight
     fields = slots[1].fields
-    assert slots[1].command == "mixed/sampled/4"
+    assert slots[1].command == StepKind("mixed", True, 4)
     assert fields["decodes"].tolist() == [1, 1, 0, 0]
     assert fields["carry"].tolist() == [0, 1, -1, -1]  # rows 0 and 1 of slot 0
     assert fields["position"].tolist() == [3, 5, 0, 0]
@@ -97,7 +97,7 @@ def test_a_token_that_the_host_knows_is_not_carried(parts):
     plan = scheduler.plan()
     scheduler.commit(plan, [50])
     slots[1].fill(scheduler.plan(), kv)
-    assert slots[1].command == "decode/greedy/4"
+    assert slots[1].command == StepKind("decode", False, 4)
     assert slots[1].fields["carry"].tolist() == [-1] * 4
     assert slots[1].fields["input_id"].tolist() == [50, 0, 0, 0]
 
@@ -117,8 +117,8 @@ def test_a_step_has_the_smallest_size_that_holds_its_rows(sizes, most, data):
     rows = shape.rows_for(count)
     allowed = {*shape.batch_sizes, most}
     assert rows == min(size for size in allowed if size >= count)
-    assert {int(step.split("/")[2]) for step in shape.steps} == allowed
-    assert len(shape.steps) == len(set(shape.steps)) == 6 * len(allowed)
+    assert {kind.rows for kind in shape.kinds} == allowed
+    assert len(shape.kinds) == len(set(shape.kinds)) == 6 * len(allowed)
 
 
 @given(st.integers(1, 9))

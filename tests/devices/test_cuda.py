@@ -11,9 +11,10 @@ import pytest
 import torch
 from support.tiny import tiny_model
 
-from asyncbatch import AsyncBatcher, Request, SamplingParams, SyncBatcher, load_model, streams
+from asyncbatch import AsyncBatcher, Request, SamplingParams, SyncBatcher, load_model
 from asyncbatch.attention import NAME
-from asyncbatch.devices import open_device
+from asyncbatch.devices import open_program
+from asyncbatch.devices.cuda import device as cuda_device
 from asyncbatch.measure.points import DEVICE_LANE, PARTS, points_of, record_points
 
 pytestmark = [
@@ -110,7 +111,7 @@ def test_nothing_in_the_loop_makes_the_host_wait_but_the_one_event(model, batche
 
 
 def test_the_device_spans_lie_on_the_hosts_clock_and_in_order(model, monkeypatch):
-    monkeypatch.setattr(streams, "ORIGIN_S", 0.002)  # the origin moves every few steps
+    monkeypatch.setattr(cuda_device, "ORIGIN_S", 0.002)  # the origin moves every few steps
     with AsyncBatcher(model, **OPTIONS) as batcher:
         batcher.run(workload(model.config.vocab_size, 8))
         spans = {(lane, step): (start, end) for lane, _, step, start, end in batcher.timeline.spans if lane != "host"}
@@ -128,7 +129,7 @@ def test_the_device_spans_lie_on_the_hosts_clock_and_in_order(model, monkeypatch
 
 @pytest.mark.parametrize("batcher_class", [SyncBatcher, AsyncBatcher])
 def test_the_parts_of_a_step_are_told_apart_inside_its_graph(model, batcher_class, monkeypatch):
-    monkeypatch.setattr(streams, "ORIGIN_S", 0.002)
+    monkeypatch.setattr(cuda_device, "ORIGIN_S", 0.002)
     with batcher_class(model, parts=True, **OPTIONS) as batcher:
         assert batcher.device.program.graphs
         batcher.run(workload(model.config.vocab_size, 8))  # other steps have used the same events
@@ -168,7 +169,7 @@ class Writes:
 
 def test_an_event_orders_two_streams_and_without_it_the_copy_comes_too_early():
     host = torch.zeros(1).pin_memory()
-    device = open_device(tiny_model("cuda"), Writes, num_slots=2, host=host)
+    device = open_program(tiny_model("cuda"), Writes, num_slots=2, host=host)
     _, compute, copies = device.streams
     event = device.event()
     for command in ("one", "two"):  # the first time kernels are loaded, which can wait for the device
@@ -219,7 +220,7 @@ def test_small_steps_have_graphs_of_their_own():
     requests = workload(model.config.vocab_size)
     with AsyncBatcher(model, batch_sizes=(1, 2), **OPTIONS) as batcher:
         graphs = batcher.device.program.graphs
-        assert {int(command.split("/")[2]) for _, command in graphs} == {1, 2, 4}
+        assert {kind.rows for _, kind in graphs} == {1, 2, 4}
         used = set()
         launch = batcher.launch
         batcher.launch = lambda slot: (used.add(slot.command), launch(slot))
@@ -250,7 +251,7 @@ def test_out_of_memory_in_a_step_fails_its_requests_and_leaves_a_usable_batcher(
 
         def greedy_run(command, slot):
             commands.append(command)
-            if command.startswith("decode") and len(commands) > 8:
+            if getattr(command, "passes", "") == "decode" and len(commands) > 8:
                 torch.empty(2**50, device="cuda")
             run(command, slot)
 
@@ -310,8 +311,8 @@ def test_the_sanitizer_finds_no_missing_wait():
     """TORCH_CUDA_SANITIZER sees device tensors, not host buffers and graphs: so without graphs here."""
     here = Path(__file__).parents[1]
     script = """
-import asyncbatch.runner
-asyncbatch.runner.Runner._capture = lambda self: {}
+from asyncbatch.devices.cuda.runner import CudaRunner
+CudaRunner._capture = lambda self: {}
 from support.tiny import tiny_model
 from asyncbatch import AsyncBatcher, Request
 with AsyncBatcher(tiny_model("cuda"), max_batch_size=4, block_size=4, prefill_tokens=16, max_length=64) as batcher:

@@ -18,7 +18,7 @@ from support.programs import Log
 from support.tiny import tiny_model
 
 from asyncbatch import AsyncBatcher
-from asyncbatch.devices import open_device
+from asyncbatch.devices import open_program
 from asyncbatch.devices.cuda.device import never_free
 from asyncbatch.devices.host import DeviceProcess, HostDevice
 from asyncbatch.streams import DeviceError
@@ -36,7 +36,7 @@ def shared():
 
 @pytest.fixture
 def device(shared):
-    device = open_device(tiny_model(), Log, num_slots=8, **shared)
+    device = open_program(tiny_model(), Log, num_slots=8, **shared)
     yield device
     device.close()
 
@@ -129,7 +129,7 @@ def test_events_come_back_when_a_device_closes(shared):
     process = DeviceProcess.of(tiny_model())
     free = len(process.free_events)
     for _ in range(3):
-        device = open_device(tiny_model(), Log, num_slots=1, **shared)
+        device = open_program(tiny_model(), Log, num_slots=1, **shared)
         device.event()
         device.close()
         device.close()
@@ -140,7 +140,7 @@ def test_events_come_back_when_a_device_closes(shared):
 def test_too_many_events_are_a_clear_error_and_none_is_lost(shared):
     process = DeviceProcess.of(tiny_model())
     free = len(process.free_events)
-    device = open_device(tiny_model(), Log, num_slots=1, **shared)
+    device = open_program(tiny_model(), Log, num_slots=1, **shared)
     for _ in range(free - 3):  # each stream has one of its own
         device.event()
     with pytest.raises(DeviceError, match="all 1024 events of the device are taken"):
@@ -166,7 +166,7 @@ def test_a_device_that_dies_is_an_error_and_not_a_hang(shared):
 def test_a_program_that_cannot_start_says_why(shared):
     free = len(DeviceProcess.of(tiny_model()).free_events)
     with pytest.raises(DeviceError, match="unexpected keyword argument 'nonsense'"):
-        open_device(tiny_model(), Log, num_slots=1, nonsense=1)
+        open_program(tiny_model(), Log, num_slots=1, nonsense=1)
     assert len(DeviceProcess.of(tiny_model()).free_events) == free
 
 

@@ -407,7 +407,7 @@ def handover(damage, prefill_s, slots=2):
             cache.give_prompts_a_stream(batcher)
         film = blocks.watch(batcher, pair)
         right = [c.token_ids == faults.toy_tokens(request) for c, request in zip(film.completions, pair, strict=True)]
-        return film, right, batcher.checked.races
+        return film, right, batcher.device.races
 
 
 @pytest.mark.parametrize("slots", [2, 3, 4])

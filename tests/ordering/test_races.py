@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from support.tiny import tiny_model
 
 from asyncbatch import AsyncBatcher, Request, SamplingParams, SyncBatcher
+from asyncbatch.devices.checked import CheckedDevice
 from asyncbatch.ordering import races
-from asyncbatch.ordering.races import CheckedDevice, RaceError, resource_name
-from asyncbatch.scheduler import BatchPlan, Row
+from asyncbatch.ordering.races import RaceError, resource_name
+from asyncbatch.scheduler import BatchPlan, Row, StepKind
 
 OPTIONS = dict(max_batch_size=3, block_size=4, prefill_tokens=8, max_length=64)
 KINDS = [(SyncBatcher, 1), (SyncBatcher, 2), *((AsyncBatcher, slots) for slots in (1, 2, 3, 4))]
@@ -55,11 +56,11 @@ def test_nothing_is_reported_for_the_real_batchers(workload, kind, spare, cancel
             batcher.cancel(handles[number % len(handles)])
         assert all(handle.result().error is None for handle in handles)
         again = batcher.run(workload)
-        assert batcher.checked.races == []
-        seen = {resource[0] for resource in batcher.checked.checker._uses}
+        assert batcher.device.races == []
+        seen = {resource[0] for resource in batcher.device.checker._uses}
     assert seen == {"host inputs", "device inputs", "output ids", "host output ids", "KV block"}
     with SyncBatcher(tiny_model(), **OPTIONS) as plain:
-        assert plain.checked is None
+        assert not isinstance(plain.device, CheckedDevice)
         assert [c.token_ids for c in again] == [c.token_ids for c in plain.run(workload)]
 
 
@@ -239,19 +240,20 @@ class FakeDevice:
 
     def __init__(self):
         self.streams = tuple(FakeStream(name) for name in ("H2D", "compute", "D2H"))
-        self.charged = []
+        self.phases = []
 
-    def event(self):
+    def event(self, name, slot):
         return FakeEvent()
 
     def now(self):
         return 7.0
 
-    def charge(self, phase, plan):
-        self.charged.append((phase, plan))
+    def host_begins(self, phase, plan, kv):
+        self.phases.append((phase, plan))
 
 
 SLOTS, BLOCK_SIZE = 2, 2
+STEP = StepKind("decode", False, 8)
 slots, lanes, marks = st.integers(0, SLOTS - 1), st.integers(0, 2), st.integers(0, 2)
 rows = st.tuples(
     st.lists(st.integers(1, 4), min_size=3, max_size=3, unique=True),  # its blocks
@@ -262,8 +264,8 @@ rows = st.tuples(
 lines = st.one_of(
     st.tuples(st.just("fill"), slots, st.lists(rows, max_size=2)),
     st.tuples(st.just("commit"), slots),
-    st.tuples(st.just("launch"), lanes, st.sampled_from(["copy_in", "decode/greedy/8", "copy_out"]), slots),
-    st.tuples(st.just("launch"), lanes, st.sampled_from(["copy_in", "decode/greedy/8", "copy_out"]), slots),
+    st.tuples(st.just("launch"), lanes, st.sampled_from(["copy_in", STEP, "copy_out"]), slots),
+    st.tuples(st.just("launch"), lanes, st.sampled_from(["copy_in", STEP, "copy_out"]), slots),
     st.tuples(st.just("record"), lanes, marks),
     st.tuples(st.just("wait"), lanes, marks),
     st.tuples(st.just("event"), st.sampled_from(["synchronize", "query", "query in vain"]), marks),
@@ -276,13 +278,13 @@ def play(lines, device, after=lambda number: None):
     for number, (kind, *rest) in enumerate(lines):
         if kind == "fill":
             tables = dict(enumerate(blocks for blocks, *_ in rest[1]))
-            plan = BatchPlan(number, [], 0)
+            plan = BatchPlan(number * SLOTS + rest[0], [], 0)
             for owner, (_, position, count, carry) in enumerate(rest[1]):
                 state = SimpleNamespace(number=owner)
                 plan.rows.append(Row(state, position, count, None if carry is None else (carry, 0), True))
-            device.before_fill(rest[0], plan, SimpleNamespace(block_size=BLOCK_SIZE, table=tables.get), SLOTS)
+            device.host_begins("fill", plan, SimpleNamespace(block_size=BLOCK_SIZE, table=tables.get))
         elif kind == "commit":
-            device.before_commit(rest[0], number)
+            device.host_begins("commit", BatchPlan(number * SLOTS + rest[0], [], 0), None)
         elif kind == "launch":
             device.streams[rest[0]].launch(*rest[1:])
         elif kind == "record":
@@ -346,7 +348,7 @@ def races_of(lines):
 def test_the_verdict_is_that_of_a_search_through_all_orderings(lines):
     expected = races_of(lines)
     # Collecting: a race is reported for exactly the resources that have one.
-    collecting, seen = CheckedDevice(FakeDevice(), collect=True), {}
+    collecting, seen = CheckedDevice(FakeDevice(), 2, collect=True), {}
 
     def note(number):
         for race in collecting.races:
@@ -358,7 +360,7 @@ def test_the_verdict_is_that_of_a_search_through_all_orderings(lines):
         first_line[resource] = min(second, first_line.get(resource, second))
     assert seen == first_line
     # Raising: at the first line that has one.
-    raising, played = CheckedDevice(FakeDevice()), []
+    raising, played = CheckedDevice(FakeDevice(), 2), []
     if expected:
         with pytest.raises(RaceError) as caught:
             play(lines, raising, played.append)
@@ -373,7 +375,7 @@ def test_the_verdict_is_that_of_a_search_through_all_orderings(lines):
 @settings(max_examples=300, deadline=None)
 @given(st.lists(lines, min_size=5, max_size=30))
 def test_the_two_accesses_that_are_named_are_a_race(lines):
-    device = CheckedDevice(FakeDevice(), collect=True)
+    device = CheckedDevice(FakeDevice(), 2, collect=True)
     play(lines, device)
 
     def name_of(line):
@@ -391,7 +393,7 @@ def test_the_two_accesses_that_are_named_are_a_race(lines):
 
 @pytest.mark.parametrize("wrong", [False, True])
 def test_memory_does_not_grow_with_the_number_of_steps(wrong):
-    device = CheckedDevice(FakeDevice(), collect=True)
+    device = CheckedDevice(FakeDevice(), 2, collect=True)
     h2d, compute, d2h = device.streams
     ready, done, out = device.event(), device.event(), device.event()
     kv = SimpleNamespace(block_size=2, table=lambda owner: [1, 2, 3])
@@ -399,18 +401,18 @@ def test_memory_does_not_grow_with_the_number_of_steps(wrong):
     def serve(first, last):
         for step in range(first, last):
             row = Row(SimpleNamespace(number=0), step % 6, 1, (step - 1, 0), True)
-            device.before_fill(step % 2, BatchPlan(step, [row], 1), kv, 2)
+            device.host_begins("fill", BatchPlan(step, [row], 1), kv)
             h2d.launch("copy_in", step % 2)
             h2d.record_event(ready)
             if not wrong:
                 compute.wait_event(ready)
-            compute.launch("decode/greedy/8", step % 2)
+            compute.launch(STEP, step % 2)
             compute.record_event(done)
             d2h.wait_event(done)
             d2h.launch("copy_out", step % 2)
             d2h.record_event(out)
             out.synchronize()
-            device.before_commit(step % 2, step)
+            device.host_begins("commit", BatchPlan(step, [row], 1), kv)
 
     def traced():
         gc.collect()
@@ -431,10 +433,10 @@ def test_memory_does_not_grow_with_the_number_of_steps(wrong):
 
 def test_what_it_does_not_check_is_forwarded():
     inner = FakeDevice()
-    device = CheckedDevice(inner)
+    device = CheckedDevice(inner, 2)
     assert (device.clock, device.colour, device.now()) == ("fake", "blue", 7.0)
-    device.charge("plan", None)
-    assert inner.charged == [("plan", None)]
+    device.host_begins("plan", None, None)
+    assert inner.phases == [("plan", None)]
     for thing in (device, device.streams[0], device.event()):
         with pytest.raises(AttributeError):
             thing.nonsense  # noqa: B018

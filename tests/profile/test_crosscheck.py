@@ -45,7 +45,7 @@ class Turns:
 
     def __init__(self, clock, seconds, order):
         self.clock, self.seconds, self.order = clock, seconds, order
-        self.slots, self.device, self.timeline, self.host_work_s = [0, 1], SimpleNamespace(now=clock.now), Timeline(), 0
+        self.slots, self.device, self.timeline = [0, 1], SimpleNamespace(now=clock.now), Timeline()
         self.done, self.handles = 0, []
 
     def run(self, requests):

@@ -64,7 +64,7 @@ class CudaStream:
         with _cuda_errors():
             self.stream.synchronize()
 
-    def launch(self, command: str, slot: int) -> None:
+    def launch(self, command: Any, slot: int) -> None:
         if self.number == 0:
             self.device.errors[slot] = None
         if self.device.errors[slot]:
@@ -101,7 +101,7 @@ class CudaDevice(RealTime):
         self.origin_event.synchronize()
         self.origin = time.perf_counter()
 
-    def event(self) -> CudaEvent:
+    def event(self, name: str = "", slot: int | None = None) -> CudaEvent:
         return CudaEvent()
 
     def spans(self, slot: int) -> np.ndarray:
@@ -127,6 +127,9 @@ class CudaDevice(RealTime):
 
     def failure(self, slot: int) -> str | None:
         return self.errors[slot]
+
+    def abandon(self, slots: Any) -> None:
+        never_free(slots)
 
     def close(self) -> None:
         torch.cuda.synchronize(self.where)

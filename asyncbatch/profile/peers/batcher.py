@@ -30,11 +30,12 @@ from typing import Any
 
 import torch
 
+from ...attention import kv_heads_and_dim
+from ...devices.cuda.attention import splits_for
 from ...kv_cache import blocks_for
 from ...measure.points import replaced
 from ...models.load import check_model
 from ...request import Completion, Request, RequestError, check_request, finish_reason
-from ...runner import kv_heads_and_dim, splits_for
 from ...timeline import Timeline
 from ..workload import NO_REQUEST, arrival_order
 
