@@ -26,7 +26,7 @@ help:
 	@echo "make bench      measure this package against its own targets, print only"
 	@echo "make notebooks  run the notebooks and save them in canonical form"
 	@echo "make badges     write the badges; REPO=owner/name adds those that open Colab and Binder"
-	@echo "make check      ruff, mypy, and the notebooks' form: no tests"
+	@echo "make check      ruff, mypy, who imports whom, and the notebooks' form: no tests"
 	@echo "make format     let ruff format and repair what it can"
 	@echo "make clean      remove what runs and tests left; make distclean: .venv too"
 

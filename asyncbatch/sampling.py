@@ -13,9 +13,7 @@ import torch
 def uniforms(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """One random number in [0, 1) for each (seed, position) pair: float32, the shape of the inputs.
 
-    A counter-based generator (the SplitMix64 finalizer, Steele et al. 2014): no state that could run ahead or fall
-    behind when steps are repeated, reordered or thrown away.
-    """
+    A counter-based generator: the finalizer of SplitMix64 (Steele et al. 2014) over both numbers."""
     with np.errstate(over="ignore"):
         x = seeds.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         x = x ^ ((positions.astype(np.uint64) + np.uint64(1)) * np.uint64(0xD1B54A32D192ED03))
@@ -26,9 +24,9 @@ def uniforms(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
 
 
 def greedy(logits: torch.Tensor) -> torch.Tensor:
-    """The most likely token of each row, int32 [B], from logits [B, vocabulary]; the first of several.
+    """The most likely token of each row, int32 [B], from logits [B, vocabulary]; of equal ones the first.
 
-    In two rounds, because one round has a GPU read each row with a single program: 29 us of a step of 5 ms."""
+    In two rounds. In one round, a GPU reads each row with a single program, which took 29 us of a step of 5 ms."""
     parts = next(parts for parts in (64, 32, 16, 8, 4, 2, 1) if logits.shape[1] % parts == 0)
     tops, where = logits.view(len(logits), parts, -1).max(-1)
     part = tops.argmax(-1, keepdim=True)

@@ -25,8 +25,10 @@ from .request import Request, RequestError, finish_reason
 
 
 def fit_budget(chunk_sizes: Sequence[int], free_rows: int, budget: int) -> int:
-    """How many of the waiting prefill chunks go into this step, first come, first served: each takes one row and its
-    tokens from the budget. A chunk that does not fit is not cut, and nobody behind it goes ahead of it."""
+    """How many of the waiting prefill chunks go into this step, first come, first served.
+
+    Each takes one of the `free_rows`, and its tokens from the `budget`. The first chunk that does not fit ends the
+    count: it is not cut, and nobody overtakes it."""
     fitting = 0
     for size in chunk_sizes:
         if fitting == free_rows or size > budget:
@@ -37,9 +39,9 @@ def fit_budget(chunk_sizes: Sequence[int], free_rows: int, budget: int) -> int:
 
 
 class RunState:
-    """One request while it is served. Written by the scheduler only.
+    """One request while it is served. Only the scheduler writes it.
 
-    prompt, generated: the tokens that the host knows: given, and committed so far.
+    prompt, generated: the tokens that the host knows: those of the prompt, and those committed so far.
     placed: how many tokens have their keys and values in the cache, counting steps still in flight.
     carry: (step, row) of its newest launched row, which samples token number `placed`.
     stops_on_text: for a request with stop strings, whether the newest token completes one; it may raise RequestError.
@@ -86,7 +88,7 @@ class RunState:
 
     @property
     def fully_launched(self) -> bool:
-        """True if the step that samples the last allowed token is launched: there is nothing left to plan."""
+        """Whether the step that samples the last allowed token has been launched, so that nothing is left to plan."""
         return self.placed >= self.max_tokens - 1
 
 
@@ -207,8 +209,8 @@ class Scheduler:
         return rows
 
     def _make_room(self, state: RunState, num_tokens: int) -> bool:
-        """Grow the state's table, preempting the newest running requests if the pool is full. False if `state` was
-        itself the newest, and so was preempted."""
+        """Grow the request's block table. While the pool is full, preempt the newest running request. False if that was
+        the request itself."""
         while not self.kv.allocate(state.number, num_tokens):
             victim = self.running[-1]
             self._preempt(victim)
@@ -240,9 +242,9 @@ class Scheduler:
         return rows
 
     def _admit(self, state: RunState) -> bool:
-        """Move the first waiting request to the running ones, with blocks for every token that it has so far. Each
-        running one that may yet need another block keeps room for it: otherwise a newcomer would often be preempted
-        right away."""
+        """Move the first waiting request to the running ones, with blocks for all tokens that it has so far. False if
+        the pool has too few. One block is kept free for each running request that may still grow: without it, the
+        newcomer would often be preempted at once."""
         if state in self.running:
             return True
         growing = sum(self._may_grow(other) for other in self.running)
@@ -253,7 +255,7 @@ class Scheduler:
         return True
 
     def _may_grow(self, state: RunState) -> bool:
-        """Whether its blocks are too few for all tokens that it may place; the last one's keys are never needed."""
+        """Whether a request may need more blocks than it has. Its last token needs no place: nobody attends to it."""
         held = len(self.kv.table(state.number)) * self.kv.block_size
         return not state.fully_launched and held < state.max_tokens - 1
 
@@ -279,7 +281,7 @@ class Scheduler:
         return Committed(new, ended, wasted)
 
     def finish(self, state: RunState, reason: str, error: Exception | None = None) -> bool:
-        """End a request, wherever it is, and prune its blocks. False if it had ended before."""
+        """End a request, running or waiting, and prune its blocks. False if it had already ended."""
         if state.finish_reason:
             return False
         state.finish_reason, state.error = reason, error

@@ -81,10 +81,11 @@ class TokenStream(Iterator[int]):
 
 
 class Serving:
-    """The requests of a batcher: entered from any thread, served by whoever turns the loop, answered once each.
+    """The requests of a batcher. Any thread may submit one; whoever turns the loop serves them all; each is answered
+    exactly once.
 
-    A subclass has the step (`step`), its device, slots and shape before `__init__`, and makes the books and the
-    timeline."""
+    A subclass sets `config`, `device`, `shape` and `slots` before it calls `__init__`, and defines `step`, `_new_books`
+    and `_new_timeline`."""
 
     config: Config
     device: Device
@@ -117,7 +118,7 @@ class Serving:
     def _new_timeline(self) -> Timeline:
         raise NotImplementedError
 
-    # ---- for callers -----------------------------------------------------------------------------------------
+    # ---- what callers use -----------------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> Handle:
         """Queue a request, from any thread. RequestError if it cannot be served; then nothing has been queued."""
@@ -143,13 +144,15 @@ class Serving:
         return handle
 
     def cancel(self, handle: Handle) -> bool:
-        """End a request early, from any thread; it keeps what it has generated. False if there is nothing left to
-        cancel: it has ended, or was cancelled before. A result that is already being committed still counts, so that
-        it may yet end as "stop" or "length". RequestError for what is no handle of this batcher."""
+        """End a request early, from any thread. It keeps the tokens that it has generated.
+
+        False if there is nothing to cancel, because the request has ended or was cancelled before. A step that is being
+        committed at that moment still counts, so the request may yet end as "stop" or "length". RequestError for
+        anything but a handle of this batcher."""
         if not isinstance(handle, Handle) or handle._batcher is not self:
-            is_handle = isinstance(handle, Handle)
-            given = "the handle of another batcher" if is_handle else f"{type(handle).__name__} {shown(handle)}"
-            raise RequestError(f"cancel takes a handle that this batcher's submit gave, not {given}")
+            of_another = isinstance(handle, Handle)
+            argument = "the handle of another batcher" if of_another else f"{type(handle).__name__} {shown(handle)}"
+            raise RequestError(f"cancel takes a handle that this batcher's submit gave, not {argument}")
         with self._door:
             if handle.completion is not None or handle._cancelled:
                 return False
@@ -158,11 +161,13 @@ class Serving:
         return True
 
     def run(self, requests: Iterable[Request], progress: bool = False) -> list[Completion]:
-        """Serve all requests and return their completions in the order given. One that cannot be served has
-        finish_reason "error" and the reason in `error`; the others finish. On an idle batcher this starts a new
-        `timeline`. Interrupted (Ctrl-C), everything under way ends as "cancelled" and the batcher is empty again. An
-        exception in `requests` or in the progress bar ends this call's requests so, and no others. RequestError for
-        what is no list of requests, and on a closed batcher."""
+        """Serve all requests and return their completions, in the order of the requests.
+
+        A request that cannot be served has finish_reason "error" and the exception in `error`; all others are served.
+        If the batcher was idle, a new `timeline` begins. `progress` shows a bar on standard error.
+        Ctrl-C ends everything that is under way as "cancelled", and the batcher can be used again. An exception raised
+        by `requests` or by the progress bar cancels the requests of this call only.
+        RequestError for anything but a list of requests, and on a closed batcher."""
         self._check_open()
         if not isinstance(requests, Iterable) or isinstance(requests, (str, bytes, bytearray)):
             raise RequestError(f"run takes a list of Requests, not {type(requests).__name__} {shown(requests)}")
@@ -191,9 +196,10 @@ class Serving:
         return [answer.completion if isinstance(answer, Handle) else answer for answer in answers]  # type: ignore[misc]
 
     def turn(self) -> bool:
-        """One turn of the loop for whoever has submitted requests; for callers that do other things between two turns.
-        False if no request is under way: then nothing is, for steps still in flight for nobody are committed first.
-        RequestError on a closed batcher."""
+        """Turn the loop once; for callers that submit requests and do something else between two turns.
+
+        True while requests are under way. When none is left, the steps that are still in flight are committed, and the
+        answer is False. RequestError on a closed batcher."""
         self._check_open()
         if self._handles:
             self._turn()
@@ -202,8 +208,10 @@ class Serving:
         return False
 
     def stream(self, request: Request) -> TokenStream:
-        """Give the request's tokens as they are committed. Leaving the loop early cancels the request. RequestError,
-        here, for a request that cannot be served; an error while it is served is raised after its last good token."""
+        """Serve one request and give its tokens as they are committed. Who leaves the loop early cancels the request.
+
+        RequestError, at once, for a request that cannot be served. If serving it fails, the error is raised after the
+        last good token."""
         return TokenStream(self, self.submit(request))
 
     def close(self) -> None:
@@ -220,7 +228,7 @@ class Serving:
     def __exit__(self, *_) -> None:
         self.close()
 
-    # ---- behind them -----------------------------------------------------------------------------------------
+    # ---- inside -----------------------------------------------------------------------------------------
 
     def _turn(self) -> None:
         with self._lock:
@@ -235,7 +243,7 @@ class Serving:
                 raise
 
     def _step_or_close(self) -> bool:
-        """`step`, but where the device is lost, every request ends with that error, and the batcher says so."""
+        """`step`; but if the device is lost, end every request with that error and close the batcher."""
         try:
             return self.step()
         except DeviceError as error:
@@ -249,7 +257,7 @@ class Serving:
             self.device.abandon(self.slots)
 
     def _drain(self) -> None:
-        """Commit steps that are still under way for nobody: all their tokens are wasted, and are counted."""
+        """Once no request is left, commit the steps that are still in flight. Their tokens count as wasted."""
         with self._lock:
             try:
                 while not self._handles and not self._closed and self._step_or_close():
@@ -267,7 +275,7 @@ class Serving:
                 self._complete(self._handles[state.number], self.device.now())
 
     def _answer(self, result: Committed) -> None:
-        """Tell who asked what a committed step has brought."""
+        """Pass the results of a committed step on to those who asked for them."""
         now = self.device.now()
         for state, _ in result.new:
             handle = self._handles[state.number]
@@ -284,7 +292,7 @@ class Serving:
         del self._handles[state.number]
 
     def _give_up(self, answers: list[Handle | Completion], error: BaseException) -> None:
-        """Leave `run` with an exception: end its own requests, and after an interrupt all of them."""
+        """`run` is being left with an exception: cancel its own requests, and after an interrupt all requests."""
         with self._lock:
             if self._closed:
                 return
@@ -297,8 +305,8 @@ class Serving:
             self._take_inbox()
 
     def _abort(self, reason: str, error: Exception | None) -> None:
-        """End every request, empty every slot, and begin new books: what raised may have left the old ones half done.
-        What the device still does is waited for, if it answers."""
+        """End every request, empty every slot and begin new books, because an exception may have left the old ones half
+        written. Wait for what the device is still doing, if it answers."""
         with self._door:
             self._inbox.clear()
             for number, handle in list(self._handles.items()):
@@ -340,7 +348,7 @@ class Serving:
 
 
 class _progress_bar:
-    """A tqdm bar on standard error that counts generated tokens and says how idle the device was, or nothing."""
+    """A tqdm bar on standard error that counts generated tokens and says how idle the device was; or no bar at all."""
 
     def __init__(self, handles: list[Handle], timeline: Timeline, wanted: bool):
         self.handles, self.wanted = handles, wanted

@@ -3,10 +3,10 @@
 A step's inputs are many small arrays. They lie in one int32 buffer, so that one copy brings them all to the device;
 `StepShape.fields` says which part is which, for both sides. Who may write what, and when:
 
-- host inputs: the host, in `fill`, from the moment that it has waited for `outputs_ready` of the slot's step before.
-- device inputs: the H2D stream, in "copy_in". The step that read them before is done: the host has waited for its end.
-- device output ids: the compute stream. Later steps read them too (carry-over), in order on that same stream.
-- host output ids: the D2H stream, in "copy_out", read by the host after `outputs_ready`.
+- host inputs: the host, in `fill`, once it has waited for the `outputs_ready` of the slot's last step.
+- device inputs: the H2D stream, in "copy_in". The step that read them is done, since the host has waited for it.
+- device output ids: the compute stream, in a step. Later steps on the same stream read them too (carry-over).
+- host output ids: the D2H stream, in "copy_out". The host reads them after `outputs_ready`.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ class StepShape:
 
 
 def host_buffers(shape: StepShape, on_cuda: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(inputs, output ids) for each slot: int32 [num_inputs] and int32 [max_batch_size]. Pinned for CUDA, because a
-    copy from pageable memory makes the host wait; shared with the device process on the host clock."""
+    """(inputs, output ids) of each slot on the host: int32 [num_inputs] and int32 [max_batch_size]. For CUDA they are
+    pinned, because a copy from pageable memory makes the host wait; for a worker process they are shared memory."""
     pairs = []
     for _ in range(shape.num_slots):
         pair = (
@@ -109,7 +109,7 @@ class Slot:
         self.inputs_ready, self.step_done, self.outputs_ready = (device.event(name, index) for name in EVENTS)
 
     def fill(self, plan: BatchPlan, kv) -> None:
-        """Write the step's inputs into the host buffer. The slot's step before must be committed."""
+        """Write the step's inputs into the host buffer. The slot's last step must have been committed."""
         assert self.plan is None, f"slot {self.index} still holds step {self.plan.step}"  # type: ignore[union-attr]
         self.plan, self.step = plan, plan.step
         rows, fields = plan.rows, self.fields
@@ -147,7 +147,7 @@ class Slot:
             start += count
 
     def _fill_sampling(self, rows) -> None:
-        """Parameters and random numbers of the rows that sample; a greedy step needs none of them."""
+        """Write each row's sampling parameters and its random number. A greedy step needs neither."""
         params = [row.state.request.sampling for row in rows]
         count, fields = len(rows), self.fields
         for name in ("temperature", "top_k", "top_p"):
