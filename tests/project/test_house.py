@@ -90,7 +90,7 @@ def test_the_contract_fails_for(file, planted, tmp_path):
 
 
 def lint(folder: Path) -> subprocess.CompletedProcess:
-    code = "import sys; sys.path.insert(0, '.'); from importlinter.cli import lint_imports_command as run; run(['--no-cache'])"
+    code = "import sys; sys.path.insert(0, '.'); from importlinter import cli; cli.lint_imports_command(['--no-cache'])"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=folder)
 
 
@@ -98,7 +98,7 @@ def lint(folder: Path) -> subprocess.CompletedProcess:
 def test_the_command_lines_stay_where_they_were(name):
     command = [sys.executable, "-m", f"asyncbatch.{name}", "--help"]
     ran = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    assert ran.stdout.startswith(f"usage: asyncbatch.{name}")
+    assert f"asyncbatch.{name}" in ran.stdout.splitlines()[0]
 
 
 def test_what_simulate_prints():

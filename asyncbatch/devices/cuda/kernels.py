@@ -56,6 +56,8 @@ def _decode(
     GROUP: tl.constexpr, M: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr, BLOCK: tl.constexpr,
     TILE: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """One split of one row, for one key-value head. Long because all of it is one launch: the new token's key and value
+    are stored, the split is attended to, and the last program of a row joins the splits."""
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     m, d = tl.arange(0, M), tl.arange(0, DIM_2)
     there, head = d < DIM, kv_head * GROUP + m
