@@ -1,7 +1,7 @@
 """Sent into the kernel of every tested notebook: remembers failures that no cell reports.
 
 An exception in a task that nobody awaited, or in a thread, only appears on stderr, if at all. `check()` raises it.
-`conftest.py` sends this file and calls `check()` after each cell. Only the standard library is used.
+nbval_guard.py sends this file to the kernel and calls `check()` after each cell. It uses only the standard library.
 """
 
 from __future__ import annotations
