@@ -1,5 +1,5 @@
 """Notebook 03's lesson: wrong answers get the message that helps, the film shows what the books did, the block map
-moves, and what a second stream breaks is found by the checker whether or not the tokens show it."""
+moves, and the checker finds what a second stream breaks, whether or not the tokens show it."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ CASES = [(name, wrong) for name, answers in WRONG.items() for wrong in answers]
 def test_a_wrong_answer_gets_the_message_that_helps(name, wrong, capsys):
     reference = teach.EXERCISES[name].reference
     assert teach.check(name, wrong) is reference
-    said = capsys.readouterr().out.replace("\n", " ")
-    assert f"{name}: not yet" in said
-    assert WRONG[name][wrong] in said
+    message = capsys.readouterr().out.replace("\n", " ")
+    assert f"{name}: not yet" in message
+    assert WRONG[name][wrong] in message
     assert len(WRONG[name]) >= 3
 
 
@@ -101,7 +101,7 @@ def film():
 def test_the_film_has_a_frame_a_step_and_every_change_of_the_books(film):
     assert [frame.step for frame in film.frames] == list(range(15))
     owner_of = dict.fromkeys(range(1, 12), NOBODY)
-    taken = {block for frame in film.frames for table in frame.pool.taken.values() for block in table}
+    blocks_used = {block for frame in film.frames for table in frame.pool.taken.values() for block in table}
     for frame in film.frames:
         held = {block: owner for owner, table in frame.pool.tables.items() for block in table}
         for owner, table in frame.pool.taken.items():
@@ -113,21 +113,21 @@ def test_the_film_has_a_frame_a_step_and_every_change_of_the_books(film):
         for owner, count in frame.pool.tokens.items():
             assert len(frame.pool.tables[owner]) == -(-count // 4)
     assert set(owner_of.values()) == {NOBODY}
-    assert {block for _, block, owner in film.changes if owner != NOBODY} == taken
+    assert {block for _, block, owner in film.changes if owner != NOBODY} == blocks_used
     times = [when for when, _, _ in film.changes]
     assert times == sorted(times)
     assert [c.token_ids for c in film.completions] == [faults.toy_tokens(request) for request in requests()]
 
 
 def test_the_frames_say_what_happened(film):
-    told = [frame.words for frame in film.frames]
-    assert told[0] == "A joins: blocks 1, 2. B joins: block 3. C joins: blocks 4, 5, 6."
-    assert told[1] == "Every request writes into a block that it has."
-    assert told[3] == "A grows: block 8. B finished and was pruned: blocks 3, 7 are free again."
-    assert told[4] == (
+    words = [frame.words for frame in film.frames]
+    assert words[0] == "A joins: blocks 1, 2. B joins: block 3. C joins: blocks 4, 5, 6."
+    assert words[1] == "Every request writes into a block that it has."
+    assert words[3] == "A grows: block 8. B finished and was pruned: blocks 3, 7 are free again."
+    assert words[4] == (
         "C grows: block 3. D has to wait: it needs 5, 4 are free, 1 of them kept so that others can grow."
     )
-    assert told[7].startswith("D joins: blocks 1, 2, 8, 7, 9.")
+    assert words[7].startswith("D joins: blocks 1, 2, 8, 7, 9.")
     assert film.frames[4].waiting == (3, 4, 5)
     assert [len(frame.refused) for frame in film.frames] == [0] * 4 + [1] * 5 + [0] * 6  # each frame tells its own news
     assert [frame.joined for frame in film.frames if frame.joined] == [(0, 1, 2), (3,), (4, 5)]
@@ -140,9 +140,9 @@ def test_a_film_can_be_made_with_another_prune(film):
     def prune(kv, owner):
         calls.append(owner)
         kv.free.sort()
-        given = KVCache.prune(kv, owner)
+        blocks_back = KVCache.prune(kv, owner)
         kv.free.sort()
-        return given
+        return blocks_back
 
     with cache.toy_server(SyncBatcher, max_batch_size=3, num_blocks=11) as batcher:
         other = blocks.watch(batcher, requests(), prune)

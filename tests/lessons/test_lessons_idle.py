@@ -92,8 +92,8 @@ def test_pictures_say_what_they_show():
     assert [word for word in words(periods) if "period" in word] == ["period 10, active 6", "period 10, active 8"]
     gaps = idle.draw_gaps([0, 6, 12], [5, 12, 15], [(1, 1.0)])
     assert words(gaps) == ["step 0", "step 1", "step 2", "1"]
-    (found,) = [patch for patch in gaps.axes.patches if patch.get_hatch()]
-    assert (found.get_x(), found.get_width()) == (5.0, 1.0)
+    (gap,) = [patch for patch in gaps.axes.patches if patch.get_hatch()]
+    assert (gap.get_x(), gap.get_width()) == (5.0, 1.0)
     costs = idle.draw_costs({1: 40.0, 8: 80.0})
     assert [list(line.get_ydata()) for line in costs.axes.lines] == [[40.0, 80.0], [40.0, 10.0]]
 

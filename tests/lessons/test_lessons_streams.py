@@ -24,7 +24,8 @@ from asyncbatch.streams import launch_step, order
 # ---- exercises -------------------------------------------------------------------------------------------------------
 
 
-def said(capsys, name, function):
+def check(capsys, name, function):
+    """What teach.check returns for an answer, and what it says."""
     returned = teach.check(name, function)
     return returned, capsys.readouterr().out.replace("\n", " ")
 
@@ -33,7 +34,7 @@ def said(capsys, name, function):
 def test_the_reference_passes_and_is_the_packages_own(name, capsys):
     reference = teach.EXERCISES[name].reference
     assert reference.__module__ in ("asyncbatch.streams", "asyncbatch.ordering.races")
-    returned, text = said(capsys, name, lambda *args: reference(*args))
+    returned, text = check(capsys, name, lambda *args: reference(*args))
     assert "right in all" in text
     assert "with your function" in text
     assert returned is not reference
@@ -43,7 +44,7 @@ def test_the_reference_passes_and_is_the_packages_own(name, capsys):
 def test_each_wrong_answer_is_rejected_with_its_own_message(name, capsys):
     lessons = []
     for wrong in WRONG[name]:
-        returned, text = said(capsys, name, wrong)
+        returned, text = check(capsys, name, wrong)
         assert returned is teach.EXERCISES[name].reference, text
         assert f"{name}: not yet" in text
         lessons.append(text.split("is right. ")[1])
@@ -57,13 +58,13 @@ def test_an_untouched_stub_says_so(name, capsys):
         raise NotImplementedError
 
     for stub in (lambda *args: ..., raises):
-        returned, text = said(capsys, name, stub)
+        returned, text = check(capsys, name, stub)
         assert returned is teach.EXERCISES[name].reference
         assert text.startswith(f"{name}: not attempted yet.")
 
 
 @pytest.mark.parametrize(
-    ("name", "wrong", "told"),
+    ("name", "wrong", "words"),
     [
         ("order", answers.waits_before_it_records, "A wait means the newest mark at the time of the call"),
         ("order", answers.host_waits, "the host stands still: it waits for 10 ms"),
@@ -78,8 +79,8 @@ def test_an_untouched_stub_says_so(name, capsys):
         ("racing", answers.any_operation_will_do, "the clock counts 1 of H2D's operations, so operation 2 may still"),
     ],
 )
-def test_the_message_names_the_mistake_in_the_learners_terms(name, wrong, told, capsys):
-    assert told in said(capsys, name, wrong)[1]
+def test_the_message_names_the_mistake_in_the_learners_terms(name, wrong, words, capsys):
+    assert words in check(capsys, name, wrong)[1]
 
 
 def test_other_right_answers_pass(capsys):
@@ -90,7 +91,7 @@ def test_other_right_answers_pass(capsys):
     more_marks = launches("copy_in", IN, IN, "step", STEP, "compute.record_event step_done", "copy_out", OUT)
     as_a_loop = lambda clock, kind, earlier: tuple(races.racing(clock, kind, earlier))  # noqa: E731
     for name, right in (("order", waits_twice), ("launch_step", more_marks), ("racing", as_a_loop)):
-        assert "right in all" in said(capsys, name, right)[1]
+        assert "right in all" in check(capsys, name, right)[1]
 
 
 # ---- the lab ---------------------------------------------------------------------------------------------------------
@@ -117,13 +118,13 @@ def test_whatever_the_times_are_an_ordered_launch_reads_what_was_asked_for(copy_
 def test_one_outcome_means_right_on_every_clock_and_a_missing_order_means_several(missing, copy_in, step, copy_out):
     calls = [call for call in ("copy_in", IN, "step", STEP, "copy_out", OUT) if call not in missing]
     launch, numbers = launches(*calls), [7, 8, 9]
-    found = explore(program(launch, numbers, num_slots=2))
+    outcomes = explore(program(launch, numbers, num_slots=2))
     lab = Lab("virtual", 3, {"copy_in": copy_in, "step": step, "copy_out": copy_out})
     read = serve(lab, launch, numbers)
-    assert found.complete
-    assert found.several == bool(found.races) == bool(missing)
-    assert found.several or read == [42, 48, 54]
-    assert any([o.cells[f"tokens {n}"] for n in range(3)] == [42, 48, 54] for o in found)
+    assert outcomes.complete
+    assert outcomes.several == bool(outcomes.races) == bool(missing)
+    assert outcomes.several or read == [42, 48, 54]
+    assert any([o.cells[f"tokens {n}"] for n in range(3)] == [42, 48, 54] for o in outcomes)
 
 
 def test_times_on_the_virtual_clock_are_exact():
@@ -169,23 +170,23 @@ def test_what_the_lab_does_not_know_is_refused():
 
 
 def test_the_launch_of_the_batchers_makes_the_calls_that_the_faults_take_away():
-    seen = []
+    calls = []
     lane = lambda name: SimpleNamespace(  # noqa: E731
-        launch=lambda command, slot: seen.append((name, command, slot)),
-        wait_event=lambda event: seen.append((name, "wait", event)),
-        record_event=lambda event: seen.append((name, "record", event)),
+        launch=lambda command, slot: calls.append((name, command, slot)),
+        wait_event=lambda event: calls.append((name, "wait", event)),
+        record_event=lambda event: calls.append((name, "record", event)),
     )
     lanes = tuple(map(lane, ("H2D", "compute", "D2H")))
     slot = SimpleNamespace(index=1, command="decode", inputs_ready="in", step_done="done", outputs_ready="out")
     launch_step(lanes, slot)
-    made, seen[:] = list(seen), []
+    package_calls, calls[:] = list(calls), []
     batcher = SimpleNamespace(device=SimpleNamespace(streams=lanes, now=lambda: 0.0, charge=lambda *_: None))
     batcher.timeline = SimpleNamespace(add=lambda *_: None)
     slot.plan, slot.step = SimpleNamespace(step=0), 0
     faults.launching(lambda *_: None)(batcher)
     batcher.launch(slot)
-    assert made == seen
-    assert len(made) == 8
+    assert package_calls == calls
+    assert len(calls) == 8
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
@@ -261,14 +262,14 @@ def test_the_sliders_decide_whether_reading_without_waiting_is_right():
 
 
 def test_who_finds_which_fault(capsys):
-    found = streams.who_finds(seeds=2)
-    assert found == {
+    counts = streams.who_finds(seeds=2)
+    assert counts == {
         "a step does not wait for its inputs": (0, 2),
         "the copy out does not wait for the step": (2, 2),
         "the host does not wait for the output": (2, 2),
         "one host buffer for all slots": (2, 0),
     }
-    assert len(capsys.readouterr().out.splitlines()) == 1 + len(found)
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(counts)
 
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -1,7 +1,7 @@
 """Notebooks with planted faults that nbval alone lets pass: support/nbval_guard.py must fail each in the right cell.
 
-All run in one pytest, started as `make test` starts it, in a folder with this repository's own settings. The run has
-less time than one cell's time-out (300 s), so a notebook that is only found by waiting fails the fixture.
+One pytest runs all of them, as `make test` starts it, in a folder with this repository's own settings. The run has less
+time than one cell's time-out (300 s), so that a notebook which fails only by its time-out fails the fixture.
 """
 
 from __future__ import annotations

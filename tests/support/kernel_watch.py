@@ -19,14 +19,15 @@ _failures: list[str] = []
 
 
 class _Recorder(logging.Handler):
-    """asyncio logs an error when a task is thrown away with an exception nobody asked for, or before it is done."""
+    """Keeps what asyncio logs: an error for each task that is thrown away before it is done, or with an exception that
+    nobody asked for."""
 
     def emit(self, record: logging.LogRecord) -> None:
         _failures.append(self.format(record))
 
 
 def install() -> None:
-    """Start remembering. Once, before the first cell."""
+    """Start to remember failures. Call it once, before the first cell."""
     logging.getLogger("asyncio").addHandler(_Recorder(logging.ERROR))
     report_thread = threading.excepthook
 
@@ -38,7 +39,7 @@ def install() -> None:
 
 
 def _is_of_the_notebook(task: asyncio.Task) -> bool:
-    """False for the tasks of the kernel itself, which are always pending."""
+    """Return False for the tasks of the kernel itself, which are always pending."""
     code = getattr(task.get_coro(), "cr_code", None)
     return code is not None and not any(name in code.co_filename for name in KERNEL_PACKAGES)
 

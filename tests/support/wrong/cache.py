@@ -136,9 +136,9 @@ def side_by_side(kv, owner):
     table = kv.table(owner)
     if not table:
         return 0
-    given = range(table[0], table[0] + len(table))
-    kv.owner_of[list(given)] = NOBODY
-    kv.free.extend(given)
+    neighbours = range(table[0], table[0] + len(table))
+    kv.owner_of[list(neighbours)] = NOBODY
+    kv.free.extend(neighbours)
     kv.drop_table(owner)
     return len(table)
 

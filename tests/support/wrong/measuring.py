@@ -72,13 +72,13 @@ def first_to_last(starts, ends):
 
 def _joined(starts, ends, touching=True, latest=max, in_order=True):
     pairs = list(zip(starts.tolist(), ends.tolist(), strict=True))
-    found = []
+    stretches = []
     for start, end in sorted(pairs) if in_order else pairs:
-        if found and (start < found[-1][1] or (touching and start == found[-1][1])):
-            found[-1][1] = latest(found[-1][1], end)
+        if stretches and (start < stretches[-1][1] or (touching and start == stretches[-1][1])):
+            stretches[-1][1] = latest(stretches[-1][1], end)
         else:
-            found.append([start, end])
-    return np.array([pair[0] for pair in found]), np.array([pair[1] for pair in found])
+            stretches.append([start, end])
+    return np.array([pair[0] for pair in stretches]), np.array([pair[1] for pair in stretches])
 
 
 def forgets_nested(starts, ends):
