@@ -130,8 +130,8 @@ def test_pictures_draw_what_they_are_given():
     runs = measuring.recorded_runs()[:3]
     law = measuring.draw_law(runs)
     assert [label.get_text() for label in law.axes.get_yticklabels()] == [run.label for run in runs]
-    attribution = points.Attribution(0.02, {"commit": 0.015, "schedule": 0.005}, [], 10)
-    bars = measuring.draw_attribution({"before": attribution, "after": attribution}, most=1)
+    found = points.Attribution(0.02, {"commit": 0.015, "schedule": 0.005}, [], 10)
+    bars = measuring.draw_attribution({"before": found, "after": found}, most=1)
     assert [patch.get_width() for patch in bars.axes.patches] == pytest.approx([1.5, 0.5, 1.5, 0.5])
     assert [label.get_text() for label in bars.axes.get_yticklabels()] == ["commit", "all others"] * 2
     what_if = [simulate.WhatIf("commit", "host", factor, 1.0, 1.0, 0.04, -0.001) for factor in (0.0, 0.5)]

@@ -24,7 +24,7 @@ from asyncbatch.streams import launch_step, order
 # ---- exercises -------------------------------------------------------------------------------------------------------
 
 
-def check(capsys, name, function):
+def said(capsys, name, function):
     """What teach.check returns for an answer, and what it says."""
     returned = teach.check(name, function)
     return returned, capsys.readouterr().out.replace("\n", " ")
@@ -34,7 +34,7 @@ def check(capsys, name, function):
 def test_the_reference_passes_and_is_the_packages_own(name, capsys):
     reference = teach.EXERCISES[name].reference
     assert reference.__module__ in ("asyncbatch.streams", "asyncbatch.ordering.races")
-    returned, text = check(capsys, name, lambda *args: reference(*args))
+    returned, text = said(capsys, name, lambda *args: reference(*args))
     assert "right in all" in text
     assert "with your function" in text
     assert returned is not reference
@@ -44,7 +44,7 @@ def test_the_reference_passes_and_is_the_packages_own(name, capsys):
 def test_each_wrong_answer_is_rejected_with_its_own_message(name, capsys):
     lessons = []
     for wrong in WRONG[name]:
-        returned, text = check(capsys, name, wrong)
+        returned, text = said(capsys, name, wrong)
         assert returned is teach.EXERCISES[name].reference, text
         assert f"{name}: not yet" in text
         lessons.append(text.split("is right. ")[1])
@@ -58,7 +58,7 @@ def test_an_untouched_stub_says_so(name, capsys):
         raise NotImplementedError
 
     for stub in (lambda *args: ..., raises):
-        returned, text = check(capsys, name, stub)
+        returned, text = said(capsys, name, stub)
         assert returned is teach.EXERCISES[name].reference
         assert text.startswith(f"{name}: not attempted yet.")
 
@@ -80,7 +80,7 @@ def test_an_untouched_stub_says_so(name, capsys):
     ],
 )
 def test_the_message_names_the_mistake_in_the_learners_terms(name, wrong, words, capsys):
-    assert words in check(capsys, name, wrong)[1]
+    assert words in said(capsys, name, wrong)[1]
 
 
 def test_other_right_answers_pass(capsys):
@@ -91,7 +91,7 @@ def test_other_right_answers_pass(capsys):
     more_marks = launches("copy_in", IN, IN, "step", STEP, "compute.record_event step_done", "copy_out", OUT)
     as_a_loop = lambda clock, kind, earlier: tuple(races.racing(clock, kind, earlier))  # noqa: E731
     for name, right in (("order", waits_twice), ("launch_step", more_marks), ("racing", as_a_loop)):
-        assert "right in all" in check(capsys, name, right)[1]
+        assert "right in all" in said(capsys, name, right)[1]
 
 
 # ---- the lab ---------------------------------------------------------------------------------------------------------
@@ -118,13 +118,13 @@ def test_whatever_the_times_are_an_ordered_launch_reads_what_was_asked_for(copy_
 def test_one_outcome_means_right_on_every_clock_and_a_missing_order_means_several(missing, copy_in, step, copy_out):
     calls = [call for call in ("copy_in", IN, "step", STEP, "copy_out", OUT) if call not in missing]
     launch, numbers = launches(*calls), [7, 8, 9]
-    outcomes = explore(program(launch, numbers, num_slots=2))
+    found = explore(program(launch, numbers, num_slots=2))
     lab = Lab("virtual", 3, {"copy_in": copy_in, "step": step, "copy_out": copy_out})
     read = serve(lab, launch, numbers)
-    assert outcomes.complete
-    assert outcomes.several == bool(outcomes.races) == bool(missing)
-    assert outcomes.several or read == [42, 48, 54]
-    assert any([o.cells[f"tokens {n}"] for n in range(3)] == [42, 48, 54] for o in outcomes)
+    assert found.complete
+    assert found.several == bool(found.races) == bool(missing)
+    assert found.several or read == [42, 48, 54]
+    assert any([o.cells[f"tokens {n}"] for n in range(3)] == [42, 48, 54] for o in found)
 
 
 def test_times_on_the_virtual_clock_are_exact():
