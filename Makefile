@@ -41,7 +41,7 @@ run: $(STAMP)
 
 # In two processes, a file at a time: first what computes, then what mostly waits, for a browser or a notebook's kernel
 # (the longest files first, not those with most tests).
-BROWSED := tests/lessons/test_browser.py tests/profile/test_page_browser.py
+BROWSED := tests/lessons/test_notebooks_browser.py tests/profile/test_page_browser.py tests/pictures/test_timeline_browser.py
 test: check
 	$(PY) -m pytest tests -n 2 --dist loadfile $(addprefix --ignore=,$(BROWSED))
 	$(PY) -m pytest $(BROWSED) notebooks -n 2 --dist loadfile --no-loadscope-reorder

@@ -35,16 +35,16 @@ RAISES_TAG, RAISES_COMMENT = "raises-exception", "NBVAL_RAISES_EXCEPTION"
 
 
 def canonical(notebook: NotebookNode) -> NotebookNode:
-    """Return the notebook with everything gone that depends on the machine or the day, counts and ids made regular."""
+    """Return the notebook without anything that depends on the machine or the day, and with regular counts and ids."""
     book = nbformat.from_dict(notebook)
     book.nbformat, book.nbformat_minor = 4, 5
     book.metadata = nbformat.from_dict(METADATA)
-    taken: set[str] = set()
+    ids: set[str] = set()
     count = 0
     for cell in book.cells:
-        cell.id = _cell_id(cell, taken)
-        taken.add(cell.id)
-        cell.metadata = _kept_metadata(cell.metadata)
+        cell.id = _cell_id(cell, ids)
+        ids.add(cell.id)
+        cell.metadata = _authors_metadata(cell.metadata)
         if cell.cell_type != "code":
             continue
         if cell.execution_count is not None:
@@ -54,27 +54,31 @@ def canonical(notebook: NotebookNode) -> NotebookNode:
     return book
 
 
-def _cell_id(cell: NotebookNode, taken: set[str]) -> str:
-    """Keep the id that the cell has; one that has none, or a copy of another's, gets one from its content."""
+def _cell_id(cell: NotebookNode, others: set[str]) -> str:
+    """Return the cell's own id. A cell without one, or with one of `others`, gets one made from its content."""
     name = cell.get("id")
     number = 0
-    while not name or name in taken:
+    while not name or name in others:
         name = hashlib.sha256(f"{cell.cell_type}\n{cell.source}\n{number}".encode()).hexdigest()[:8]
         number += 1
     return name
 
 
-def _kept_metadata(metadata: dict) -> NotebookNode:
-    kept: dict = {}
+def _authors_metadata(metadata: dict) -> NotebookNode:
+    """Return the part of a cell's metadata that its author chose: tags, and what is folded."""
+    choices: dict = {}
     if metadata.get("tags"):
-        kept["tags"] = list(metadata["tags"])
+        choices["tags"] = list(metadata["tags"])
     folding = {key: True for key in ("source_hidden", "outputs_hidden") if metadata.get("jupyter", {}).get(key)}
     if folding:
-        kept["jupyter"] = folding
-    return nbformat.from_dict(kept)
+        choices["jupyter"] = folding
+    return nbformat.from_dict(choices)
 
 
 def _canonical_outputs(outputs: list[NotebookNode], count: int | None) -> list[NotebookNode]:
+    """Return the outputs with texts joined that the kernel cut, and without ids and metadata of the session.
+
+    `count` is the cell's execution count."""
     result: list[NotebookNode] = []
     for output in outputs:
         if output.output_type == "stream":
@@ -106,19 +110,19 @@ def text_of(notebook: NotebookNode) -> str:
 
 
 def faults(path: Path) -> list[str]:
-    """Return what keeps the file from being canonical, one line each (cells counted from 0); empty when it is."""
+    """Return what keeps the file from being canonical, a line for each fault; none when it is. Cells count from 0."""
     text = path.read_text(encoding="utf-8")
     try:
         book = nbformat.reads(text, as_version=nbformat.NO_CONVERT)
         nbformat.validate(book)
-    except Exception as error:  # whatever is wrong with the JSON, the reader needs its first line
+    except Exception as error:  # whatever is wrong with the JSON, its first line tells the reader enough
         return [f"is not a valid notebook: {str(error).splitlines()[0]}"]
-    found: list[str] = []
+    problems: list[str] = []
     in_cells: dict[str, list[str]] = {}  # fault -> numbers of the cells that have it
     if len(text.encode()) >= MAX_BYTES:
-        found.append(f"has {len(text.encode()):,} bytes, {MAX_BYTES:,} or more")
+        problems.append(f"has {len(text.encode()):,} bytes, {MAX_BYTES:,} or more")
     if "widgets" in book.metadata:
-        found.append("holds widget state (metadata.widgets)")
+        problems.append("holds widget state (metadata.widgets)")
     count = 0
     for number, cell in enumerate(book.cells):
         for fault in _cell_faults(cell):
@@ -129,37 +133,38 @@ def faults(path: Path) -> list[str]:
                 in_cells.setdefault("not executed", []).append(str(number))
             elif cell.execution_count != count:
                 in_cells.setdefault("execution counts are not 1 to n", []).append(str(number))
-    found += [f"{fault} (cell {', '.join(numbers)})" for fault, numbers in in_cells.items()]
-    if not found:
-        wanted = text_of(canonical(book))
-        if wanted != text:
-            lines = zip(text.splitlines(), wanted.splitlines(), strict=False)
-            line = next((i for i, (is_, should) in enumerate(lines, 1) if is_ != should), "last")
-            found.append(f"is not in canonical form (first difference in line {line})")
-    return found
+    problems += [f"{fault} (cell {', '.join(numbers)})" for fault, numbers in in_cells.items()]
+    if not problems:
+        canonical_text = text_of(canonical(book))
+        if canonical_text != text:
+            lines = zip(text.splitlines(), canonical_text.splitlines(), strict=False)
+            line = next((i for i, (ours, theirs) in enumerate(lines, 1) if ours != theirs), "last")
+            problems.append(f"is not in canonical form (first difference in line {line})")
+    return problems
 
 
 def _cell_faults(cell: NotebookNode) -> list[str]:
-    found = []
+    """Return what one cell holds that a canonical notebook may not hold."""
+    problems: list[str] = []
     extra = sorted(set(cell.metadata) - {"tags", "jupyter"})
     if extra:
-        found.append(f"metadata of one session: {', '.join(extra)}")
+        problems.append(f"metadata of one session: {', '.join(extra)}")
     texts = [cell.source]
     may_raise = RAISES_TAG in cell.metadata.get("tags", []) or RAISES_COMMENT in cell.source
     for output in cell.get("outputs", []):
         if output.output_type == "error" and not may_raise:
-            found.append(f"ended with an error: {output.ename}")
+            problems.append(f"ended with an error: {output.ename}")
         if output.output_type == "stream" and output.name == "stderr" and not may_raise:
-            found.append(f"wrote to stderr: {output.text.strip().splitlines()[0] if output.text.strip() else ''!r}")
+            problems.append(f"wrote to stderr: {output.text.strip().splitlines()[0] if output.text.strip() else ''!r}")
         data = output.get("data", {})
         if WIDGET_VIEW in data:
-            found.append("a widget's id, which hides the picture")
+            problems.append("a widget's id, which hides the picture")
         texts += [str(value) for kind, value in data.items() if not kind.startswith("image/")]
         texts += [output.get("text", ""), "\n".join(output.get("traceback", []))]
     match = next((match for text in texts if (match := MACHINE_PATH.search(text))), None)
     if match:
-        found.append(f"path of one machine: {match.string[match.start() :].split(None, 1)[0][:60]}")
-    return found
+        problems.append(f"path of one machine: {match.string[match.start() :].split(None, 1)[0][:60]}")
+    return problems
 
 
 def run(path: Path, notebook: NotebookNode) -> None:

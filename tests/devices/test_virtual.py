@@ -12,9 +12,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.clocks import costs, kinds
 from support.programs import Log
+from support.serving import OPTIONS, alone, requests
 from support.tiny import tiny_model
-from test_batcher import OPTIONS, alone, requests
 
 from asyncbatch import AsyncBatcher, Request, SyncBatcher
 from asyncbatch.base import host_span
@@ -23,12 +24,6 @@ from asyncbatch.measure.recording import Recording
 from asyncbatch.streams import DeviceError
 from asyncbatch.timeline import LANES, idle_share
 
-seconds = st.one_of(st.just(0.0), st.floats(1e-6, 1e-2))
-costs = st.builds(
-    Costs, plan=seconds, fill=seconds, launch=seconds, commit=seconds, copy_in=seconds, step=seconds, copy_out=seconds,
-    jitter=st.sampled_from([0.0, 0.3]), seed=st.integers(0, 9),
-)  # fmt: skip
-kinds = st.sampled_from([(SyncBatcher, 1), (AsyncBatcher, 1), (AsyncBatcher, 2), (AsyncBatcher, 3)])
 WORKLOAD = [Request([n, n + 1], 9, stop_token_ids=()) for n in range(3)]
 NO_COPIES = Costs(copy_in=0.0, copy_out=0.0)
 

@@ -1,5 +1,5 @@
 """Notebook 03's lesson: wrong answers get the message that helps, the film shows what the books did, the block map
-moves, and what a second stream breaks is found by the checker whether or not the tokens show it."""
+moves, and the checker finds what a second stream breaks, whether or not the tokens show it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
+from support.wrong.cache import WRONG, entry_for_block, frees_nothing, keeps_the_table
 
 from asyncbatch import AsyncBatcher, Request, SyncBatcher
 from asyncbatch.devices.virtual import Costs
@@ -17,182 +18,8 @@ from asyncbatch.kv_cache import NOBODY, KVCache
 from asyncbatch.lessons import blocks, cache, teach
 from asyncbatch.ordering import faults
 
-# ---- exercises: wrong answers as learners write them, and a word that only the right message has ---------------------
+# ---- exercises -------------------------------------------------------------------------------------------------------
 
-
-def keys_only(layers, kv_heads, head_size, number_bytes):
-    return layers * kv_heads * head_size * number_bytes
-
-
-def one_layer(layers, kv_heads, head_size, number_bytes):
-    return 2 * kv_heads * head_size * number_bytes
-
-
-def one_head(layers, kv_heads, head_size, number_bytes):
-    return 2 * layers * head_size * number_bytes
-
-
-def always_four_bytes(layers, kv_heads, head_size, number_bytes):
-    return 2 * layers * kv_heads * head_size * 4
-
-
-def numbers_not_bytes(layers, kv_heads, head_size, number_bytes):
-    return 2 * layers * kv_heads * head_size
-
-
-def in_bits(layers, kv_heads, head_size, number_bytes):
-    return 16 * layers * kv_heads * head_size * number_bytes
-
-
-def in_one_piece(tables, row, position, block_size):
-    return position
-
-
-def entry_for_block(tables, row, position, block_size):
-    return position // block_size * block_size + position % block_size + 0 * row
-
-
-def block_alone(tables, row, position, block_size):
-    return int(tables[row, position // block_size])
-
-
-def first_of_block(tables, row, position, block_size):
-    return tables[row, position // block_size] * block_size
-
-
-def counts_from_one(tables, row, position, block_size):
-    return tables[row, position // block_size] * block_size + position % block_size - 1
-
-
-def always_row_0(tables, row, position, block_size):
-    return tables[0, position // block_size] * block_size + position % block_size
-
-
-def rows_and_entries_swapped(tables, row, position, block_size):
-    return tables.T[position // block_size, max(row - 1, 0)] * block_size + position % block_size
-
-
-def blocks_of_four(tables, row, position, block_size):
-    return tables[row, position // 4] * 4 + position % 4
-
-
-def as_pair(tables, row, position, block_size):
-    return tables[row, position // block_size], position % block_size
-
-
-def divided(tables, row, position, block_size):
-    return tables[row, position / block_size] * block_size
-
-
-def in_words(tables, row, position, block_size):
-    return f"block {tables[row, position // block_size]}"
-
-
-def returns_nothing(kv, owner):
-    KVCache.prune(kv, owner)
-
-
-def keeps_the_table(kv, owner):
-    table = kv.table(owner)
-    kv.owner_of[table] = NOBODY
-    kv.free.extend(table)
-    return len(table)
-
-
-def keeps_the_owner(kv, owner):
-    table = kv.table(owner)
-    kv.free.extend(table)
-    if table:
-        kv.drop_table(owner)
-    return len(table)
-
-
-def frees_nothing(kv, owner):
-    table = kv.table(owner)
-    kv.owner_of[table] = NOBODY
-    if table:
-        kv.drop_table(owner)
-    return len(table)
-
-
-def drops_first(kv, owner):
-    if kv.table(owner):
-        kv.drop_table(owner)
-    kv.free.extend(kv.table(owner))
-    return len(kv.table(owner))
-
-
-def appends_the_list(kv, owner):
-    table = kv.table(owner)
-    kv.owner_of[table] = NOBODY
-    kv.free.append(table)
-    kv.drop_table(owner)
-    return len(table)
-
-
-def frees_each_too_often(kv, owner):
-    table = kv.table(owner)
-    for _ in table:
-        kv.free.extend(table)
-    kv.owner_of[table] = NOBODY
-    kv.drop_table(owner)
-    return len(table)
-
-
-def without_looking(kv, owner):
-    table = kv.table(owner)
-    kv.owner_of[table] = NOBODY
-    kv.free.extend(table)
-    kv.drop_table(owner)  # raises for an owner without a table
-    return len(table)
-
-
-def side_by_side(kv, owner):
-    table = kv.table(owner)
-    if not table:
-        return 0
-    given = range(table[0], table[0] + len(table))
-    kv.owner_of[list(given)] = NOBODY
-    kv.free.extend(given)
-    kv.drop_table(owner)
-    return len(table)
-
-
-WRONG = {
-    "kv_bytes": {
-        keys_only: "You count the keys only",
-        one_layer: "You count one layer",
-        one_head: "You count one head",
-        always_four_bytes: "That is with 4 bytes a number",
-        numbers_not_bytes: "how many numbers",
-        in_bits: "Right in bits",
-    },
-    "place": {
-        in_one_piece: "as if A lay in one piece at the pool's start. That is in block 0. The table says where: its "
-        "entry 0 is block 1",
-        block_alone: "block 1 begins at place 4",
-        first_of_block: "that is its first place",
-        counts_from_one: "2 % 4 = 2",
-        always_row_0: "Your index sends token 4 of request B to place 8, in block 2. That block belongs to request A, "
-        "whose token 4 lies there; B sits in row 1",
-        rows_and_entries_swapped: "Your index sends token 4 of request B",
-        blocks_of_four: "token 13 of request B to place 1, in block 0. That block belongs to nobody",
-        as_pair: "Both parts are right",
-        in_words: "one whole number",
-        divided: "begins at place 4",
-    },
-    "prune": {
-        returns_nothing: "Return how many blocks went back",
-        keeps_the_table: "Block 3 is free, and B's table still lists it",
-        keeps_the_owner: "`kv.owner_of[3]` still names B",
-        frees_nothing: "Block 3 is lost",
-        drops_first: "Read the table before you drop it",
-        appends_the_list: "`extend` adds them one by one",
-        frees_each_too_often: "Block 3 lies on `kv.free` twice",
-        without_looking: "A request can be cancelled while it waits",
-        side_by_side: "You gave block 2 back, which B still uses",
-    },
-}
 CASES = [(name, wrong) for name, answers in WRONG.items() for wrong in answers]
 
 
@@ -200,9 +27,9 @@ CASES = [(name, wrong) for name, answers in WRONG.items() for wrong in answers]
 def test_a_wrong_answer_gets_the_message_that_helps(name, wrong, capsys):
     reference = teach.EXERCISES[name].reference
     assert teach.check(name, wrong) is reference
-    said = capsys.readouterr().out.replace("\n", " ")
-    assert f"{name}: not yet" in said
-    assert WRONG[name][wrong] in said
+    message = capsys.readouterr().out.replace("\n", " ")
+    assert f"{name}: not yet" in message
+    assert WRONG[name][wrong] in message
     assert len(WRONG[name]) >= 3
 
 
@@ -274,7 +101,7 @@ def film():
 def test_the_film_has_a_frame_a_step_and_every_change_of_the_books(film):
     assert [frame.step for frame in film.frames] == list(range(15))
     owner_of = dict.fromkeys(range(1, 12), NOBODY)
-    taken = {block for frame in film.frames for table in frame.pool.taken.values() for block in table}
+    blocks_used = {block for frame in film.frames for table in frame.pool.taken.values() for block in table}
     for frame in film.frames:
         held = {block: owner for owner, table in frame.pool.tables.items() for block in table}
         for owner, table in frame.pool.taken.items():
@@ -286,21 +113,21 @@ def test_the_film_has_a_frame_a_step_and_every_change_of_the_books(film):
         for owner, count in frame.pool.tokens.items():
             assert len(frame.pool.tables[owner]) == -(-count // 4)
     assert set(owner_of.values()) == {NOBODY}
-    assert {block for _, block, owner in film.changes if owner != NOBODY} == taken
+    assert {block for _, block, owner in film.changes if owner != NOBODY} == blocks_used
     times = [when for when, _, _ in film.changes]
     assert times == sorted(times)
     assert [c.token_ids for c in film.completions] == [faults.toy_tokens(request) for request in requests()]
 
 
 def test_the_frames_say_what_happened(film):
-    told = [frame.words for frame in film.frames]
-    assert told[0] == "A joins: blocks 1, 2. B joins: block 3. C joins: blocks 4, 5, 6."
-    assert told[1] == "Every request writes into a block that it has."
-    assert told[3] == "A grows: block 8. B finished and was pruned: blocks 3, 7 are free again."
-    assert told[4] == (
+    words = [frame.words for frame in film.frames]
+    assert words[0] == "A joins: blocks 1, 2. B joins: block 3. C joins: blocks 4, 5, 6."
+    assert words[1] == "Every request writes into a block that it has."
+    assert words[3] == "A grows: block 8. B finished and was pruned: blocks 3, 7 are free again."
+    assert words[4] == (
         "C grows: block 3. D has to wait: it needs 5, 4 are free, 1 of them kept so that others can grow."
     )
-    assert told[7].startswith("D joins: blocks 1, 2, 8, 7, 9.")
+    assert words[7].startswith("D joins: blocks 1, 2, 8, 7, 9.")
     assert film.frames[4].waiting == (3, 4, 5)
     assert [len(frame.refused) for frame in film.frames] == [0] * 4 + [1] * 5 + [0] * 6  # each frame tells its own news
     assert [frame.joined for frame in film.frames if frame.joined] == [(0, 1, 2), (3,), (4, 5)]
@@ -313,9 +140,9 @@ def test_a_film_can_be_made_with_another_prune(film):
     def prune(kv, owner):
         calls.append(owner)
         kv.free.sort()
-        given = KVCache.prune(kv, owner)
+        blocks_back = KVCache.prune(kv, owner)
         kv.free.sort()
-        return given
+        return blocks_back
 
     with cache.toy_server(SyncBatcher, max_batch_size=3, num_blocks=11) as batcher:
         other = blocks.watch(batcher, requests(), prune)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import re
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +12,8 @@ from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.patches import FancyArrowPatch
 from matplotlib.text import Text
+from support.wrong import streams as answers
+from support.wrong.streams import IN, LAUNCHES, OUT, RIGHT, STEP, WRONG, launches
 
 from asyncbatch.lessons import streams, teach
 from asyncbatch.lessons.lab import COMMANDS, Lab, draw, program, serve
@@ -20,136 +21,11 @@ from asyncbatch.ordering import faults, races
 from asyncbatch.ordering.explore import explore
 from asyncbatch.streams import launch_step, order
 
-# ---- wrong answers as learners write them, each with a fault of its own ----------------------------------------------
-
-
-def nothing(earlier, later, event):
-    pass
-
-
-def waits_before_it_records(earlier, later, event):
-    later.wait_event(event)
-    earlier.record_event(event)
-
-
-def only_records(earlier, later, event):
-    earlier.record_event(event)
-
-
-def only_waits(earlier, later, event):
-    later.wait_event(event)
-
-
-def records_in_later(earlier, later, event):
-    later.record_event(event)
-    later.wait_event(event)
-
-
-def holds_back_the_wrong_stream(earlier, later, event):
-    earlier.record_event(event)
-    earlier.wait_event(event)
-
-
-def host_waits(earlier, later, event):
-    earlier.record_event(event)
-    event.synchronize()
-
-
-def both_ways(earlier, later, event):
-    order(earlier, later, event)
-    order(later, earlier, event)
-
-
-def launches(*calls):
-    """A launch_step that makes these calls: "copy_in", "step", "copy_out" are launched on their streams, or as
-    "step on H2D"; "H2D > compute" orders two streams; the rest are methods, as "D2H.record_event outputs_ready"."""
-
-    def launch(lanes, slot):
-        by_name = {lane.name: lane for lane in lanes}
-        events = {"H2D": slot.inputs_ready, "compute": slot.step_done, "D2H": slot.outputs_ready}
-        for call in calls:
-            if ">" in call:
-                earlier, later = call.split(" > ")
-                order(by_name[earlier], by_name[later], events[earlier])
-            elif "." in call:
-                lane, method, *event = re.split(r"[. ]", call)
-                getattr(by_name[lane], method)(*(getattr(slot, name) for name in event))
-            else:
-                command, *lane = call.split(" on ")
-                by_name[lane[0] if lane else COMMANDS[command]].launch(command, slot.index)
-
-    return launch
-
-
-IN, STEP, OUT, END = "H2D > compute", "compute > D2H", "D2H.record_event outputs_ready", "D2H > H2D"
-LAUNCHES = {
-    "no waits": launches("copy_in", "step", "copy_out", OUT),
-    "no wait for the step": launches("copy_in", IN, "step", "copy_out", OUT),
-    "no mark for the host": launches("copy_in", IN, "step", STEP, "copy_out"),
-    "mark for the host too early": launches("copy_in", IN, "step", STEP, OUT, "copy_out"),
-    "no copy out": launches("copy_in", IN, "step", "compute.record_event outputs_ready"),
-    "copy out before the step": launches(
-        "copy_in", "H2D > D2H", "copy_out", "D2H > compute", "step", "compute.record_event outputs_ready"
-    ),
-    "the host waits": launches("copy_in", "H2D.synchronize", "step", STEP, "copy_out", OUT),
-    "all in one stream": launches(
-        *(f"{command} on compute" for command in COMMANDS), "compute.record_event outputs_ready"
-    ),
-    "batches do not overlap": launches("copy_in", IN, "step", STEP, "copy_out", END),
-    "always the first slot": lambda lanes, slot: RIGHT(lanes, SimpleNamespace(**{**vars(slot), "index": 0})),
-    "steps wait for copies out": launches("copy_in", IN, "step", STEP, "copy_out", "D2H > compute"),
-}
-RIGHT = launches("copy_in", IN, "step", STEP, "copy_out", OUT)
-
-
-def not_the_last_one(clock, kind, earlier):
-    return [use for use in earlier if "writes" in (kind, use.kind) and clock[use.lane] <= use.number]
-
-
-def any_operation_will_do(clock, kind, earlier):
-    return [use for use in earlier if "writes" in (kind, use.kind) and clock[use.lane] == 0]
-
-
-def two_reads_too(clock, kind, earlier):
-    return [use for use in earlier if clock[use.lane] < use.number]
-
-
-def only_after_writes(clock, kind, earlier):
-    return [use for use in earlier if use.kind == "writes" and clock[use.lane] < use.number]
-
-
-def only_new_writes(clock, kind, earlier):
-    return [use for use in earlier if kind == "writes" and clock[use.lane] < use.number]
-
-
-def yes_or_no(clock, kind, earlier):
-    return any("writes" in (kind, use.kind) and clock[use.lane] < use.number for use in earlier)
-
-
-WRONG = {
-    "order": (
-        nothing,
-        waits_before_it_records,
-        only_records,
-        only_waits,
-        records_in_later,
-        holds_back_the_wrong_stream,
-        host_waits,
-        both_ways,
-    ),
-    "launch_step": tuple(LAUNCHES.values()),
-    "racing": (
-        not_the_last_one,
-        any_operation_will_do,
-        two_reads_too,
-        only_after_writes,
-        only_new_writes,
-        yes_or_no,
-    ),
-}
+# ---- exercises -------------------------------------------------------------------------------------------------------
 
 
 def said(capsys, name, function):
+    """What teach.check returns for an answer, and what it says."""
     returned = teach.check(name, function)
     return returned, capsys.readouterr().out.replace("\n", " ")
 
@@ -188,23 +64,23 @@ def test_an_untouched_stub_says_so(name, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "wrong", "told"),
+    ("name", "wrong", "words"),
     [
-        ("order", waits_before_it_records, "A wait means the newest mark at the time of the call"),
-        ("order", host_waits, "the host stands still: it waits for 10 ms"),
-        ("order", both_ways, "a wait too many: copy in 2 starts 30 ms later than it could"),
+        ("order", answers.waits_before_it_records, "A wait means the newest mark at the time of the call"),
+        ("order", answers.host_waits, "the host stands still: it waits for 10 ms"),
+        ("order", answers.both_ways, "a wait too many: copy in 2 starts 30 ms later than it could"),
         ("launch_step", LAUNCHES["no waits"], "H2D.record_event(inputs_ready) after copy_in (it was never recorded)"),
         ("launch_step", LAUNCHES["no mark for the host"], "D2H.record_event(outputs_ready) after copy_out"),
         ("launch_step", LAUNCHES["all in one stream"], "copy_in runs on the stream compute"),
         ("launch_step", LAUNCHES["batches do not overlap"], "copy in 1 starts 50 ms later than it could"),
         ("launch_step", LAUNCHES["no copy out"], "never launch 'copy_out'"),
         ("launch_step", LAUNCHES["always the first slot"], "copy_in is launched twice for batch 0"),
-        ("racing", two_reads_too, "both only read"),
-        ("racing", any_operation_will_do, "the clock counts 1 of H2D's operations, so operation 2 may still"),
+        ("racing", answers.two_reads_too, "both only read"),
+        ("racing", answers.any_operation_will_do, "the clock counts 1 of H2D's operations, so operation 2 may still"),
     ],
 )
-def test_the_message_names_the_mistake_in_the_learners_terms(name, wrong, told, capsys):
-    assert told in said(capsys, name, wrong)[1]
+def test_the_message_names_the_mistake_in_the_learners_terms(name, wrong, words, capsys):
+    assert words in said(capsys, name, wrong)[1]
 
 
 def test_other_right_answers_pass(capsys):
@@ -294,23 +170,23 @@ def test_what_the_lab_does_not_know_is_refused():
 
 
 def test_the_launch_of_the_batchers_makes_the_calls_that_the_faults_take_away():
-    seen = []
+    calls = []
     lane = lambda name: SimpleNamespace(  # noqa: E731
-        launch=lambda command, slot: seen.append((name, command, slot)),
-        wait_event=lambda event: seen.append((name, "wait", event)),
-        record_event=lambda event: seen.append((name, "record", event)),
+        launch=lambda command, slot: calls.append((name, command, slot)),
+        wait_event=lambda event: calls.append((name, "wait", event)),
+        record_event=lambda event: calls.append((name, "record", event)),
     )
     lanes = tuple(map(lane, ("H2D", "compute", "D2H")))
     slot = SimpleNamespace(index=1, command="decode", inputs_ready="in", step_done="done", outputs_ready="out")
     launch_step(lanes, slot)
-    made, seen[:] = list(seen), []
+    package_calls, calls[:] = list(calls), []
     batcher = SimpleNamespace(device=SimpleNamespace(streams=lanes, now=lambda: 0.0, charge=lambda *_: None))
     batcher.timeline = SimpleNamespace(add=lambda *_: None)
     slot.plan, slot.step = SimpleNamespace(step=0), 0
     faults.launching(lambda *_: None)(batcher)
     batcher.launch(slot)
-    assert made == seen
-    assert len(made) == 8
+    assert package_calls == calls
+    assert len(calls) == 8
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
@@ -386,14 +262,14 @@ def test_the_sliders_decide_whether_reading_without_waiting_is_right():
 
 
 def test_who_finds_which_fault(capsys):
-    found = streams.who_finds(seeds=2)
-    assert found == {
+    counts = streams.who_finds(seeds=2)
+    assert counts == {
         "a step does not wait for its inputs": (0, 2),
         "the copy out does not wait for the step": (2, 2),
         "the host does not wait for the output": (2, 2),
         "one host buffer for all slots": (2, 0),
     }
-    assert len(capsys.readouterr().out.splitlines()) == 1 + len(found)
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(counts)
 
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

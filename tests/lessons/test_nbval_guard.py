@@ -1,7 +1,7 @@
-"""Planted notebooks that are wrong in ways nbval alone lets pass: conftest.py must fail each, in the right cell.
+"""Notebooks with planted faults that nbval alone lets pass: support/nbval_guard.py must fail each in the right cell.
 
-All run in one pytest, started as `make test` starts it, in a folder with this repository's own settings. The run has
-less time than one cell's time-out (300 s), so a notebook that is only found by waiting fails the fixture.
+One pytest runs all of them, as `make test` starts it, in a folder with this repository's own settings. The run has less
+time than one cell's time-out (300 s), so that a notebook which fails only by its time-out fails the fixture.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from queue import Empty
 
 import nbformat
 import pytest
-
-import conftest
+from support import nbval_guard
 
 ROOT = Path(__file__).parents[2]
-SETTINGS = ("pyproject.toml", "conftest.py", "tests/support/kernel_watch.py", "tests/support/nbval_sanitize.cfg")
+SUPPORT = ("nbval_guard.py", "kernel_watch.py", "nbval_sanitize.cfg")
+SETTINGS = ("pyproject.toml", "conftest.py", *(f"tests/support/{name}" for name in SUPPORT))
 RUN_LIMIT_S = 200
 
 SET_UP = "import asyncio, threading, time"
@@ -124,12 +124,12 @@ def results(tmp_path_factory) -> dict[str, dict[str, str | None]]:
         text=True,
     )
     assert run.returncode == 1, run.stdout + run.stderr
-    found: dict[str, dict[str, str | None]] = {}
+    outcomes: dict[str, dict[str, str | None]] = {}
     for case in ElementTree.parse(report).getroot().iter("testcase"):
         problem = next((child for child in case if child.tag in ("failure", "error")), None)
         book = str(case.get("classname")).split(".")[-2]  # notebooks.NAME.ipynb
-        found.setdefault(book, {})[str(case.get("name"))] = None if problem is None else problem.text
-    return found
+        outcomes.setdefault(book, {})[str(case.get("name"))] = None if problem is None else problem.text
+    return outcomes
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -175,10 +175,10 @@ def test_a_kernel_that_leaves_a_request_unread_is_asked_something_else(monkeypat
         def get_iopub_msg(self, timeout):
             raise Empty
 
-    kernel = object.__new__(conftest.WatchedKernel)
+    kernel = object.__new__(nbval_guard.WatchedKernel)
     kernel.kc, kernel._published = Client(), deque()
-    monkeypatch.setattr(conftest.WatchedKernel, "is_alive", lambda self: True)
-    monkeypatch.setattr(conftest, "KNOCK_S", 0.0)
+    monkeypatch.setattr(nbval_guard.WatchedKernel, "is_alive", lambda self: True)
+    monkeypatch.setattr(nbval_guard, "KNOCK_S", 0.0)
     kernel.await_reply(1, timeout=5)
     assert kernel.reply == {"status": "ok"}
 
@@ -199,9 +199,9 @@ def test_a_kernel_at_work_is_not_asked(monkeypatch):
             self.polls += 1
             return {"parent_header": {"msg_id": 1}, "content": {"execution_state": "busy"}}
 
-    kernel = object.__new__(conftest.WatchedKernel)
+    kernel = object.__new__(nbval_guard.WatchedKernel)
     kernel.kc, kernel._published = Client(), deque()  # without kernel_info: asking it would be an AttributeError
-    monkeypatch.setattr(conftest.WatchedKernel, "is_alive", lambda self: True)
-    monkeypatch.setattr(conftest, "KNOCK_S", 0.0)
+    monkeypatch.setattr(nbval_guard.WatchedKernel, "is_alive", lambda self: True)
+    monkeypatch.setattr(nbval_guard, "KNOCK_S", 0.0)
     kernel.await_reply(1, timeout=5)
     assert kernel.reply == {"status": "ok"}

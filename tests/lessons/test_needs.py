@@ -18,10 +18,12 @@ GOOD = {name: f"{lowest}.9+local" for name, lowest in needs.NEEDS.items()}
 
 
 class Machine:
-    """A Python whose packages are `has`, in a notebook. pip gives the lowest version that is asked for, or fails."""
+    """A Python in a notebook, with the packages `has` (name -> version). Its pip installs the lowest version that is
+    asked for, or fails with the text `fails`. `calls` are pip's command lines, `constraints` the text of the last
+    one's constraints file."""
 
     def __init__(self, monkeypatch, has: dict[str, str]):
-        self.has, self.calls, self.held, self.fails = has, [], "", ""
+        self.has, self.calls, self.constraints, self.fails = has, [], "", ""
         monkeypatch.setattr(importlib.metadata, "version", self.version)
         monkeypatch.setattr(subprocess, "run", self.run)
         monkeypatch.setattr(needs, "_in_notebook", lambda: True)
@@ -35,13 +37,13 @@ class Machine:
 
     def run(self, command, **options):
         self.calls.append(command)
-        self.held = Path(command[command.index("--constraint") + 1]).read_text()
+        self.constraints = Path(command[command.index("--constraint") + 1]).read_text()
         if self.fails:
             return SimpleNamespace(returncode=1, stdout="", stderr=f"WARNING: trying\n{self.fails}\n")
-        self.has |= dict(wanted.split(">=") for wanted in self.wanted())
+        self.has |= dict(requirement.split(">=") for requirement in self.requirements())
         return SimpleNamespace(returncode=0, stdout="", stderr="")
 
-    def wanted(self) -> list[str]:
+    def requirements(self) -> list[str]:
         return [argument for argument in self.calls[-1] if ">=" in argument]
 
 
@@ -60,7 +62,7 @@ def test_the_table_says_what_pyproject_says():
     assert asked == needs.NEEDS
 
 
-def test_where_all_is_there_nothing_is_said_or_done(machine, capsys):
+def test_nothing_is_said_or_done_where_nothing_is_missing(machine, capsys):
     needs.provide()
     assert machine.calls == []
     assert capsys.readouterr().out == ""
@@ -72,8 +74,8 @@ def test_only_what_is_missing_or_too_old_is_installed_and_torch_is_held(machine,
     needs.provide()
     (command,) = machine.calls
     assert command[:4] == [sys.executable, "-m", "pip", "install"]
-    assert machine.wanted() == ["transformers>=5.17", "gguf>=0.17", "anywidget>=0.9.18"]
-    assert machine.held == "torch==2.11.9+local\n"
+    assert machine.requirements() == ["transformers>=5.17", "gguf>=0.17", "anywidget>=0.9.18"]
+    assert machine.constraints == "torch==2.11.9+local\n"
     assert not any("torch" in argument for argument in command)
     assert not {"--upgrade", "-U", "--force-reinstall"} & set(command)
     out = capsys.readouterr().out
@@ -83,13 +85,13 @@ def test_only_what_is_missing_or_too_old_is_installed_and_torch_is_held(machine,
 
 
 @pytest.mark.parametrize(
-    ("version", "told"), [(None, "torch is missing"), ("2.10.1+cu126", r"torch 2\.10\.1\S+ is too old")]
+    ("version", "message"), [(None, "torch is missing"), ("2.10.1+cu126", r"torch 2\.10\.1\S+ is too old")]
 )
-def test_torch_is_never_installed(machine, version, told):
+def test_torch_is_never_installed(machine, version, message):
     del machine.has["gguf"], machine.has["torch"]
     if version:
         machine.has["torch"] = version
-    with pytest.raises(RuntimeError, match=told + r"; type: pip install 'torch>=2\.11'; then restart the kernel"):
+    with pytest.raises(RuntimeError, match=message + r"; type: pip install 'torch>=2\.11'; then restart the kernel"):
         needs.provide()
     assert machine.calls == []
 
@@ -116,7 +118,7 @@ def test_outside_a_notebook_nothing_is_installed(machine, monkeypatch, capsys):
 
 def test_a_pip_that_changes_nothing_is_no_success(machine, monkeypatch):
     machine.has["numpy"] = "1.25.3"
-    monkeypatch.setattr(machine, "wanted", lambda: [])
+    monkeypatch.setattr(machine, "requirements", lambda: [])
     with pytest.raises(RuntimeError, match=r"numpy 1\.25\.3 is too old \(pip changed nothing\)"):
         needs.provide()
 

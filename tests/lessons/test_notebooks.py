@@ -105,9 +105,9 @@ def test_planted_fault_is_named(clean, fault):
     plant, words = FAULTS[fault]
     plant(book)
     saved(path, book)
-    found = tool.faults(path)
-    assert found
-    assert any(words in problem for problem in found), found
+    problems = tool.faults(path)
+    assert problems
+    assert any(words in problem for problem in problems), problems
 
 
 def test_planted_json_faults_are_named(clean):

@@ -9,13 +9,12 @@ from __future__ import annotations
 import base64
 import os
 import re
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from support.browser import browse, need_browser, until, wait
+from support.hostile import hostile
 from support.reports import EMULATED, measured
-from test_browser import CHROMIUM, browse, until, wait
-from test_page import hostile
 from test_pictures import run as made_run
 
 from asyncbatch.profile import page as page_module
@@ -30,13 +29,9 @@ LIVE = (
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory):
-    missing = [name for name in ("selenium",) if find_spec(name) is None] + ([] if CHROMIUM else ["chromium"])
-    if missing and os.environ.get("CI") == "true":
-        pytest.fail(f"the browser tests need {', '.join(missing)}")
-    if missing:
-        pytest.skip(f"not installed: {', '.join(missing)}")
-    with browse(tmp_path_factory.mktemp("chromium")) as found:
-        yield found
+    need_browser()
+    with browse(tmp_path_factory.mktemp("chromium")) as driver:
+        yield driver
 
 
 def look(driver, scheme: str = "light", width: int = 1300, media: str = "") -> None:

@@ -1,7 +1,7 @@
 """Sent into the kernel of every tested notebook: remembers failures that no cell reports.
 
 An exception in a task that nobody awaited, or in a thread, only appears on stderr, if at all. `check()` raises it.
-`conftest.py` sends this file and calls `check()` after each cell. Only the standard library is used.
+nbval_guard.py sends this file to the kernel and calls `check()` after each cell. It uses only the standard library.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ _failures: list[str] = []
 
 
 class _Recorder(logging.Handler):
-    """asyncio logs an error when a task is thrown away with an exception nobody asked for, or before it is done."""
+    """Keeps what asyncio logs: an error for each task that is thrown away before it is done, or with an exception that
+    nobody asked for."""
 
     def emit(self, record: logging.LogRecord) -> None:
         _failures.append(self.format(record))
 
 
 def install() -> None:
-    """Start remembering. Once, before the first cell."""
+    """Start to remember failures. Call it once, before the first cell."""
     logging.getLogger("asyncio").addHandler(_Recorder(logging.ERROR))
     report_thread = threading.excepthook
 
@@ -38,7 +39,7 @@ def install() -> None:
 
 
 def _is_of_the_notebook(task: asyncio.Task) -> bool:
-    """False for the tasks of the kernel itself, which are always pending."""
+    """Return False for the tasks of the kernel itself, which are always pending."""
     code = getattr(task.get_coro(), "cr_code", None)
     return code is not None and not any(name in code.co_filename for name in KERNEL_PACKAGES)
 
