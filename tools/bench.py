@@ -50,7 +50,7 @@ print(time.perf_counter() - start)
 
 
 def requests(model, count: int, new_tokens: int) -> list[Request]:
-    """Random prompts of 16 tokens, each answered up to its length limit."""
+    """Random prompts of 16 tokens; each request runs to its length limit."""
     prompts = np.random.default_rng(0).integers(0, model.config.vocab_size, (count, 16)).tolist()
     return [Request(prompt, new_tokens, stop_token_ids=()) for prompt in prompts]
 
@@ -87,7 +87,8 @@ def between(values: list[float]) -> str:
 
 
 def block_table_s(batcher) -> list[float]:
-    """From now on the first element counts the seconds in the calls that keep the blocks' books."""
+    """A list of one number, which from now on counts the seconds that the batcher spends in the calls that hand out
+    blocks, take them back and make block tables."""
     spent = [0.0]
 
     def timed(method):
@@ -128,7 +129,7 @@ def bench_host_work() -> None:
 
 
 def in_turns(batchers: dict, workload: list[Request], rounds: int) -> dict:
-    """The timelines of each batcher, which run one after the other, every second round the other way round."""
+    """The timelines of each batcher. They run one after the other, and in every second round in the reverse order."""
     timelines: dict = {key: [] for key in batchers}
     for number in range(rounds):
         for key in list(batchers)[:: -1 if number % 2 else 1]:

@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,6 @@ from .report import (
     RecordedRun,
     Report,
     Run,
-    WhatIf,
 )
 from .workload import latency
 
@@ -99,7 +99,7 @@ def make_report(
 
 
 def run_of(one: Measurement, place: Place) -> Run:
-    """The typical run of a measurement, with all that is said of it."""
+    """The typical run of a measurement, with everything that the report has about it."""
     timeline, completions = one.typical_run
     summary = timeline.summary().as_dict()
     floor = None
@@ -254,11 +254,7 @@ def first_line(runs: Sequence[Run]) -> str | None:
     """What to eliminate first: the host's latency point that would give most back, of this package's synchronous run,
     else of the first run. None where no step was measured."""
     for run in sorted(runs, key=lambda run: (run.engine != OWN, run.mode != "sync")):
-        loop, mode = LOOPS[str(run.mode)], run.mode
-
-        def saves(one: WhatIf, mode: str | None = mode) -> float:
-            return getattr(one, f"{mode}_saves")
-
+        loop, saves = LOOPS[str(run.mode)], attrgetter(f"{run.mode}_saves")
         entirely = [one for one in run.what_if if one.where == "host" and one.factor == 0.0]
         if not entirely:
             continue
@@ -270,7 +266,7 @@ def first_line(runs: Sequence[Run]) -> str | None:
                 f"Eliminate this first: nothing on the host. The largest, {what}, would give back {saves(best):.1%} of "
                 f"the {loop} run."
             )
-        other = "" if mode == "async" else f", the asynchronous one {max(best.async_saves or 0.0, 0):.1%}"
+        other = "" if run.mode == "async" else f", the asynchronous one {max(best.async_saves or 0.0, 0):.1%}"
         return f"Eliminate this first: {what}. Without it the {loop} run takes {saves(best):.1%} less time{other}."
     return None
 

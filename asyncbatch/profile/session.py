@@ -128,8 +128,8 @@ class Session:
         return make_report(self.settings, self.measurements, place, self.failed)
 
     def write(self, made: tuple[Report, list[Timeline]] | None = None) -> None:
-        """Write the report that was `made`, else a new one: report.json, the recording if asked for, and, but for the
-        long runs of a preset, page, picture and trace."""
+        """Write report.json, the page, and, with --record, the recording. Without a preset also picture and trace; the
+        long runs of a preset would make them huge. `made`: what `report` has returned already."""
         folder, (report, timelines) = self.settings.out, made or self.report()
         assert folder is not None
         record, preset = self.settings.record, self.settings.preset
