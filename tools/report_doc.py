@@ -37,7 +37,6 @@ PARTS = {
     "workload": "workload",
     "gpu": "gpu",
     "models": "model",
-    "targets[]": "target",
 }
 START = """# report.json
 
@@ -55,17 +54,17 @@ They stand in `points[].name`, `gaps.by`, `gaps.longest[].cause` and `what_if[].
 
 
 def resolved(schema: dict[str, Any], field: dict[str, Any]) -> dict[str, Any]:
-    """The field with what it refers to (`$ref`) filled in; its own words win."""
+    """The field with what its `$ref` names filled in; where both say something, the field's own words count."""
     if "$ref" not in field:
         return field
-    found: Any = schema
+    target: Any = schema
     for key in field["$ref"].removeprefix("#/").split("/"):
-        found = found[key]
-    return {**resolved(schema, found), **{key: value for key, value in field.items() if key != "$ref"}}
+        target = target[key]
+    return {**resolved(schema, target), **{key: value for key, value in field.items() if key != "$ref"}}
 
 
 def fields(schema: dict[str, Any], part: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The fields of a part by name, those of the part that it extends first."""
+    """The fields of a part by name; if it extends another part, that part's fields come first."""
     whole = resolved(schema, {"$ref": part["$ref"]})["properties"] if "$ref" in part else {}
     return {name: resolved(schema, field) for name, field in {**whole, **part["properties"]}.items()}
 

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..timeline import Timeline
+from .percentile import p99
 
 LANE, DEVICE_LANE = "points", "device points"
 MEANING = {
@@ -508,6 +509,6 @@ def points_of(timeline: Timeline) -> list[Point]:
             each = 1e3 * np.array([of_step.get(step, 0.0) for step in decode]) if decode else np.array([math.nan])
             total = sum(of_step.values())
             share = total / whole if whole else 0.0
-            rows.append(Point(name, where, float(np.median(each)), float(np.percentile(each, 99)), total, share))
+            rows.append(Point(name, where, float(np.median(each)), p99(each.tolist()), total, share))
         found += sorted(rows, key=lambda point: -point.total_s)
     return found

@@ -28,6 +28,7 @@ import numpy as np
 from ..timeline import Timeline, device_activity
 from .points import CALLBACKS, NO_REQUEST, WAIT, seconds_by_step
 from .recording import Recording, steps_of
+from .text import table_line
 
 HOST = ("plan", "fill", "launch", "commit")
 WORTH_IT = 1.02  # a gain below this is lost in the noise of most machines
@@ -238,20 +239,18 @@ def what_if(timeline: Timeline, slots: int = 1, async_slots: int = 2) -> list[Wh
 
 def main() -> int:
     """Predict each recorded asynchronous run from its synchronous one, and print how far off that was."""
-    print(
-        f"{'recording':18}{'engine':14}{'model':20}{'batch':>6}{'sync':>10}{'predicted':>11}{'async':>10}{'error':>8}"
-    )
+    head = ("recording", "engine", "model", "batch", "sync", "predicted", "async", "error")
+    widths, align = (18, 14, 20, 6, 10, 11, 10, 8), "<<<>"
+    print(table_line(head, widths, align))
     for name in Recording.names():
         runs = {(r["engine"], r["model"], r["batch_size"], r["mode"]): r for r in Recording.load(name).runs}
         for (engine, model, batch, mode), run in runs.items():
             other = runs.get((engine, model, batch, "async"))
             if mode == "sync" and other:
-                told, real_s = predict(costs_of_recording(run)), span_s(other)
-                error = told.asynchronous.total_s / real_s - 1
-                print(
-                    f"{name:18}{engine:14}{model:20}{batch:6}{told.sync.total_s:9.3f}s{told.asynchronous.total_s:10.3f}s"
-                    f"{real_s:9.3f}s{error:+8.1%}"
-                )
+                guess, real_s = predict(costs_of_recording(run)), span_s(other)
+                totals = [f"{total_s:.3f}s" for total_s in (guess.sync.total_s, guess.asynchronous.total_s, real_s)]
+                error = f"{guess.asynchronous.total_s / real_s - 1:+.1%}"
+                print(table_line((name, engine, model, batch, *totals, error), widths, align))
     return 0
 
 

@@ -6,7 +6,11 @@
 
 It serves the same requests with both batchers, in turns and several times, checks that the tokens are the same, and
 says what to eliminate first, what asynchronous batching brings, and how the idle time divides. `--json` prints the same
-as JSON (docs/report.md says what is in it); `--out` writes it as a page, as JSON, as a picture and as a trace. Every
-number is measured here and now, but for the device's times of `--emulate`, which come from a recording; each column of
-the table is the run of median wall time. `--compare` and `--trace` measure nothing.
+as JSON (docs/report.md describes each field), and `--out` writes it as a page, as JSON, as a picture and as a trace.
+Every number is measured here and now, except the device's times of `--emulate`, which come from a recording. Each
+column of the table is the run of median wall time. `--compare` and `--trace` measure nothing.
+
+From the command line to the page: `cli` calls `options` (arguments, settings), `session` (all workloads) and `turns`
+(one workload, served in turns). What was measured (`measurement`) becomes a `report` in `diagnosis` and `explanation`,
+and `text`, `terminal` and `page` show it.
 """

@@ -8,11 +8,13 @@ from ..streams import DeviceError
 
 
 def tell(text: str) -> None:
+    """Print one line on standard error, at once."""
     print(text, file=sys.stderr, flush=True)
 
 
 def one_line(error: BaseException) -> str:
+    """The first line of an error; of a device's error also the last one, without the traceback between them."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    if isinstance(error, DeviceError):  # between them is the device's traceback
+    if isinstance(error, DeviceError):
         lines = [" ".join(dict.fromkeys([lines[0], lines[-1]]))]
     return lines[0]

@@ -1,5 +1,5 @@
-"""Two questions to the profiling script itself: what does measuring cost (`overhead`), and does another method say the
-same (`kineto`)?"""
+"""Two checks of the profiling script itself: what does measuring cost (`overhead`), and does another method find the
+same share of active time (`kineto`)?"""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 from ..measure.points import record_points
 from ..request import Request
 from ..timeline import Timeline, device_activity
+from .report import Kineto, Overhead
 from .workload import serve
 
 STRETCH = 10  # turns of the loop; some of them are not counted
@@ -33,16 +34,18 @@ class _Blind(Timeline):
         pass
 
 
-def overhead(measuring, plain, requests: list[Request]) -> dict[str, Any] | None:
-    """What measuring costs: two batchers of one kind serve the same requests, `measuring` with latency points noted and
-    `plain` with not even a span, STRETCH turns of the loop each, in turns. A pair is two such stretches of the same
-    steps. Whole runs after each other tell less: they differ more, with nothing changed, than what is looked for.
+def overhead(measuring, plain, requests: list[Request]) -> Overhead | None:
+    """What measuring costs a step.
+
+    Two batchers of one kind serve the same requests: `measuring` notes latency points, `plain` notes not even a span.
+    They take turns, with STRETCH turns of the loop each, and a pair is two such stretches of the same steps. To compare
+    whole runs would say less: two runs of the same batcher differ by more than the cost that is looked for.
 
     share: the median over the pairs of time with / time without, less 1; interval: where that median lies with 95 %
-    confidence (null from fewer than 6 pairs); ms_per_step: the same share of a step; pairs: each pair's own. A median
-    tells what every step pays, not what comes once in a hundred, such as another garbage collection.
-    The requests are served again until there are PAIRS pairs or ENOUGH_S are over. None for requests that end within
-    two or three steps: there is nothing to compare then."""
+    confidence (None with fewer than 6 pairs); ms_per_step: the same share of a step; pairs: the share of each pair. A
+    median shows what every step pays, not what happens once in a hundred steps, such as one more garbage collection.
+    The requests are served again and again until there are PAIRS pairs or ENOUGH_S seconds have passed. None for
+    requests that end within two or three steps: then there is nothing to compare."""
     times: list[tuple[float, float]] = []  # seconds a turn of each pair: with, without
     plain._new_timeline = _Blind
     begun = time.perf_counter()
@@ -56,21 +59,17 @@ def overhead(measuring, plain, requests: list[Request]) -> dict[str, Any] | None
         return None
     each = [with_ / without - 1 for with_, without in times]
     share = statistics.median(each)
-    return {
-        "share": share,
-        "interval": _median_lies_within(sorted(each)),
-        "ms_per_step": 1e3 * share * statistics.median(without for _, without in times),
-        "pairs": each,
-    }
+    ms_per_step = 1e3 * share * statistics.median(without for _, without in times)
+    return Overhead(share, _median_lies_within(sorted(each)), ms_per_step, tuple(each))
 
 
 def _pairs(measuring, plain, requests: list[Request]) -> list[tuple[float, float]]:
-    """One run of both, in stretches: (seconds a turn with, without) of each pair."""
+    """One run of both batchers, in stretches: for each pair the seconds of a turn (with, without) measuring."""
     handles = []
     for batcher in (measuring, plain):
         batcher.run([])  # a new timeline
         handles += [batcher.submit(request) for request in requests]
-    found, plain_first = [], False
+    pairs, plain_first = [], False
     while any(handle.completion is None for handle in handles):
         plain_first = not plain_first
         seconds: dict[Any, list[float]] = {measuring: [], plain: []}
@@ -82,26 +81,30 @@ def _pairs(measuring, plain, requests: list[Request]) -> list[tuple[float, float
         # The first turns find the other batcher's steps on the device, and its data in the caches.
         counted = [seconds[batcher][len(batcher.slots) + 1 :] for batcher in (measuring, plain)]
         if counted[0] and len(counted[0]) == len(counted[1]):
-            found.append((statistics.mean(counted[0]), statistics.mean(counted[1])))
+            pairs.append((statistics.mean(counted[0]), statistics.mean(counted[1])))
     for handle in handles:
         if handle.completion.error is not None:
             raise handle.completion.error
-    return found
+    return pairs
 
 
-def _median_lies_within(ordered: list[float]) -> list[float] | None:
-    """The 95 % confidence interval of the median of `ordered` values, whatever their distribution: how many of them lie
-    below the true median is a binomial number of chance 1/2 (the sign test). Fewer than 6 have none: None."""
+def _median_lies_within(ordered: list[float]) -> tuple[float, float] | None:
+    """The 95 % confidence interval of the median of values in rising order; None for fewer than 6 of them.
+
+    It holds for any distribution: the number of values below the true median is binomial with chance 1/2 (the sign
+    test)."""
     count, below = len(ordered), -1
     while 2 * sum(math.comb(count, number) for number in range(below + 2)) <= 0.05 * 2**count:
         below += 1
-    return None if below < 0 else [ordered[below], ordered[count - 1 - below]]
+    return None if below < 0 else (ordered[below], ordered[count - 1 - below])
 
 
-def kineto(batcher, requests: list[Request]) -> dict[str, Any]:
-    """Run once more under torch.profiler, at most KINETO_TOKENS of each request, and compare two methods on that run:
-    busy, the union of kernels and copies in its trace; event_active, its steps between CUDA events. Both over the time
-    from the end of the first step to the end of the last one. differs: by more than 2 points; note: in words."""
+def kineto(batcher, requests: list[Request]) -> Kineto:
+    """Run once more under torch.profiler, at most KINETO_TOKENS of each request, and compare two methods on that run.
+
+    busy: the union of kernels and copies in its trace; event_active: its steps between CUDA events. Both are shares of
+    the time from the end of the first step to the end of the last one. differs: by more than 2 points; note: in words.
+    ValueError for a run of fewer than two steps."""
     from .traces.read import busy_in, read_trace  # the streaming JSON parser is needed for traces only
 
     few = [replace(request, max_new_tokens=min(request.max_new_tokens, KINETO_TOKENS)) for request in requests]
@@ -119,31 +122,41 @@ def kineto(batcher, requests: list[Request]) -> dict[str, Any]:
     return kineto_result(busy, active_s / period_s, trace, len(starts))
 
 
-def kineto_result(busy: float, active: float, trace: Any, steps: int) -> dict[str, Any]:
-    """The two methods side by side, and what to think of them. `trace`: a TraceReport; `steps`: steps that were run.
-    step_active: between the two, from each step's first kernel to its last one; None where the trace shows others."""
+def kineto_result(busy: float, active: float, trace: Any, steps: int) -> Kineto:
+    """The two methods side by side, and what to think of them. `trace`: a TraceReport; `steps`: how many steps ran.
+
+    step_active: a third number between the two, from each step's first kernel to its last one; None where the trace
+    shows another number of steps."""
+    step_active = trace.step_active if len(trace.steps) == steps else None
+    differs = abs(busy - active) > 0.02
+    note = _kernels_seen(trace, steps)
+    if differs:
+        note += "; THE TWO METHODS DISAGREE by more than 2 points" + _reason(busy, step_active, active)
+    return Kineto(busy, step_active, active, differs, trace.num_kernels, note)
+
+
+def _kernels_seen(trace: Any, steps: int) -> str:
+    """Whether the profiler saw the kernels of replayed CUDA graphs."""
     replays = trace.graph_launches
     if replays is None:
-        said = "the trace does not say which kernels came from graph replays"
+        note = "the trace does not say which kernels came from graph replays"
     else:
-        said = f"{replays[0]} graph replays, {replays[1]} of {trace.num_kernels} kernels in them"
+        note = f"{replays[0]} graph replays, {replays[1]} of {trace.num_kernels} kernels in them"
     if trace.num_kernels < steps:
-        said += f"; fewer kernels than the {steps} steps: the profiler did not see into the graphs"
-    found = trace.step_active if len(trace.steps) == steps else None
-    differs = abs(busy - active) > 0.02
-    if differs:
-        said += "; THE TWO METHODS DISAGREE by more than 2 points"
-        if found is None:
-            said += (
-                ": between the kernels of a step the device is idle too, which events around the step cannot see, and "
-                "the profiler slows the host down"
-            )
-        else:
-            said += (
-                f". From the first kernel of each step to its last one, {found:.2%}: "
-                f"{100 * (active - found):.1f} points less than by the events, which are passed before a launch has "
-                f"reached the idle stream (the profiler makes launches slower); the other {100 * (found - busy):.1f} "
-                "points are gaps between the kernels of a step"
-            )
-    numbers = {"busy": busy, "step_active": found, "event_active": active}
-    return {**numbers, "differs": differs, "kernels": trace.num_kernels, "note": said}
+        note += f"; fewer kernels than the {steps} steps: the profiler did not see into the graphs"
+    return note
+
+
+def _reason(busy: float, step_active: float | None, active: float) -> str:
+    """Why the two methods may disagree."""
+    if step_active is None:
+        return (
+            ": between the kernels of a step the device is idle too, which events around the step cannot see, and "
+            "the profiler slows the host down"
+        )
+    return (
+        f". From the first kernel of each step to its last one, {step_active:.2%}: "
+        f"{100 * (active - step_active):.1f} points less than by the events, which are passed before a launch has "
+        f"reached the idle stream (the profiler makes launches slower); the other {100 * (step_active - busy):.1f} "
+        "points are gaps between the kernels of a step"
+    )

@@ -1,17 +1,17 @@
 """The command line of the profiling script: its options, their defaults, the presets, and what does not go together.
 
-`parse_arguments(arguments)` gives the options as they were given, `settle(options)` fills in what was not, and makes a
-copy of them for each workload (model and batch size).
+`parse_arguments` reads the command line into `Arguments`, the options as they were typed. `settle` turns these into the
+`Settings` of a session: every default filled in, and a `Workload` for each model and batch size.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ import torch
 
 from ..measure.recording import Recording
 from ..models.load import ALLOWED
-from .report import OWN
-from .workload import Arrivals, Lengths, PromptFile, uneven
+from .draws import Arrivals, Lengths
+from .prompts import PromptFile
+from .report import OWN, Conditions
+from .workload import Workload
 
 MODES = ("sync", "async")
 ENGINES = (OWN, "transformers")
@@ -53,6 +55,75 @@ EPILOG = """examples:
 Exit status: 0, 1 if the two gave different tokens, 2 if something could not be done."""
 
 
+@dataclass(frozen=True)
+class Arguments:
+    """The options as they were typed; None for one that was not, and whose default depends on others (see `settle`).
+
+    changed: names of the options that do not have their default. command: the command line itself."""
+
+    model: str | None
+    prompts: str | None
+    requests: int | None
+    prompt_tokens: int | str | None
+    new_tokens: int | str | None
+    arrivals: str
+    seed: int
+    engine: list[str] | None
+    mode: list[str]
+    batch_size: int | None
+    slots: int
+    prefill_tokens: int | None
+    compile: bool | None
+    host_work_ms: float
+    step_ms: float | None
+    emulate: str | None
+    repeats: int | None
+    preset: str | None
+    peer_limit_s: int
+    kineto: bool
+    overhead: bool
+    trace: Path | None
+    compare: list[str] | None
+    out: Path | None
+    record: str | None
+    json: bool
+    debug: bool
+    changed: tuple[str, ...]
+    command: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a session measures, and how.
+
+    model: the models of all workloads, with commas. conditions: what the report says of the workloads. engines, modes:
+    each engine serves each workload in each mode. prefill_tokens: the most prompt tokens of one step, None for the
+    batcher's own default. host_work_ms: burnt in every step. step_ms: of a timed device. peer_limit_s: another engine
+    is left out if it would take longer. preset, record: names. out: the folder for what is written."""
+
+    model: str
+    workloads: tuple[Workload, ...]
+    conditions: Conditions
+    engines: tuple[str, ...]
+    modes: tuple[str, ...]
+    slots: int
+    prefill_tokens: int | None
+    compile: bool
+    host_work_ms: float
+    step_ms: float | None
+    repeats: int
+    peer_limit_s: int
+    kineto: bool
+    overhead: bool
+    preset: str | None
+    record: str | None
+    out: Path | None
+    command: tuple[str, ...]
+
+
+# ---- the command line ---------------------------------------------------------------------------------------------
+
+
 def whole(lowest: int, highest: int = 10**9):
     def parse(text: str) -> int:
         with contextlib.suppress(ValueError):
@@ -82,9 +153,9 @@ def some_of(allowed: Sequence[str]):
 
 
 def lengths(text: str) -> int | str:
-    """A number, or the text of a distribution, in its shortest form."""
-    found = _parsed(Lengths.parse, text)
-    return found.lowest if found.fixed else str(found)
+    """A number, or the text of a distribution in its shortest form."""
+    drawn = _parsed(Lengths.parse, text)
+    return drawn.lowest if drawn.fixed else str(drawn)
 
 
 def arrivals(text: str) -> str:
@@ -104,8 +175,19 @@ def file_name(text: str) -> str:
     return text
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options as they were given; None for those that were not and have no default of their own (see `settle`)."""
+def parse_arguments(arguments: Sequence[str] | None = None) -> Arguments:
+    """The options of a command line (None: of this process). A bad one ends the process, as argparse does it."""
+    parser = _parser()
+    options = vars(parser.parse_args(arguments))
+    changed = tuple(name for name, value in options.items() if value != parser.get_default(name))
+    others = [name for name in changed if name not in ("compare", "json", "debug")]
+    if options["compare"] and others:
+        parser.error(f"--compare measures nothing: {flag(others[0])} cannot be had with it")
+    command = tuple(sys.argv[1:] if arguments is None else arguments)
+    return Arguments(**options, changed=changed, command=command)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="asyncbatch.profile",
         usage="python -m asyncbatch.profile [options]",
@@ -113,7 +195,15 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument_group("workload").add_argument
+    _add_workload(parser.add_argument_group("workload").add_argument)
+    _add_engine(parser.add_argument_group("engine and loop").add_argument)
+    _add_device(parser.add_argument_group("device").add_argument)
+    _add_measurements(parser.add_argument_group("what to measure").add_argument)
+    _add_output(parser.add_argument_group("output").add_argument)
+    return parser
+
+
+def _add_workload(add: Callable[..., Any]) -> None:
     add("--model", help=f"one of {ALLOWED} (default smollm2)".replace('"', ""))
     add("--prompts", metavar="FILE", help="serve the lines of FILE: .txt has a prompt a line, .jsonl an object a line "
         'with "prompt", "messages" or "token_ids", and perhaps "max_new_tokens"')  # fmt: skip
@@ -127,18 +217,24 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "poisson:RATE, requests per second")  # fmt: skip
     add("--seed", type=whole(0), default=0, metavar="N", help="of all that is random: prompts, lengths, arrivals, "
         "weights (default 0)")  # fmt: skip
-    add = parser.add_argument_group("engine and loop").add_argument
+
+
+def _add_engine(add: Callable[..., Any]) -> None:
     add("--engine", type=some_of(ENGINES), metavar="ENGINES", help="asyncbatch (default), transformers, or both")
     add("--mode", type=some_of(MODES), default=[*MODES], metavar="MODES", help="sync,async (default), or one of them")
     add("--batch-size", type=whole(1, 4096), metavar="N", help="the most requests in one step (default 8)")
     add("--slots", type=whole(1, 64), default=2, metavar="N", help="slots of the asynchronous batcher (default 2)")
     add("--prefill-tokens", type=whole(1, 65536), metavar="N", help="the most prompt tokens computed in one step")
     add("--compile", action=argparse.BooleanOptionalAction, help="compile the step (default: in presets only)")
-    add = parser.add_argument_group("device").add_argument
+
+
+def _add_device(add: Callable[..., Any]) -> None:
     add("--host-work-ms", type=milliseconds, default=0.0, metavar="MS", help="burn Python for MS in every step")
     add("--step-ms", type=milliseconds, metavar="MS", help="a timed device: a step takes MS and computes nothing")
     add("--emulate", metavar="NAME", help="a timed device: steps take what this recording's GPU took")
-    add = parser.add_argument_group("what to measure").add_argument
+
+
+def _add_measurements(add: Callable[..., Any]) -> None:
     add("--repeats", type=whole(1), metavar="N", help="runs of each mode, in turns (default 3)")
     add("--preset", choices=[*PRESETS], help="a set of workloads for a GPU, with both engines")
     add("--peer-limit-s", type=whole(1), default=600, metavar="S", help="leave out a peer that would take longer")
@@ -147,92 +243,100 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--trace", type=Path, metavar="FILE", help="measure nothing: report on a torch.profiler trace of any engine")
     add("--compare", nargs=2, metavar=("A.json", "B.json"), help="measure nothing: put two report.json files side by "
         "side, with a warning for each thing that makes them hard to compare")  # fmt: skip
-    add = parser.add_argument_group("output").add_argument
+
+
+def _add_output(add: Callable[..., Any]) -> None:
     add("--out", type=Path, metavar="DIR", help="write report.html, report.json, timeline.png and trace.json there")
     add("--record", type=file_name, metavar="NAME", help="write the recording DIR/NAME.json (GPU, with --out DIR)")
     add("--json", action="store_true", help="print the report as JSON instead of the table")
     add("--debug", action="store_true", help="show the traceback of an error")
-    options = parser.parse_args(arguments)
-    options.changed = [name for name, value in vars(options).items() if value != parser.get_default(name)]
-    others = [name for name in options.changed if name not in ("compare", "json", "debug")]
-    if options.compare and others:
-        parser.error(f"--compare measures nothing: {_flag(others[0])} cannot be had with it")
-    options.given = list(sys.argv[1:] if arguments is None else arguments)
-    return options
 
 
-def settle(
-    options: argparse.Namespace, recording: Recording | None = None
-) -> tuple[argparse.Namespace, list[argparse.Namespace]]:
-    """The options with every default filled in, and a copy of them for each workload (model and batch size).
+# ---- from arguments to settings -----------------------------------------------------------------------------------
+
+
+def settle(arguments: Arguments, recording: Recording | None = None) -> Settings:
+    """The settings of a session. `recording`: the one that is emulated.
+
     ValueError for options that do not go together, or that need a GPU where there is none."""
-    settled = copy.copy(options)
-    if recording is not None:
-        defaults = emulated_defaults(options, recording)
-    else:
-        defaults = {**DEFAULTS, **PRESETS.get(options.preset, {})}
-    if options.prompts is not None:
+    preset: dict[str, Any] = dict(PRESETS.get(arguments.preset or "", {}))
+    pairs = preset.pop("workloads", None)
+    defaults = {**DEFAULTS, **preset} if recording is None else emulated_defaults(arguments, recording)
+    if arguments.prompts is not None:
         defaults["prompt_tokens"] = None
-    of_preset = defaults.pop("workloads", None)
-    for name, value in defaults.items():
-        if getattr(options, name) is None:
-            setattr(settled, name, value)
-    refuse(settled)
-    settled.prompt_file = settled.prompts_sha256 = None
-    if options.prompts is not None:
-        settled.prompt_file = PromptFile.read(options.prompts)
-        settled.prompts_sha256 = settled.prompt_file.sha256
-        settled.requests = options.requests or len(settled.prompt_file.lines)
-    if of_preset is None:
-        return settled, [copy.copy(settled)]
-    settled.model = options.model or ", ".join(dict.fromkeys(model for model, _ in of_preset))
-    settled.batch_size, settled.requests = options.batch_size, options.requests  # None: each workload's own
-    wanted = ((options.model or model, options.batch_size or batch) for model, batch in of_preset)
-    workloads = []
-    for model, batch in dict.fromkeys(wanted):
-        workloads.append(copy.copy(settled))
-        workloads[-1].model, workloads[-1].batch_size = model, batch
-        workloads[-1].requests = options.requests or batch
-    return settled, workloads
+    complete = replace(arguments, **{key: value for key, value in defaults.items() if getattr(arguments, key) is None})
+    refuse(complete)
+    file = None
+    if complete.prompts is not None:
+        file = PromptFile.read(complete.prompts)
+        complete = replace(complete, requests=arguments.requests or len(file.lines))
+    if pairs is None:
+        return _settings(complete, _conditions(complete, file), [_workload(complete, file)])
+    # In a preset, batch size and requests are each workload's own, unless they were asked for.
+    each = dict.fromkeys((arguments.model or model, arguments.batch_size or batch) for model, batch in pairs)
+    own = [replace(complete, model=model, batch_size=size, requests=arguments.requests or size) for model, size in each]
+    models = arguments.model or ", ".join(dict.fromkeys(model for model, _ in pairs))
+    complete = replace(complete, model=models, batch_size=arguments.batch_size, requests=arguments.requests)
+    return _settings(complete, _conditions(complete, file), [_workload(one, file) for one in own])
 
 
-def emulated_defaults(options: argparse.Namespace, recording: Recording) -> dict[str, Any]:
-    """The workload of the recording's widest run, of the batch size that was asked for if that was recorded. ValueError
-    for a model that is not in the recording."""
-    run = recording.main_run(options.model)
+def _workload(complete: Arguments, file: PromptFile | None) -> Workload:
+    """The workload of arguments that have no default left open."""
+    names = ("model", "batch_size", "requests", "new_tokens", "prompt_tokens", "arrivals", "seed")
+    return Workload(**{name: getattr(complete, name) for name in names}, prompt_file=file)
+
+
+def _conditions(complete: Arguments, file: PromptFile | None = None) -> Conditions:
+    names = (one.name for one in fields(Conditions) if one.name != "prompts_sha256")
+    return Conditions(**{name: getattr(complete, name) for name in names}, prompts_sha256=file.sha256 if file else None)
+
+
+def _settings(complete: Arguments, conditions: Conditions, workloads: Sequence[Workload]) -> Settings:
+    beside = {"workloads", "conditions", "engines", "modes"}
+    same = {one.name: getattr(complete, one.name) for one in fields(Settings) if one.name not in beside}
+    engines, modes = tuple(complete.engine or ()), tuple(complete.mode)
+    return Settings(**same, workloads=tuple(workloads), conditions=conditions, engines=engines, modes=modes)
+
+
+def emulated_defaults(arguments: Arguments, recording: Recording) -> dict[str, Any]:
+    """The workload of the recording's run with the largest batch, or, if there is one, of its run with the batch size
+    that was asked for. ValueError for a model that is not in the recording."""
+    run = recording.main_run(arguments.model)
     same = (r for r in recording.runs if (r["engine"], r["mode"], r["model"]) == (OWN, "async", run["model"]))
-    run = next((other for other in same if other["batch_size"] == options.batch_size), run)
+    run = next((other for other in same if other["batch_size"] == arguments.batch_size), run)
     defaults = {key: run[key] for key in ("model", "batch_size", "requests", "prompt_tokens", "new_tokens")}
-    if options.batch_size is not None and run["requests"] == run["batch_size"]:
-        defaults["requests"] = options.batch_size
+    if arguments.batch_size is not None and run["requests"] == run["batch_size"]:
+        defaults["requests"] = arguments.batch_size
     return {**DEFAULTS, **defaults, "prefill_tokens": run["prefill_tokens"], "repeats": 1}
 
 
-def refuse(options: argparse.Namespace) -> None:
+def refuse(arguments: Arguments) -> None:
     """ValueError for options that do not go together, or that need a GPU where there is none."""
-    timed = [name for name in ("emulate", "step_ms") if getattr(options, name) is not None]
-    not_together = [(a, b) for a in timed for b in ("preset", "record") if getattr(options, b)]
+    timed = [name for name in ("emulate", "step_ms") if getattr(arguments, name) is not None]
+    not_together = [(a, b) for a in timed for b in ("preset", "record") if getattr(arguments, b)]
     not_together += [("emulate", "step_ms")] if len(timed) == 2 else []
-    if options.prompts is not None and options.prompt_tokens is not None:
+    if arguments.prompts is not None and arguments.prompt_tokens is not None:
         not_together.append(("prompts", "prompt_tokens"))
-    others = [engine for engine in options.engine if engine != OWN]
-    ours = [name for name in timed if others] + (["host_work_ms"] if others and options.host_work_ms else [])
+    others = [engine for engine in arguments.engine or () if engine != OWN]
+    ours = [name for name in timed if others] + (["host_work_ms"] if others and arguments.host_work_ms else [])
     for a, b in not_together:
-        raise ValueError(f"{_flag(a)} and {_flag(b)} were given: only one of them can be had at a time")
+        raise ValueError(f"{flag(a)} and {flag(b)} were given: only one of them can be had at a time")
     for name in ours:
-        raise ValueError(f"{_flag(name)} is for asyncbatch's own batchers: it cannot be had with --engine {others[0]}")
+        raise ValueError(f"{flag(name)} is for asyncbatch's own batchers: it cannot be had with --engine {others[0]}")
+    uneven = _conditions(arguments).uneven
     for a in ("preset", "record"):
-        for b in uneven(options) if getattr(options, a) else ():
+        for b in uneven if getattr(arguments, a) else ():
             raise ValueError(
-                f"{_flag(a)} is for requests of one length that are all there at the beginning: "
-                f"{_flag(b)} {getattr(options, b)} cannot be had with it"
+                f"{flag(a)} is for requests of one length that are all there at the beginning: "
+                f"{flag(b)} {getattr(arguments, b)} cannot be had with it"
             )
-    if options.record and options.out is None:
-        raise ValueError(f"--record {options.record} needs --out DIR, the folder to write {options.record}.json into")
-    if options.kineto and (timed or not torch.cuda.is_available()):
+    if arguments.record and arguments.out is None:
+        name = arguments.record
+        raise ValueError(f"--record {name} needs --out DIR, the folder to write {name}.json into")
+    if arguments.kineto and (timed or not torch.cuda.is_available()):
         raise ValueError("--kineto asks a GPU's own profiler, and there is no CUDA GPU in this run")
     for name in ("preset", "record"):
-        value = getattr(options, name)
+        value = getattr(arguments, name)
         if value and not torch.cuda.is_available():
             names = ", ".join(Recording.names()) or "NAME"
             raise ValueError(
@@ -241,5 +345,5 @@ def refuse(options: argparse.Namespace) -> None:
             )
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
     return "--" + name.replace("_", "-")

@@ -14,7 +14,8 @@ from support.tiny import tiny_model
 
 from asyncbatch import AsyncBatcher, Request, SamplingParams, SyncBatcher, Timeline
 from asyncbatch.pictures import figure, plot
-from asyncbatch.profile.report import table
+from asyncbatch.profile.report import Report
+from asyncbatch.profile.text import table
 from asyncbatch.request import RequestError
 
 OPTIONS = dict(max_batch_size=3, block_size=4, prefill_tokens=8, max_length=40, step_s=0.0)
@@ -270,9 +271,9 @@ def test_a_report_writes_names_and_errors_as_they_are(text):
     row = SimpleNamespace(engine=text, mode="sync", error=text, setting=None)
     result = {
         "model": text, "device": text, "copy_bandwidth_bytes_per_s": None, "runs": [], "comparisons": [],
-        "failed": [vars(row)], "peers_same_tokens": {}, "emulated": None, "same_tokens": True, "targets": [],
+        "failed": [vars(row)], "peers_same_tokens": {}, "emulated": None, "same_tokens": True,
         "first": None, "verdict": None, "workload": {"arrivals": "all"},
     }  # fmt: skip
-    lines = table(result).split("\n")
+    lines = table(Report.from_json(result)).split("\n")
     assert lines[:2] == [f"model: {text}", f"device: {text}"]
     assert f"{text} sync was not measured: {text}" in lines

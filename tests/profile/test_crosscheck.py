@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from support.tiny import tiny_model
 
 from asyncbatch import AsyncBatcher, Request, SyncBatcher, Timeline
-from asyncbatch.profile import cli, crosscheck, session
+from asyncbatch.profile import cli, crosscheck
+from asyncbatch.profile import turns as turns_module
 from asyncbatch.profile.crosscheck import KINETO_TOKENS, kineto, kineto_result, overhead
 from asyncbatch.profile.traces import read as traces_module
 
@@ -29,7 +30,7 @@ def test_overhead_measures_with_one_batcher_and_nothing_with_the_other(loop, mon
     monkeypatch.setattr(crosscheck, "PAIRS", 1)
     with loop(tiny_model(), max_batch_size=2) as measuring, loop(tiny_model(), max_batch_size=2) as plain:
         found = overhead(measuring, plain, REQUESTS)
-        assert found["share"] == statistics.median(found["pairs"])
+        assert found.share == statistics.median(found.pairs)
         assert measuring.timeline.summary().steps == 12
         assert {span.lane for span in measuring.timeline.spans} >= {"compute", "points"}
         assert plain.timeline.spans == plain.timeline.steps == []
@@ -81,8 +82,8 @@ def test_overhead_is_told_though_later_steps_take_longer_and_a_stretch_begins_sl
     plain = Turns(clock, plain_s, order)
     with mock.patch.object(crosscheck.time, "perf_counter", clock.now):
         found = overhead(measuring, plain, REQUESTS)
-    assert found["share"] == pytest.approx(cost - 1, abs=1e-9)
-    assert found["ms_per_step"] == pytest.approx(1e3 * (cost - 1), rel=45 * drift + 1e-6, abs=1e-9)
+    assert found.share == pytest.approx(cost - 1, abs=1e-9)
+    assert found.ms_per_step == pytest.approx(1e3 * (cost - 1), rel=45 * drift + 1e-6, abs=1e-9)
     assert order.count(measuring) == order.count(plain) == len(order) / 2
     # In turns, and which of them begins a pair changes too: two stretches of the same one at most.
     assert max(len(list(turns)) for _, turns in itertools.groupby(order)) == 2 * crosscheck.STRETCH
@@ -96,7 +97,7 @@ def test_requests_that_are_too_short_tell_no_overhead(monkeypatch):
 
 @pytest.mark.parametrize(("count", "ranks"), [(6, (1, 6)), (8, (1, 8)), (10, (2, 9)), (20, (6, 15)), (100, (40, 61))])
 def test_where_a_median_lies_is_what_the_tables_of_the_sign_test_say(count, ranks):
-    assert crosscheck._median_lies_within(list(range(1, count + 1))) == list(ranks)
+    assert crosscheck._median_lies_within(list(range(1, count + 1))) == ranks
 
 
 def test_too_few_values_tell_nothing_of_their_median():
@@ -136,8 +137,8 @@ def test_kineto_compares_both_methods_over_the_same_steps(monkeypatch):
         found = kineto(batcher, long)
         assert batcher.timeline.summary().tokens == KINETO_TOKENS
         active = batcher.timeline.summary().device_active
-        assert found["event_active"] == pytest.approx(active, abs=0.2)
-        assert (found["busy"], found["kernels"], len(written)) == (0.5, 10, 1)
+        assert found.event_active == pytest.approx(active, abs=0.2)
+        assert (found.busy, found.kernels, len(written)) == (0.5, 10, 1)
         with pytest.raises(ValueError, match="--kineto needs a run of two steps or more"):
             kineto(batcher, [Request([1, 2], 1)])
 
@@ -162,9 +163,9 @@ def test_kineto_compares_both_methods_over_the_same_steps(monkeypatch):
 def test_two_methods_are_compared_in_words(busy, active, launches, kernels, steps, said):
     trace = SimpleNamespace(graph_launches=launches, num_kernels=kernels, steps=range(10), step_active=0.925)
     found = kineto_result(busy, active, trace, steps)
-    assert found["differs"] is ("DISAGREE" in found["note"]) is (active - busy > 0.02)
-    assert found["step_active"] == (0.925 if steps == 10 else None)
-    assert all(words in found["note"] for words in said)
+    assert found.differs is ("DISAGREE" in found.note) is (active - busy > 0.02)
+    assert found.step_active == (0.925 if steps == 10 else None)
+    assert all(words in found.note for words in said)
 
 
 @pytest.mark.parametrize("ended", ["first run", "second run"])
@@ -182,7 +183,7 @@ def test_ctrl_c_ends_early_with_a_report_on_what_ran(ended, monkeypatch, capsys,
                 raise KeyboardInterrupt
             super().commit(slot)
 
-    monkeypatch.setitem(session.BATCHERS, "sync", Stopped)
+    monkeypatch.setitem(turns_module.BATCHERS, "sync", Stopped)
     arguments = "--model random:tiny --mode sync --batch-size 2 --requests 2 --new-tokens 20 --repeats 3 --json"
     assert cli.main([*arguments.split(), "--out", str(tmp_path)]) == 130
     out, error = capsys.readouterr()

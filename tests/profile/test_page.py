@@ -19,8 +19,9 @@ from support.reports import EMULATED, REAL, measured
 from test_pictures import run as made_run
 
 from asyncbatch.pictures import plot
-from asyncbatch.profile import page as page_module
-from asyncbatch.profile.page import Markup, page, tag, write_page
+from asyncbatch.profile import document
+from asyncbatch.profile.page import page, write_page
+from asyncbatch.profile.report import Report
 from asyncbatch.profile.traces.page import MOST_GAPS, trace_page
 from asyncbatch.profile.traces.read import facts, read_trace
 from asyncbatch.timeline import Timeline
@@ -71,8 +72,12 @@ class Parsed(HTMLParser):
         return [attributes for found, attributes in self.tags if found == name]
 
 
-def parsed(report, timelines=()) -> Parsed:
-    return Parsed(page(report, timelines))
+def page_of(report: dict, timelines=()) -> str:
+    return page(Report.from_json(report), timelines)
+
+
+def parsed(report: dict, timelines=()) -> Parsed:
+    return Parsed(page_of(report, timelines))
 
 
 @pytest.fixture(scope="module", params=[REAL, EMULATED], ids=["real", "emulated"])
@@ -83,7 +88,7 @@ def both(request):
 
 def test_nothing_is_loaded_and_only_the_pages_own_script_and_style_may_run(both):
     report, timelines, seen = both
-    text = page(report, timelines)
+    text = page_of(report, timelines)
     assert not re.search(r"https?://|url\(|@import|fetch\(|XMLHttpRequest|WebSocket|import\(|import ", text)
     assert {attributes.get("href", "#")[0] for _, attributes in seen.tags} == {"#"}
     assert all(
@@ -209,7 +214,7 @@ def test_bars_are_as_long_as_their_numbers_say():
         for gaps in both.values()
         for idle in [*sorted(gaps["by"].values(), reverse=True), most]  # the line of all gaps has none to be seen
     ]
-    section = page(report, ()).split('id="gaps"')[1].split("</section>")[0]
+    section = page_of(report).split('id="gaps"')[1].split("</section>")[0]
     assert re.findall(r'<rect width="([\d.]+)"', section) == wanted
 
 
@@ -228,7 +233,6 @@ def test_no_text_becomes_markup():
             "note": HOSTILE,
         }
     dirty["failed"] = [{"engine": HOSTILE, "mode": HOSTILE, "model": HOSTILE, "batch_size": 1, "error": HOSTILE}]
-    dirty["targets"] = [{"what": HOSTILE, "reach": HOSTILE, "value": HOSTILE, "reached": True}]
     dirty["gpu"] = {"name": HOSTILE, "memory_gib": 1, "driver": HOSTILE, "compute_capability": HOSTILE}
     dirty["peers_same_tokens"] = {HOSTILE: False}
     named = []
@@ -247,14 +251,15 @@ def test_no_text_becomes_markup():
 
 def test_a_file_is_written_whatever_its_text_holds(tmp_path):
     report, _ = measured()
-    write_page(tmp_path / "report.html", {**report, "model": "\ud83d\r\n\x00 \N{SNOWMAN}"}, [])
+    strange = Report.from_json({**report, "model": "\ud83d\r\n\x00 \N{SNOWMAN}"})
+    write_page(tmp_path / "report.html", strange, [])
     data = (tmp_path / "report.html").read_bytes()
     assert "\N{SNOWMAN}".encode() in data
     assert b"&#55357;" in data
     script = Parsed(data.decode()).scripts[0]
     assert "\r" not in script, "a browser would turn it into a line end, and the hash would not fit"
     with pytest.raises(OSError, match="nowhere"):
-        write_page(tmp_path / "nowhere" / "report.html", report, [])
+        write_page(tmp_path / "nowhere" / "report.html", strange, [])
 
 
 @pytest.mark.parametrize("how", ["missing", "null"])
@@ -297,8 +302,8 @@ def test_a_report_without_runs_or_timelines_says_so():
 
 def test_what_has_to_be_known_first_is_said_loudly():
     def notices(report):
-        found = page(report, ()).split("</header>")[0]
-        return " ".join(re.findall(r'<p class="notice">(.*?)</p>', found))
+        header = page_of(report).split("</header>")[0]
+        return " ".join(re.findall(r'<p class="notice">(.*?)</p>', header))
 
     report, _ = measured()
     assert notices(report) == ""
@@ -357,7 +362,7 @@ def test_the_page_of_a_trace_has_the_numbers_of_its_report_and_no_text_becomes_m
 
 
 def test_every_table_can_be_read_aloud(both):
-    text = page(*both[:2])
+    text = page_of(*both[:2])
     for table in re.findall(r"<table>.*?</table>", text):
         assert table.startswith("<table><caption>")
         head, body = table.split("<tbody>")
@@ -394,7 +399,7 @@ def test_the_timeline_is_the_widgets(both):
 def test_of_a_long_run_the_page_keeps_some_spans_and_says_which(monkeypatch):
     report, _ = measured()
     timelines = [made_run("sync", 300), made_run("async", 300, active=1.0)]
-    monkeypatch.setattr(page_module, "MOST_SPANS", 1000)
+    monkeypatch.setattr(document, "MOST_SPANS", 1000)
     seen = parsed(report, timelines)
     about, spans = spans_in(seen)
     kept = len(spans) // 24
@@ -403,7 +408,7 @@ def test_of_a_long_run_the_page_keeps_some_spans_and_says_which(monkeypatch):
     assert "The runs have 3,000 spans." in seen.text
     assert f"holds {kept:,} of them: every step of the device, so every idle gap, and of the host" in seen.text
     assert f"those from {low:.3f} to {high:.3f} s" in seen.text
-    monkeypatch.setattr(page_module, "MOST_SPANS", 500)
+    monkeypatch.setattr(document, "MOST_SPANS", 500)
     seen = parsed(report, timelines)
     about, spans = spans_in(seen)
     assert len(spans) // 24 <= 500
@@ -430,15 +435,34 @@ def noisy(label: str, steps: int) -> Timeline:
 
 def test_a_page_of_20000_spans_is_small_and_one_of_more_is_no_larger_than_the_limit(tmp_path):
     report, _ = measured()
+    report = Report.from_json(report)
     write_page(tmp_path / "report.html", report, [noisy("sync", 1250), noisy("async", 1250)])
     assert os.path.getsize(tmp_path / "report.html") < 600_000
     write_page(tmp_path / "report.html", report, [noisy("sync", 15_000)])
     assert os.path.getsize(tmp_path / "report.html") < 2_000_000
 
 
-def test_an_element_escapes_all_that_is_not_markup():
-    assert tag("p", "<b>", 3, None, Markup("<i>x</i>"), ["&", ("'",)], class_='a"b', data_from=0.5) == (
-        '<p class="a&quot;b" data-from="0.5">&lt;b&gt;3<i>x</i>&amp;&#x27;</p>'
+def test_whatever_a_template_is_given_is_escaped():
+    """Each piece that templates can show, with a hostile text wherever it takes a text."""
+    cells = (document.Meter(HOSTILE, 2.0, HOSTILE, HOSTILE), document.ShowButton(HOSTILE, 0.5, 1.5), HOSTILE)
+    columns = (document.Column(HOSTILE), *(document.Column(HOSTILE, HOSTILE) for _ in cells))
+    made = document.Table.of(HOSTILE, columns, [(HOSTILE, *cells)])
+    view = document.TimelineView(HOSTILE, 1.0, {"about": HOSTILE}, "data:", HOSTILE)
+    values = {"title": HOSTILE, "label": HOSTILE, "heading": HOSTILE, "notes": [HOSTILE], "json": HOSTILE}
+    sections = dict.fromkeys(("summary", "timeline", "gaps", "longest", "read"), HOSTILE)
+    text = document.render(
+        "trace.html.j2", sections, summary=made, timeline=view, gaps=[[made]], longest=made, **values
     )
-    assert tag("br") == "<br>"
-    assert tag("img", alt=None, src="data:") == '<img src="data:">'
+    seen = Parsed(text)
+    assert [len(seen.all(name)) for name in ("img", "script", "style", "table")] == [1, 2, 1, 3]
+    assert not [name for _, attributes in seen.tags for name in attributes if name.startswith("on")]
+    assert json.loads(seen.scripts[0]) == {"about": HOSTILE}
+    of_page, of_parts, of_tables = 4, 5 + 5 + 1 + 1, 3 * (1 + 4 + 1 + 3)
+    assert seen.text.count(HOSTILE) == of_page + of_parts + of_tables
+    assert {button["aria-label"] for button in seen.all("button") if "aria-label" in button} == {HOSTILE}
+    assert [bar["width"] for bar in seen.all("rect")] == ["100.00"] * 3, "a bar is never longer than its place"
+
+
+def test_a_table_with_a_row_of_another_length_is_refused():
+    with pytest.raises(ValueError, match="has 2 columns"):
+        document.Table.of("c", ("", "a"), [("x", "1"), ("y",)])

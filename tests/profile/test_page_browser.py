@@ -17,8 +17,9 @@ from support.hostile import hostile
 from support.reports import EMULATED, measured
 from test_pictures import run as made_run
 
-from asyncbatch.profile import page as page_module
+from asyncbatch.profile import document
 from asyncbatch.profile.page import write_page
+from asyncbatch.profile.report import Report
 from asyncbatch.profile.traces.page import write_trace_page
 from asyncbatch.profile.traces.read import read_trace
 
@@ -44,7 +45,7 @@ def look(driver, scheme: str = "light", width: int = 1300, media: str = "") -> N
 
 def open_page(driver, path: Path, report, timelines) -> None:
     """Write a page and open it, offline, light and wide."""
-    write_page(path, report, timelines)
+    write_page(path, Report.from_json(report), timelines)
     open_offline(driver, path)
 
 
@@ -268,7 +269,7 @@ def test_what_is_left_out_is_drawn_and_told_as_left_out(driver, tmp_path, monkey
     from selenium.webdriver.common.action_chains import ActionChains
 
     report, _ = measured()
-    monkeypatch.setattr(page_module, "MOST_SPANS", 1000)
+    monkeypatch.setattr(document, "MOST_SPANS", 1000)
     open_page(driver, tmp_path / "report.html", report, [made_run("sync", 300), made_run("async", 300, active=1.0)])
     answered(driver, driver.find_element("css selector", "button[data-to]").click)
     canvas = canvas_of(driver)

@@ -18,11 +18,14 @@ from test_recording import MODEL, SESSION, example, made_timeline, recorded, row
 from asyncbatch import AsyncBatcher, SyncBatcher, Timeline, load_model
 from asyncbatch.measure.recording import Recording, steps_of
 from asyncbatch.models.load import ModelError
-from asyncbatch.profile import cli, session
-from asyncbatch.profile import report as report_module
+from asyncbatch.profile import cli, diagnosis, turns
 from asyncbatch.profile import session as profile
+from asyncbatch.profile.diagnosis import Place, floor_numbers, make_report
+from asyncbatch.profile.measurement import Measurement
 from asyncbatch.profile.options import PRESETS, parse_arguments, settle
-from asyncbatch.profile.report import Measured, table
+from asyncbatch.profile.report import Floor, Gpu, ModelFacts
+from asyncbatch.profile.text import table
+from asyncbatch.profile.workload import Sizes
 from asyncbatch.timeline import load_trace
 
 SMALL = ["--batch-size", "3", "--requests", "5", "--new-tokens", "6", "--repeats", "2"]
@@ -47,7 +50,7 @@ def call(capsys):
 
 
 def check_report(report, modes):
-    assert report["schema"] == 3
+    assert report["schema"] == 4
     assert report["same_tokens"] is True
     assert isinstance(report["device"], str)
     assert [run["mode"] for run in report["runs"]] == modes
@@ -165,7 +168,7 @@ def test_prompts_are_of_the_length_and_the_seed_given(call, monkeypatch):
             served.append(requests)
             return super().run(requests, *options)
 
-    monkeypatch.setitem(session.BATCHERS, "async", Watched)
+    monkeypatch.setitem(turns.BATCHERS, "async", Watched)
     for seed in (0, 0, 1):
         assert call(*TINY, "--mode", "async", "--prompt-tokens", "7", "--seed", seed)[0] == 0
         prompts.append([request.token_ids for request in served[-1]])
@@ -181,7 +184,7 @@ def test_one_wrong_token_is_noticed(call, monkeypatch, tmp_path):
                 slot.output_ids[0] ^= 1
             super().commit(slot)
 
-    monkeypatch.setitem(session.BATCHERS, "async", Wrong)
+    monkeypatch.setitem(turns.BATCHERS, "async", Wrong)
     status, out, _ = call(*TINY, "--out", tmp_path)
     assert status == 1
     assert "tokens differ" in out
@@ -260,7 +263,7 @@ def test_a_device_that_fails_is_one_line_without_its_traceback(call, monkeypatch
             self.device.failure = lambda slot: "decode/greedy failed on the device:\nTraceback ...\nMemoryError: full"
             super().commit(slot)
 
-    monkeypatch.setitem(session.BATCHERS, "async", Lost)
+    monkeypatch.setitem(turns.BATCHERS, "async", Lost)
     status, out, error = call(*TINY)
     assert (status, out) == (2, "")
     assert error.splitlines()[-1] == "asyncbatch.profile: decode/greedy failed on the device: MemoryError: full"
@@ -279,31 +282,32 @@ def timeline(mode, host_ms, device_ms, idle_ms):
 
 
 def closing(sync, others):
-    options, (workload,) = settle(parse_arguments([]))
+    settings = settle(parse_arguments([]))
+    (workload,), sizes = settings.workloads, Sizes(longest_prompt=1, new_tokens=10, max_length=11)
     runs = [("sync", [sync] * len(others)), ("async", others)]
-    measured = [Measured(workload, "asyncbatch", mode, runs=[(t, []) for t in each]) for mode, each in runs]
-    result, _ = report_module.report(options, measured, "none")
-    text = table(result)
-    return result, text[text.index("same tokens") :]
+    measured = [Measurement(workload, sizes, "asyncbatch", mode, runs=[(t, []) for t in each]) for mode, each in runs]
+    report, _ = make_report(settings, measured, Place("none"))
+    text = table(report)
+    return report, text[text.index("same tokens") :]
 
 
 def test_the_closing_sentences_fit_the_numbers():
     sync = timeline("sync", host_ms=2, device_ms=8, idle_ms=2)
-    result, text = closing(sync, [timeline("async", 2, 8, 0)] * 3)
-    assert result["law_idle"] == pytest.approx(0.2)
-    saved = 1 - result["runs"][1]["wall_s"] / result["runs"][0]["wall_s"]
+    report, text = closing(sync, [timeline("async", 2, 8, 0)] * 3)
+    assert report.law_idle == pytest.approx(0.2)
+    saved = 1 - report.runs[1].wall_s / report.runs[0].wall_s
     assert f"{saved:.1%} less time" in text
     assert "20.0%" in text
-    assert result["runs"][1]["idle"] == pytest.approx(0, abs=1e-9)
+    assert report.runs[1].idle == pytest.approx(0, abs=1e-9)
     assert "more time" in closing(sync, [timeline("async", 2, 8, 3)] * 3)[1]
     # Pairs that do not agree which is faster are no result.
     mixed = [timeline("async", 2, 8, idle) for idle in (1.9, 2.1, 1.8)]
     assert "about the same time" in closing(sync, mixed)[1]
     # A host slower than the device: what can be saved is the device's share, not the host's.
-    result, text = closing(timeline("sync", 6, 2, 6), [timeline("async", 6, 2, 4)] * 3)
-    assert result["law_idle"] == pytest.approx(0.75)
+    report, text = closing(timeline("sync", 6, 2, 6), [timeline("async", 6, 2, 4)] * 3)
+    assert report.law_idle == pytest.approx(0.75)
     assert "can save about 25.0%" in text
-    assert not math.isnan(result["async_speedup"])
+    assert not math.isnan(report.async_speedup)
 
 
 # ---- emulation ------------------------------------------------------------------------------------------------------
@@ -407,19 +411,19 @@ def gpu(monkeypatch):
     peers = types.ModuleType("asyncbatch.profile.peers.batcher")
     peers.TransformersBatcher = lambda model, *, mode, **options: theirs[mode](model, **options)
     monkeypatch.setitem(sys.modules, "asyncbatch.profile.peers.batcher", peers)
-    monkeypatch.setattr(session, "BATCHERS", ours)
+    monkeypatch.setattr(turns, "BATCHERS", ours)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(session, "is_on_cuda", lambda model: True)
-    monkeypatch.setattr(session, "gpu_facts", lambda: SESSION["gpu"])
-    monkeypatch.setattr(session, "copy_bandwidth", lambda device: 4e12)
-    monkeypatch.setattr(report_module, "versions", lambda: SESSION["versions"])
+    monkeypatch.setattr(profile, "is_on_cuda", lambda model: True)
+    monkeypatch.setattr(profile, "gpu_facts", lambda: Gpu.from_json(SESSION["gpu"]))
+    monkeypatch.setattr(profile, "copy_bandwidth", lambda device: 4e12)
+    monkeypatch.setattr(diagnosis, "versions", lambda: SESSION["versions"])
     small = dict(engine=["asyncbatch", "transformers"], prompt_tokens=4, new_tokens=5, repeats=1, compile=True)
     monkeypatch.setitem(PRESETS, "headline", dict(small, workloads=[("random:tiny", 3)]))
     sweep = [(model, batch) for model in ("random:tiny", "random:other") for batch in (1, 2)]
     monkeypatch.setitem(PRESETS, "sweep", dict(small, workloads=sweep))
-    load = session.load_model
+    load = profile.load_model
     tiny = {"random:other": "random:tiny"}
-    monkeypatch.setattr(session, "load_model", lambda name, **kw: load(tiny.get(name, name), **kw))
+    monkeypatch.setattr(profile, "load_model", lambda name, **kw: load(tiny.get(name, name), **kw))
     return types.SimpleNamespace(log=log, peers=peers, ours=ours, theirs=theirs)
 
 
@@ -521,7 +525,7 @@ def test_a_peer_that_fails_again_when_closed_does_not_stop_the_next_one(call, gp
 
 
 def test_a_workload_that_cannot_even_begin_does_not_stop_a_sweep(call, gpu, monkeypatch):
-    load = session.load_model
+    load = profile.load_model
 
     def no_huge_one(name, **options):
         if name == "random:huge":
@@ -529,7 +533,7 @@ def test_a_workload_that_cannot_even_begin_does_not_stop_a_sweep(call, gpu, monk
         return load(name, **options)
 
     wanted = [("random:huge", 1), ("random:tiny", 1)]
-    monkeypatch.setattr(session, "load_model", no_huge_one)
+    monkeypatch.setattr(profile, "load_model", no_huge_one)
     monkeypatch.setitem(PRESETS, "sweep", {**PRESETS["sweep"], "workloads": wanted})
     status, out, _ = call("--preset", "sweep", "--json")
     report = json.loads(out)
@@ -594,92 +598,19 @@ def test_a_peer_is_compared_with_itself_alone(call, gpu):
 # ---- numbers that need a GPU, on times that are made up -------------------------------------------------------------
 
 
-def headline(host_s, device_share, peer_factor=1.5, new_tokens=8192):
-    """The report of a made-up headline: asynchronous, steps `device_share` times as long as their floor."""
-    facts, batch = SESSION["models"][MODEL], 32
-    steps, measured = [], []
-    for number in range(new_tokens):
-        floor_s = (facts["weight_bytes"] + batch * (17 + number) * facts["kv_bytes_per_token"]) / 4e12
-        steps.append(floor_s * device_share)
-    options, (workload,) = settle(
-        types.SimpleNamespace(
-            **vars(parse_arguments([])),
-        )
-    )
-    options.preset = workload.preset = "headline"
-    workload.model, workload.batch_size, workload.requests, workload.new_tokens = MODEL, batch, batch, new_tokens
-    for engine, factor in (("asyncbatch", 1), ("transformers", peer_factor)):
-        timeline, now = Timeline("async", "cuda"), 0.0
-        for place, device_s in enumerate(steps):
-            timeline.add("host", "plan", place, now, now + host_s)
-            timeline.add("compute", "step", place, now, now + device_s * factor)
-            timeline.add_step(place, "decode", batch, 0, batch, batch * (17 + place))
-            now += device_s * factor
-        measured.append(Measured(workload, engine, "async", "as it is", None, [(timeline, [])]))
-    return report_module.report(options, measured, "H200", bandwidth=4e12, models=SESSION["models"])[0]
-
-
-def reached(result):
-    return {one["what"].split(", context")[0] + one["reach"]: one["reached"] for one in result["targets"]}
-
-
-def test_the_targets_are_reached_or_not_as_the_numbers_say():
-    near = headline(host_s=4e-4, device_share=1.1)
-    assert set(reached(near).values()) == {True}
-    assert near["runs"][0]["time_over_floor"] == pytest.approx(1.1)
-    first, last = near["runs"][0]["first_context"], near["runs"][0]["last_context"]
-    assert first["over_floor"] == pytest.approx(1.1, abs=1e-3)
-    assert last["floor_ms"] == pytest.approx(1e3 * (15e9 + last["context"] * 131072) / 4e12)
-    assert near["runs"][0]["kv_bytes_per_s"] == pytest.approx(4e12 / 1.1, rel=1e-3)
-    text = table(near)
-    assert "NOT REACHED" not in text
-    assert text.count("  reached") == len(near["targets"]) == 8
-    far = reached(headline(host_s=6e-4, device_share=1.5, peer_factor=0.9))
-    assert [what for what, is_reached in far.items() if is_reached] == ["device active, async99.9 %"]
-    assert "NOT REACHED" in table(headline(host_s=6e-4, device_share=1.5))
-
-
-def test_a_shortened_headline_claims_nothing_about_the_whole():
-    short = {one["what"]: one["reached"] for one in headline(host_s=4e-4, device_share=1.0, new_tokens=256)["targets"]}
-    assert short["total, async"] is None
-    assert short["total, async, over its floor"] is None
-    assert [value for what, value in short.items() if what.startswith("decode step")] == [True, None]
-    assert "no claim: another length" in table(headline(4e-4, 1.0, new_tokens=256))
-
-
-def test_the_small_shape_is_held_to_its_target_where_the_law_allows_it():
-    """Sync over async time of one made-up pair of runs; host and device times make the law's bound."""
-
-    def small(host_ms, async_idle_ms):
-        _, (workload,) = settle(parse_arguments([]))
-        workload.model, workload.batch_size, workload.preset = "random:llama-0.6b", 32, "sweep"
-        pair = (timeline("sync", host_ms, 4, host_ms), timeline("async", host_ms, 4, async_idle_ms))
-        measured = [Measured(workload, "asyncbatch", made.label, runs=[(made, [])]) for made in pair]
-        return report_module.report(workload, measured, "H200")[0]["targets"][-1]
-
-    assert small(host_ms=2, async_idle_ms=0)["reached"] is True
-    assert small(host_ms=2, async_idle_ms=1)["reached"] is False
-    assert small(host_ms=1, async_idle_ms=0)["reached"] is None
-    assert small(host_ms=1, async_idle_ms=0)["reach"] == "1.3x (law: 1.25x)"
-
-
 def test_steps_without_a_context_have_no_floor():
     timeline = made_timeline("async", [("decode", 0, 1e-3, 1e-4, 4, 0)] * 5)
     timeline.steps = [step._replace(context=0, rows=0) for step in timeline.steps]
     run = recorded((timeline, row_of(timeline))).runs[0]
-    numbers = report_module.floor_numbers(steps_of(run), 1.0, SESSION["models"][MODEL], 4e12)
-    assert set(numbers.values()) == {None}
+    assert floor_numbers(steps_of(run), 1.0, ModelFacts.from_json(SESSION["models"][MODEL]), 4e12) == Floor()
 
 
 def test_first_and_last_context_are_the_smallest_and_the_largest_in_whatever_order_the_steps_come():
     timeline = made_timeline("async", [("decode", 0, 1e-3 * n, 1e-4, 4, 0) for n in range(1, 17)])
     steps = steps_of(recorded((timeline, row_of(timeline))).runs[0])
     turned = steps._replace(context=steps.context[::-1], device_us=steps.device_us[::-1])
-    facts = SESSION["models"][MODEL]
-    numbers = report_module.floor_numbers(steps, 1.0, facts, 4e12)
-    others = report_module.floor_numbers(turned, 1.0, facts, 4e12)
-    assert [others[key] for key in ("first_context", "last_context")] == [
-        numbers[key] for key in ("first_context", "last_context")
-    ]
-    assert (numbers["first_context"]["context"], numbers["last_context"]["context"]) == (4 * 17.5, 4 * 31.5)
-    assert (numbers["first_context"]["ms"], numbers["last_context"]["ms"]) == pytest.approx((1.5, 15.5))
+    facts = ModelFacts.from_json(SESSION["models"][MODEL])
+    floor, other = (floor_numbers(each, 1.0, facts, 4e12) for each in (steps, turned))
+    assert (other.first_context, other.last_context) == (floor.first_context, floor.last_context)
+    assert (floor.first_context.context, floor.last_context.context) == (4 * 17.5, 4 * 31.5)
+    assert (floor.first_context.ms, floor.last_context.ms) == pytest.approx((1.5, 15.5))

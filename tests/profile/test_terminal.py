@@ -9,6 +9,7 @@ import sys
 import pytest
 from support.reports import measured
 
+from asyncbatch.profile.report import Report
 from asyncbatch.profile.terminal import sections, show
 
 
@@ -20,8 +21,7 @@ class Screen(io.StringIO):
 @pytest.fixture(scope="module")
 def report():
     report, _ = measured()
-    report["model"] = "[bold]a[/bold] [red]model"
-    return report
+    return Report.from_json({**report, "model": "[bold]a[/bold] [red]model"})
 
 
 def words(text: str) -> list[str]:
@@ -51,9 +51,9 @@ def test_without_rich_a_screen_gets_plain_text(report, monkeypatch):
 def test_sections_have_the_reports_numbers_in_its_order(report):
     idle = [section for section in sections(report) if "idle for" in section.title]
     assert len(idle) == 2
-    for section, run in zip(idle, report["runs"], strict=True):
-        assert [row[0] for row in section.rows] == list(run["gaps"]["by"])[: len(section.rows)]
-        assert f"{1e3 * run['gaps']['idle_s']:.3f} ms" in section.title
+    for section, run in zip(idle, report.runs, strict=True):
+        assert [row[0] for row in section.rows] == list(run.gaps.by)[: len(section.rows)]
+        assert f"{1e3 * run.gaps.idle_s:.3f} ms" in section.title
     (what_if,) = [section for section in sections(report) if section.title.startswith("What if")]
-    sync = [one for one in report["runs"][0]["what_if"] if one["factor"] == 0]
-    assert [row[0] for row in what_if.rows] == [f"{one['point']} ({one['where']})" for one in sync][: len(what_if.rows)]
+    sync = [one for one in report.runs[0].what_if if one.factor == 0]
+    assert [row[0] for row in what_if.rows] == [f"{one.point} ({one.where})" for one in sync][: len(what_if.rows)]

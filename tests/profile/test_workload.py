@@ -22,31 +22,24 @@ from test_recording import example
 from asyncbatch import AsyncBatcher, Completion, Request, SyncBatcher, load_model
 from asyncbatch.devices.virtual import Costs
 from asyncbatch.ordering.faults import carrier, toy_tokens, use_toy_model
-from asyncbatch.profile import session
 from asyncbatch.profile import session as profile
+from asyncbatch.profile import turns
+from asyncbatch.profile.draws import Arrivals, Lengths, arrival_times
 from asyncbatch.profile.options import parse_arguments, settle
 from asyncbatch.profile.peers.batcher import TransformersBatcher
-from asyncbatch.profile.workload import (
-    TOPICS,
-    Arrivals,
-    Lengths,
-    PromptFile,
-    arrival_times,
-    latency,
-    make_requests,
-    most_context,
-    note_sizes,
-    serve,
-)
+from asyncbatch.profile.prompts import PromptFile
+from asyncbatch.profile.report import Latency, MedianAndP99
+from asyncbatch.profile.workload import TOPICS, Sizes, latency, make_requests, most_context, serve
 from asyncbatch.request import RequestError
 from asyncbatch.streams import DeviceError
 
 SMALL = ["--model", "random:tiny", "--batch-size", "3", "--repeats", "1"]
 
 
-def options_of(*arguments):
-    """The settled options of a call of the script."""
-    return settle(parse_arguments([str(argument) for argument in arguments]))[1][0]
+def workload_of(*arguments):
+    """The one workload of a call of the script."""
+    (workload,) = settle(parse_arguments([str(argument) for argument in arguments])).workloads
+    return workload
 
 
 @pytest.fixture(scope="module")
@@ -176,8 +169,8 @@ def shape(made):
 
 
 def test_fixed_prompts_are_the_seeds(tiny):
-    options = options_of(*SMALL, "--requests", 5, "--prompt-tokens", 7, "--new-tokens", 6, "--seed", 3)
-    made = make_requests(options, tiny, None)
+    workload = workload_of(*SMALL, "--requests", 5, "--prompt-tokens", 7, "--new-tokens", 6, "--seed", 3)
+    made = make_requests(workload, tiny, None)
     expected = np.random.default_rng(3).integers(0, 256, (5, 7)).tolist()
     assert [request.token_ids for request in made] == expected
     assert all((request.max_new_tokens, request.stop_token_ids) == (6, ()) for request in made)
@@ -191,33 +184,32 @@ def test_requests_fit_the_model_whatever_is_drawn_or_are_refused(prompt, new, se
             get_text_config=lambda: types.SimpleNamespace(vocab_size=256, max_position_embeddings=300)
         )
     )
-    options = options_of(*SMALL, "--requests", count, "--prompt-tokens", prompt, "--new-tokens", new, "--seed", seed)
+    workload = workload_of(*SMALL, "--requests", count, "--prompt-tokens", prompt, "--new-tokens", new, "--seed", seed)
     prompts, news = Lengths.parse(prompt), Lengths.parse(new)
     if prompts.needed + news.needed > 300:
         with pytest.raises(
             ValueError, match=f"prompts of {prompts} tokens and {news} new ones: random:tiny allows 300"
         ):
-            make_requests(options, model, None)
+            make_requests(workload, model, None)
         return
-    made = make_requests(options, model, None)
+    made = make_requests(workload, model, None)
     assert len(made) == count
     assert all(request.stop_token_ids == () for request in made)
     for length, limit in shape(made):
         assert prompts.lowest <= length <= (prompts.highest or 300)
         assert news.lowest <= limit <= (news.highest or 300)
         assert length + limit <= 300
-    note_sizes(options, made)
-    assert options.longest_prompt == max(length for length, _ in shape(made))
-    assert options.new_tokens == max(limit for _, limit in shape(made))
-    assert options.max_length == max(map(sum, shape(made)))
-    json.dumps(vars(options)["new_tokens"])
+    sizes = Sizes.of(made)
+    assert sizes.longest_prompt == max(length for length, _ in shape(made))
+    assert sizes.new_tokens == max(limit for _, limit in shape(made))
+    assert sizes.max_length == max(map(sum, shape(made)))
 
 
 def test_each_draw_has_random_numbers_of_its_own(tiny):
     base = ["--requests", 9, "--prompt-tokens", "4-40", "--new-tokens", "lognormal:12:0.6"]
 
     def made(*more):
-        return make_requests(options_of(*SMALL, *base, *more), tiny, None)
+        return make_requests(workload_of(*SMALL, *base, *more), tiny, None)
 
     first = made()
     assert made() == first
@@ -247,15 +239,15 @@ class Words:
 
 
 def test_a_chat_model_gets_short_questions_that_it_may_end_by_itself(tiny):
-    made = make_requests(options_of(*SMALL, "--requests", 20, "--new-tokens", 5), tiny, Words())
+    made = make_requests(workload_of(*SMALL, "--requests", 20, "--new-tokens", 5), tiny, Words())
     assert all(request.stop_token_ids is None for request in made)
     assert made[0].token_ids == [9, 4, 2, 5, 3, 4]  # Tell me about the sea.
     assert [request.token_ids for request in made[16:]] == [request.token_ids for request in made[:4]]
     assert len(TOPICS) == 16
-    drawn = make_requests(options_of(*SMALL, "--requests", 20, "--new-tokens", "2-5"), tiny, Words())
+    drawn = make_requests(workload_of(*SMALL, "--requests", 20, "--new-tokens", "2-5"), tiny, Words())
     assert all(request.stop_token_ids == () for request in drawn)
     with pytest.raises(ValueError, match="and 1020 new ones: random:tiny allows 1024"):
-        make_requests(options_of(*SMALL, "--new-tokens", 1020), tiny, Words())
+        make_requests(workload_of(*SMALL, "--new-tokens", 1020), tiny, Words())
 
 
 def test_the_largest_context_of_a_step_is_that_of_the_longest_requests():
@@ -276,10 +268,10 @@ def written(folder, name, content):
 
 def test_a_text_file_has_a_prompt_a_line(tmp_path, tiny):
     path = written(tmp_path, "p.TXT", b"\xef\xbb\xbfone two\r\n\n   \n  the sea\xe2\x80\xa8is wide\nlast")
-    options = options_of(*SMALL, "--prompts", path, "--new-tokens", 4)
-    assert [line.content for line in options.prompt_file.lines] == ["one two", "  the sea\u2028is wide", "last"]
-    assert [line.where for line in options.prompt_file.lines] == [f"{path}, line {n}" for n in (1, 4, 5)]
-    made = make_requests(options, tiny, Words())
+    workload = workload_of(*SMALL, "--prompts", path, "--new-tokens", 4)
+    assert [line.content for line in workload.prompt_file.lines] == ["one two", "  the sea\u2028is wide", "last"]
+    assert [line.where for line in workload.prompt_file.lines] == [f"{path}, line {n}" for n in (1, 4, 5)]
+    made = make_requests(workload, tiny, Words())
     assert [request.token_ids for request in made] == [[3, 3], [3, 3, 2, 4], [4]]
     assert all((request.max_new_tokens, request.stop_token_ids) == (4, None) for request in made)
 
@@ -293,12 +285,12 @@ JSONL = """{"prompt": "one two"}
 
 def test_a_jsonl_file_has_text_chats_and_tokens_and_its_own_limits(tmp_path, tiny):
     path = written(tmp_path, "p.jsonl", JSONL)
-    made = make_requests(options_of(*SMALL, "--prompts", path, "--new-tokens", 4), tiny, Words())
+    made = make_requests(workload_of(*SMALL, "--prompts", path, "--new-tokens", 4), tiny, Words())
     assert [(list(request.token_ids), request.max_new_tokens) for request in made] == [
         ([3, 3], 4), ([9, 3, 3], 7), ([1, 2, 255], 2),
     ]  # fmt: skip
     assert all(request.stop_token_ids is None for request in made)
-    drawn = make_requests(options_of(*SMALL, "--prompts", path, "--new-tokens", "20-30"), tiny, Words())
+    drawn = make_requests(workload_of(*SMALL, "--prompts", path, "--new-tokens", "20-30"), tiny, Words())
     assert 20 <= drawn[0].max_new_tokens <= 30
     assert [request.max_new_tokens for request in drawn[1:]] == [7, 2]
     assert all(request.stop_token_ids == () for request in drawn)
@@ -307,12 +299,12 @@ def test_a_jsonl_file_has_text_chats_and_tokens_and_its_own_limits(tmp_path, tin
 def test_requests_cycle_or_cut_the_lines(tmp_path, tiny):
     path = written(tmp_path, "p.jsonl", JSONL)
     for count in (1, 2, 3, 8):
-        options = options_of(*SMALL, "--prompts", path, "--requests", count)
-        made = make_requests(options, tiny, Words())
+        workload = workload_of(*SMALL, "--prompts", path, "--requests", count)
+        made = make_requests(workload, tiny, Words())
         assert shape(made) == [(2, 64), (3, 7), (3, 2)][:count] if count < 4 else [(2, 64), (3, 7), (3, 2)] * 2 + [
             (2, 64), (3, 7),
         ]  # fmt: skip
-    assert options_of(*SMALL, "--prompts", path).requests == 3
+    assert workload_of(*SMALL, "--prompts", path).requests == 3
 
 
 TOKENS = '{"token_ids": [1]}\n'
@@ -395,9 +387,9 @@ def test_files_that_cannot_be_read_are_said(call, tmp_path):
     ],
 )  # fmt: skip
 def test_what_a_tokenizer_refuses_has_the_lines_number(tmp_path, tiny, tokenizer, content, said):
-    options = options_of(*SMALL, "--prompts", written(tmp_path, "p.jsonl", content))
+    workload = workload_of(*SMALL, "--prompts", written(tmp_path, "p.jsonl", content))
     with pytest.raises(ValueError, match="p.jsonl, line") as caught:
-        make_requests(options, tiny, tokenizer)
+        make_requests(workload, tiny, tokenizer)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -405,12 +397,12 @@ def test_what_a_tokenizer_refuses_has_the_lines_number(tmp_path, tiny, tokenizer
 def test_a_prompts_file_of_the_embedded_model(tmp_path):
     model, tokenizer = load_model()
     path = written(tmp_path, "p.jsonl", '{"prompt": "The sea is"}\n{"messages": [{"role": "user", "content": "Hi"}]}')
-    text, chat = make_requests(options_of("--prompts", path), model, tokenizer)
+    text, chat = make_requests(workload_of("--prompts", path), model, tokenizer)
     assert text.token_ids == tokenizer("The sea is").input_ids
     assert tokenizer.decode(chat.token_ids).rstrip().endswith("assistant")
     path = written(tmp_path, "long.txt", "short\n" + "sea " * 9000)
     with pytest.raises(ValueError, match=r"long.txt, line 2: prompts of \d+ tokens and 64 new ones: smollm2 allows"):
-        make_requests(options_of("--prompts", path), model, tokenizer)
+        make_requests(workload_of("--prompts", path), model, tokenizer)
 
 
 # ---- serving over time -----------------------------------------------------------------------------------------------
@@ -491,7 +483,7 @@ def test_a_request_that_arrives_during_a_step_joins_the_next_one_and_waits_from_
     assert [step.rows for step in batcher.timeline.steps] == [1, 2, 2, 2, 1]
     assert second.submitted_s == 0.004
     assert [round(c.first_token_s, 9) for c in (first, second)] == [0.008, 0.017]
-    assert latency([first, second])["first_token_ms"] == {"median": pytest.approx(10.5), "p99": pytest.approx(13)}
+    assert latency([first, second]).first_token_ms == MedianAndP99(pytest.approx(10.5), pytest.approx(13))
 
 
 def test_requests_are_answered_in_the_order_given_though_they_arrive_in_another():
@@ -658,16 +650,16 @@ def test_latencies_are_from_the_arrival_and_ended_requests_count():
 
     found = latency([one(10.5, 12.5, 5), one(11.0, 12.0, 2, "stop"), one(10.1, 10.1, 1),
                      one(10.2, 99.0, 3, "cancelled"), one(None, 99.0, 0, "error")])  # fmt: skip
-    assert found["first_token_ms"] == {"median": pytest.approx(350), "p99": pytest.approx(1000)}
-    assert found["per_token_ms"] == {"median": pytest.approx(750), "p99": pytest.approx(1000)}
-    assert found["end_to_end_ms"] == {"median": pytest.approx(2000), "p99": pytest.approx(2500)}
-    nothing = {"median": None, "p99": None}
-    assert latency([]) == {"first_token_ms": nothing, "per_token_ms": nothing, "end_to_end_ms": nothing}
+    assert found.first_token_ms == MedianAndP99(pytest.approx(350), pytest.approx(1000))
+    assert found.per_token_ms == MedianAndP99(pytest.approx(750), pytest.approx(1000))
+    assert found.end_to_end_ms == MedianAndP99(pytest.approx(2000), pytest.approx(2500))
+    nothing = MedianAndP99(None, None)
+    assert latency([]) == Latency(nothing, nothing, nothing)
 
 
 @given(st.lists(st.floats(0, 1e3), min_size=1, max_size=250))
 def test_p99_is_the_smallest_that_99_of_100_do_not_exceed(times):
-    found = latency([Completion([1], "length", None, 0.0, time, time) for time in times])["first_token_ms"]["p99"]
+    found = latency([Completion([1], "length", None, 0.0, time, time) for time in times]).first_token_ms.p99
     below = [sum(1e3 * other <= limit for other in times) for limit in (found, math.nextafter(found, -1))]
     assert below[0] >= 0.99 * len(times) > below[1]
 
@@ -685,7 +677,7 @@ def test_distributions_and_arrivals_in_the_report_and_the_table(call, tmp_path):
     assert asked == {
         "prompt_tokens": "4-40", "new_tokens": "lognormal:8:0.6", "arrivals": "poisson:100", "prompts": None,
     }  # fmt: skip
-    made = make_requests(options_of(*arguments), load_model("random:tiny")[0], None)
+    made = make_requests(workload_of(*arguments), load_model("random:tiny")[0], None)
     for run in report["runs"]:
         assert run["tokens"] == sum(request.max_new_tokens for request in made), "each runs to its own length"
         assert run["new_tokens"] == max(request.max_new_tokens for request in made)
@@ -795,7 +787,6 @@ def test_the_help_groups_the_options_and_ends_with_examples_that_parse(call):
 def test_a_peer_is_judged_by_all_that_it_has_to_generate(tiny):
     made = [Request([1], 400, stop_token_ids=()), Request([1], 16, stop_token_ids=())]
     served = []
-    limits = types.SimpleNamespace(new_tokens=400, peer_limit_s=1)
 
     class Slow:
         setting = "slow"
@@ -806,5 +797,5 @@ def test_a_peer_is_judged_by_all_that_it_has_to_generate(tiny):
             return [Completion([], "length") for _ in requests]
 
     with pytest.raises(RuntimeError, match="it would take about 9 s"):  # 416 tokens at 48 a second
-        session.check_speed(Slow(), made, limits)
+        turns.check_speed(Slow(), made, limit_s=1)
     assert served == [[32, 16]]

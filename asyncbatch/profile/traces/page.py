@@ -1,22 +1,23 @@
-"""What `--trace` found in a trace, as one page: a single HTML file like that of a measured run (`page.py`), with steps
-and host work to zoom into, the idle time by cause and the longest gaps."""
+"""The report on a trace (`--trace`) as one page: a single HTML file like that of a measured run.
+
+Steps and host work can be zoomed into; beside them stand the idle time by cause and the longest gaps.
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
 
-from ..page import (
-    Child,
-    as_json,
+from ..document import (
+    Cell,
+    Column,
+    ShowButton,
+    Table,
     causes_table,
-    document,
     milliseconds,
     percent,
-    show_button,
-    table,
-    tag,
-    timeline_part,
+    render,
+    timeline_view,
     write_html,
 )
 from .read import TraceReport, facts
@@ -38,61 +39,46 @@ def write_trace_page(path: str | Path, report: TraceReport) -> None:
 
 def trace_page(report: TraceReport) -> str:
     """The text of the page."""
-    timeline = report.timeline()
-    active = report.step_active
-    if active is None:
-        head = "Too few steps to say how idle the device was"
-    else:
-        head = f"Between its steps the device was idle for {percent(1 - active)} of the time"
-    header = tag(
-        "header",
-        tag("p", f"asyncbatch.profile --trace: {report.label}", class_="about"),
-        tag("h1", head),
-        (tag("p", tag("strong", "Note: "), note, class_="notice") for note in report.notes),
+    timeline, active = report.timeline(), report.step_active
+    heading = "Too few steps to say how idle the device was"
+    if active is not None:
+        heading = f"Between its steps the device was idle for {percent(1 - active)} of the time"
+    return render(
+        "trace.html.j2",
+        SECTIONS,
+        title=f"Trace of {report.label}",
+        label=report.label,
+        heading=heading,
+        notes=report.notes,
+        summary=Table.of("What the trace tells", ("", Column("", "text")), list(facts(report))),
+        timeline=timeline_view([timeline]),
+        gaps=_gaps(report),
+        longest=_longest(report, timeline.origin),
+        json=json.dumps(report.as_dict(), indent=1),
     )
-    parts: dict[str, Child] = {
-        "summary": table("What the trace tells", ("", ("", "text")), [list(fact) for fact in facts(report)]),
-        "timeline": timeline_part([timeline], report.label),
-        "gaps": _gaps(report),
-        "longest": _longest(report, timeline.origin),
-        "read": _read(report),
-    }
-    return document(f"Trace of {report.label}", header, SECTIONS, parts)
 
 
-def _gaps(report: TraceReport) -> Child:
-    found: list[tuple[str, dict[str, Any]]] = []
+def _gaps(report: TraceReport) -> list[list[Table]]:
+    """For the gaps between steps and those inside steps, as far as there are any: idle time by cause."""
+    parts: list[tuple[str, float, dict[str, float]]] = []
     for where, idle_s in report.idle_s.items():
         if idle_s:
             causes = list(report.idle_by_cause(where == "inside steps").items())
             rest = sum(value for _, value in causes[MOST_CAUSES:])
             by = dict(causes[:MOST_CAUSES]) | ({f"{len(causes) - MOST_CAUSES} more": rest} if rest else {})
-            found.append((where, {"idle_s": idle_s, "by": by}))
-    if not found:
-        return tag("p", "No idle time was found.")
-    most = max(idle_s for _, gaps in found for idle_s in gaps["by"].values())
-    text = "What the launching thread was doing while nothing of a step ran; this adds up to all of the idle time."
-    return [tag("p", text), tag("div", (causes_table(where, gaps, most) for where, gaps in found), class_="runs")]
+            parts.append((where, idle_s, by))
+    most_s = max((seconds for _, _, by in parts for seconds in by.values()), default=0.0)
+    return [[causes_table(where, by, idle_s, most_s)] for where, idle_s, by in parts]
 
 
-def _longest(report: TraceReport, origin: float) -> Child:
+def _longest(report: TraceReport, origin: float) -> Table:
     longest = report.longest(MOST_GAPS)
-    rows = []
+    rows: list[list[Cell]] = []
     for gap in longest:
         if gap.seconds > 0.05 * longest[0].seconds:  # the others do not matter beside it
             place = f"{'inside' if gap.inside else 'before'} step\N{NO-BREAK SPACE}{gap.step}"
-            look = show_button(f"Show the gap {place} in the timeline", gap.start - origin, gap.seconds)
-            rows.append([place, milliseconds(1e3 * (gap.start - origin)), milliseconds(gap.ms), gap.cause, look])
-    columns = ("where", "at", "idle for", ("cause", "text"), ("in the timeline", "live-only"))
-    return table("Longest gaps", columns, rows) if rows else tag("p", "No gap was found.")
-
-
-def _read(report: TraceReport) -> Child:
-    return [
-        tag("p", "Step active is the share of the time in which a step ran, from the end of the first step to the end "
-            "of the last. Kernel busy is the share in which any kernel, copy or memset ran. A gap between two steps is "
-            "all the time from the end of the one to the start of the other; inside a step it is time in which nothing "
-            "ran. The host lane is the thread that launches the steps; without events of the CPU in the trace it is "
-            "empty."),
-        as_json(report.as_dict()),
-    ]  # fmt: skip
+            start_s = gap.start - origin
+            look = ShowButton.around(f"Show the gap {place} in the timeline", start_s, gap.seconds)
+            rows.append([place, milliseconds(1e3 * start_s), milliseconds(gap.ms), gap.cause, look])
+    columns = ("where", "at", "idle for", Column("cause", "text"), Column("in the timeline", "live-only"))
+    return Table.of("Longest gaps", columns, rows)

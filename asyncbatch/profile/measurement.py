@@ -1,0 +1,54 @@
+"""What was measured of one engine in one mode on one workload: the timeline and the completions of each of its runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from ..request import Completion
+from ..timeline import Timeline
+from .explanation import Explanation
+from .report import Kineto, Overhead
+from .workload import Sizes, Workload
+
+
+@dataclass
+class Measurement:
+    """One engine in one mode on one workload, and its runs so far.
+
+    slots: of the asynchronous batcher, also where this is a synchronous one. setting, prefill_tokens: what the batcher
+    says of itself. interrupted: its only run was ended by Ctrl-C: times and steps of what ran, and no completions."""
+
+    workload: Workload
+    sizes: Sizes
+    engine: str
+    mode: str
+    slots: int = 2
+    setting: str | None = None
+    prefill_tokens: int | None = None
+    runs: list[tuple[Timeline, list[Completion]]] = field(default_factory=list)
+    overhead: Overhead | None = None
+    kineto: Kineto | None = None
+    interrupted: bool = False
+
+    @property
+    def typical_run(self) -> tuple[Timeline, list[Completion]]:
+        """The run of median wall time; with an even number of runs, the faster one of the two in the middle."""
+        by_wall = sorted(self.runs, key=lambda run: run[0].summary().wall_s)
+        return by_wall[(len(by_wall) - 1) // 2]
+
+    @property
+    def typical(self) -> Timeline:
+        return self.typical_run[0]
+
+    @cached_property
+    def explanation(self) -> Explanation:
+        """Of the typical run, made once: a preset writes its report again after each workload."""
+        return Explanation.of(self.typical, self.mode, self.slots)
+
+    @property
+    def tokens(self) -> list[list[list[int]]]:
+        """The tokens of each completion of each run; nothing for an interrupted run."""
+        if self.interrupted:
+            return []
+        return [[list(completion.token_ids) for completion in completions] for _, completions in self.runs]

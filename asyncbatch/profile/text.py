@@ -1,0 +1,204 @@
+"""The report as text: a column for each run, or a line for each where there are several workloads, and sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ..measure.text import table_line
+from .diagnosis import speedups
+from .report import OWN, Latency, Overhead, Report, Run, Totals
+
+# What is shown of a run: its words, the field, how it is written, and by what it is multiplied first.
+ROWS = (
+    ("wall time", "wall_s", "{:.3f} s", 1),
+    ("tokens", "tokens", "{}", 1),
+    ("tokens per second", "tokens_per_s", "{:.1f}", 1),
+    ("device active", "device_active", "{:.1f} %", 100),
+    ("device idle", "idle", "{:.1f} %", 100),
+    ("host work per step", "host_ms_per_step", "{:.3f} ms", 1),
+    ("device per step", "device_ms_per_step", "{:.3f} ms", 1),
+    ("steps", "steps", "{}", 1),
+    ("wasted tokens", "wasted_tokens", "{}", 1),
+)
+FLOOR_ROWS = (
+    ("floor of the run", "floor_s", "{:.3f} s", 1),
+    ("time over floor", "time_over_floor", "{:.3f}x", 1),
+)
+LATENCY_ROWS = (("first token", "first_token_ms"), ("per token", "per_token_ms"), ("end to end", "end_to_end_ms"))
+CONTEXT_ROWS = (
+    ("device per step", "ms", "{:.3f} ms"),
+    ("floor of a step", "floor_ms", "{:.3f} ms"),
+    ("step over floor", "over_floor", "{:.3f}x"),
+)
+DIFFERENT_TOKENS = "The tokens differ: that is a fault, and the comparison is void."
+
+
+def table(report: Report) -> str:
+    """The whole report as text."""
+    lines = [line for line in (report.first, report.verdict) if line]
+    lines += [*([""] if lines else []), f"model: {report.model}", f"device: {report.device}"]
+    if report.copy_bandwidth_bytes_per_s:
+        lines.append(f"copy bandwidth, read plus write: {report.copy_bandwidth_bytes_per_s / 1e12:.3f} TB/s")
+    lines.append("")
+    if len(report.comparisons) > 1:
+        lines += lines_of_workloads(report)
+    elif report.runs:
+        lines += columns(report)
+    lines += notes(report)
+    lines.append("")
+    if len(report.comparisons) == 1:
+        lines += conclusions(report)
+    elif report.same_tokens is False:
+        lines.append(DIFFERENT_TOKENS)
+    return "\n".join(lines)
+
+
+# ---- numbers ------------------------------------------------------------------------------------------------------
+
+
+def with_hundredths(rows: Iterable[tuple[str, str, str, int]]) -> list[tuple[str, str, str, int]]:
+    """The rows with two digits in each share: on a GPU the hundredths count, as 99.97 is not 99.99."""
+    return [(label, key, form.replace(".1f} %", ".2f} %"), factor) for label, key, form, factor in rows]
+
+
+def number(value: Any, form: str, factor: float = 1) -> str:
+    return "-" if value is None else form.format(value * factor)
+
+
+def columns(report: Report) -> list[str]:
+    """One column for each run, and for each recorded one."""
+    runs: list[Totals] = [*report.runs, *report.recorded]
+    engines = ["emulated" if report.emulated else str(run.engine) for run in report.runs]
+    engines += ["recorded"] * len(report.recorded)
+    rows: list[list[str]] = [["", *engines]] if len(set(engines)) > 1 or report.emulated else []
+    rows.append(["", *(str(run.mode) for run in runs)])
+    floors = any(run.floor_s is not None for run in runs)
+    for label, key, form, factor in with_hundredths((*ROWS, *FLOOR_ROWS)) if floors else ROWS:
+        rows.append([label, *(number(getattr(run, key), form, factor) for run in runs)])
+    if report.workload.over_time:
+        rows += _latencies(runs)
+    if floors:
+        rows += _contexts(runs)
+    if report.async_speedup is not None:
+        rows.append(["async / sync speed", "", f"{report.async_speedup:.3f}x"])
+    if own := sum(run.engine == OWN for run in report.runs):
+        rows.append(["same tokens", *[""] * (own - 1), "yes" if report.same_tokens else "NO"])
+    return [table_line(row, [20] + [14] * (len(row) - 1)) for row in rows]
+
+
+def _latencies(runs: Sequence[Totals]) -> Iterable[list[str]]:
+    for label, key in LATENCY_ROWS:
+        times = [getattr(getattr(run, "latency", None) or Latency(), key) for run in runs]
+        for part in ("median", "p99"):
+            yield [f"{label}, {part}", *(number(getattr(one, part), "{:.1f} ms") for one in times)]
+
+
+def _contexts(runs: Sequence[Totals]) -> Iterable[list[str]]:
+    for key, name in (("first_context", "smallest"), ("last_context", "largest")):
+        steps = [getattr(run, key) for run in runs]
+        yield [f"{name} context/row", *(number(one and one.context / one.rows, "{:.0f}") for one in steps)]
+        for label, part, form in CONTEXT_ROWS:
+            yield [f"  {label}", *(number(one and getattr(one, part), form) for one in steps)]
+
+
+def lines_of_workloads(report: Report) -> list[str]:
+    """One line for each run, of several workloads."""
+    widths = (18, 7, 14, 7, 11, 10, 9, 11, 12, 12)
+    head = ("model", "batch", "engine", "mode", "tokens/s", "active %", "host ms", "device ms", "over floor",
+            "async/sync")  # fmt: skip
+    lines = [table_line(head, widths)]
+    of_workload = {(one.model, one.batch_size): one.async_speedup for one in report.comparisons}
+    for run in report.runs:
+        is_own_async = (run.engine, run.mode) == (OWN, "async")
+        cells = [run.model, run.batch_size, run.engine, run.mode, number(run.tokens_per_s, "{:.1f}")]
+        cells += [number(run.device_active, "{:.2f}", 100)]
+        cells += [number(value, "{:.3f}") for value in (run.host_ms_per_step, run.device_ms_per_step)]
+        cells += [number(run.time_over_floor, "{:.3f}x")]
+        cells += [number(of_workload.get((run.model, run.batch_size)) if is_own_async else None, "{:.3f}x")]
+        lines.append(table_line(cells, widths))
+    return lines
+
+
+# ---- sentences ----------------------------------------------------------------------------------------------------
+
+
+def cost_in_words(overhead: Overhead) -> str:
+    """What measuring costs; "-" for a number that is not there."""
+
+    def percent(share: float | None) -> str:
+        return "-" if share is None else f"{100 * share:+.2f} %"
+
+    within = ""
+    if overhead.interval:
+        low, high = overhead.interval
+        within = f" (95 % sure: {percent(low)} to {percent(high)})"
+    ms = "-" if overhead.ms_per_step is None else f"{overhead.ms_per_step:+.4f}"
+    return f"{percent(overhead.share)} of a step{within}, {ms} ms"
+
+
+def notes(report: Report) -> list[str]:
+    """What must be said beside the numbers: settings of other engines, what failed, what is recorded."""
+    several = len(report.comparisons) > 1
+    settings = (f"{_who(run)}: {run.setting}" for run in report.runs if run.engine != OWN and run.setting is not None)
+    lines = list(dict.fromkeys(settings))
+    for run in report.runs:
+        lines += _notes_of(run, _who(run, several))
+    lines += [f"{_who(one, several)} was not measured: {one.error}" for one in report.failed]
+    differing = (engine for engine, same in report.peers_same_tokens.items() if not same)
+    lines += [f"{engine}: sync and async gave different tokens" for engine in differing]
+    if report.workload.over_time:
+        arrivals = report.workload.arrivals
+        lines.append(f"requests arrive over time ({arrivals}): that bounds wall time and tokens per second, so the")
+        lines.append("latencies, in milliseconds from a request's arrival, are what to compare.")
+    if report.emulated:
+        parts = dict.fromkeys(str(run.setting) for run in report.recorded)
+        counted = ", ".join(parts) or "no run of this batch size"
+        lines.append(f"emulated: the device's times come from the recording {report.emulated}, the host's work is")
+        lines.append(f"this machine's. recorded: what that session itself measured ({counted}).")
+    return ["", *lines] if lines else []
+
+
+def _notes_of(run: Run, who: str) -> Iterable[str]:
+    if run.interrupted:
+        yield f"{who} was ended by Ctrl-C: the numbers are about what ran until then"
+    if run.overhead:
+        yield f"{who}: measuring costs {cost_in_words(run.overhead)}"
+    if run.kineto:
+        busy, active = (number(share, "{:.2%}") for share in (run.kineto.busy, run.kineto.event_active))
+        yield f"{who}, under torch.profiler: kernel busy {busy}, event-timed active {active} ({run.kineto.note})"
+
+
+def _who(one: Any, several: bool = False) -> str:
+    where = f"{one.model}, batch {one.batch_size}: " if several else ""
+    return f"{where}{one.engine} {one.mode}"
+
+
+def conclusions(report: Report) -> list[str]:
+    """What the numbers of this package's two loops say, in sentences."""
+    lines = [DIFFERENT_TOKENS] if report.same_tokens is False else []
+    own = {run.mode: run for run in report.runs if run.engine == OWN}
+    if report.async_speedup is not None and len(own) == 2:
+        each, saved = speedups(own["sync"], own["async"]), 1 - 1 / report.async_speedup
+        words = f"{abs(saved):.1%} {'less' if saved > 0 else 'more'} time than"
+        if min(each) <= 1 <= max(each):
+            words = "about the same time as"
+        spread = f"pairs of runs: {min(each):.3f}x to {max(each):.3f}x"
+        lines.append(f"Asynchronous took {words} synchronous ({spread}).")
+    if all(run.idle is None for run in report.runs):
+        lines.append("No decode step came after another step, so active and idle could not be measured.")
+    elif report.law_idle is not None:
+        lines += _by_the_law(report.law_idle)
+    return lines
+
+
+def _by_the_law(law: float) -> Iterable[str]:
+    yield f"By the law idle = host / (host + device) the synchronous device is idle for {law:.1%} of a step;"
+    if law <= 0.5:
+        yield "waking up and copies add to it, host work after the launch takes from it."
+        yield "Asynchronous batching can save about that much."
+    else:
+        yield f"the host is the slower one, so asynchronous batching can save about {1 - law:.1%}."
+    if law < 0.02:
+        yield "So little is idle because a step takes long beside the host's work. To see more, try"
+        yield "--host-work-ms 30 for a busier host, or --step-ms 10 for a faster device."

@@ -1,0 +1,209 @@
+"""Batchers that serve one workload in turns: opened, warmed up, run several times, checked, and closed."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..base import BatcherBase
+from ..batcher import AsyncBatcher, SyncBatcher
+from ..measure.points import record_points
+from ..measure.recording import steps_from
+from ..request import Completion, Request
+from ..timeline import Timeline
+from .console import one_line, tell
+from .crosscheck import kineto, overhead
+from .draws import arrival_times
+from .measurement import Measurement
+from .options import Settings
+from .report import OWN, Failure, Overhead
+from .workload import Sizes, Workload
+from .workload import serve as serve_requests
+
+BATCHERS: dict[str, type[BatcherBase]] = {"sync": SyncBatcher, "async": AsyncBatcher}
+PROBE_TOKENS = 32  # another engine first generates so many: would all of it take too long?
+Key = tuple[str, str]  # engine, mode
+
+
+@dataclass(frozen=True)
+class Job:
+    """A workload that is ready to be served: its requests, and the model that serves them. step_s: of a timed device,
+    the seconds of a step, or the times of a recording's steps."""
+
+    workload: Workload
+    model: Any
+    requests: list[Request]
+    step_s: Any = None
+
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes.of(self.requests)
+
+
+class Turns:
+    """The batchers of one group, and what was measured with them.
+
+    `measurements` and `failures` are complete when `run` has ended, and valid also where it ended with an exception. An
+    engine that fails leaves the group and is noted in `failures`; a failure of this package itself is raised, but not
+    in a preset, whose other results must stay."""
+
+    def __init__(self, settings: Settings, job: Job):
+        self.settings, self.job = settings, job
+        self.measurements: list[Measurement] = []
+        self.failures: list[Failure] = []
+        self._open: dict[Key, tuple[Any, Measurement]] = {}  # those that have not failed
+        self._where = f"{job.workload.model} batch {job.workload.batch_size} " if len(settings.workloads) > 1 else ""
+
+    def run(self, group: Sequence[Key]) -> None:
+        """Measure each engine and mode of `group`. Whatever happens, all batchers are closed."""
+        with contextlib.ExitStack() as stack:
+            for key in group:
+                with self._noting_failure(key):
+                    self._open[key] = self._opened(stack, key)
+            for key in list(self._open):
+                with self._noting_failure(key):
+                    self._warm_up(key)
+            for repeat in range(self.settings.repeats):
+                # Every second time the other way round, so that neither mode always runs on the warmer machine.
+                for key in list(self._open)[:: -1 if repeat % 2 else 1]:
+                    with self._noting_failure(key):
+                        self._run_once(key, repeat)
+            for key in list(self._open):
+                with self._noting_failure(key):
+                    self._check(key)
+            # Inside: what was measured stays, even if closing a broken device fails.
+            self.measurements += [measurement for _, measurement in self._open.values()]
+
+    # ---- one batcher -----------------------------------------------------------------------------------------------
+
+    def _opened(self, stack: contextlib.ExitStack, key: Key) -> tuple[Any, Measurement]:
+        engine, mode = key
+        batcher = stack.enter_context(open_batcher(engine, mode, self.settings, self.job))
+        measurement = Measurement(self.job.workload, self.job.sizes, engine, mode, self.settings.slots)
+        measurement.setting = getattr(batcher, "setting", None)
+        measurement.prefill_tokens = getattr(getattr(batcher, "shape", None), "prefill_tokens", None)
+        return batcher, measurement
+
+    def _warm_up(self, key: Key) -> None:
+        tell(f"{self._who(key)}: warm-up")
+        batcher, requests = self._open[key][0], self.job.requests
+        few = [Request(r.token_ids, min(2, r.max_new_tokens)) for r in requests[: self.job.workload.batch_size]]
+        serve(batcher, few)
+        if key[0] != OWN:
+            check_speed(batcher, requests, self.settings.peer_limit_s)
+
+    def _run_once(self, key: Key, repeat: int) -> None:
+        batcher, measurement = self._open[key]
+        workload, requests = self.job.workload, self.job.requests
+        arrivals_s = arrival_times(workload.arrivals, len(requests), workload.seed)
+        points = not (self.settings.preset or self.settings.record)  # others build on those runs: nothing slows them
+        with self._keeping_what_ran(batcher, measurement):
+            run = serve(batcher, requests, arrivals_s, sys.stderr.isatty(), points)
+        steps_from(run[0])  # a ValueError now is better than a report that cannot be made
+        measurement.runs.append(run)
+        count, wall_s = f"run {repeat + 1} of {self.settings.repeats}", run[0].summary().wall_s
+        tell(f"{self._who(key)}: {count}: {wall_s:.2f} s")
+
+    def _check(self, key: Key) -> None:
+        """What measuring costs, and what another method says, if that was asked for."""
+        batcher, measurement = self._open[key]
+        if self.settings.overhead and key[0] == OWN:
+            tell(f"{self._who(key)}: with and without measuring")
+            measurement.overhead = self._overhead(batcher, key[1])
+            if measurement.overhead is None:
+                tell(f"{self._who(key)}: too few steps to tell what measuring costs; take more --new-tokens")
+        if self.settings.kineto:
+            tell(f"{self._who(key)}: once more under torch.profiler")
+            measurement.kineto = kineto(batcher, self.job.requests)
+
+    def _overhead(self, batcher, mode: str) -> Overhead | None:
+        """What measuring with `batcher` costs, beside a batcher that measures nothing, and on CUDA times no parts."""
+        with open_batcher(OWN, mode, self.settings, self.job, parts=False) as plain:
+            serve(plain, self.job.requests)  # warm-up
+            return overhead(batcher, plain, self.job.requests)
+
+    # ---- what goes wrong -------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _noting_failure(self, key: Key) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if key[0] == OWN and not self.settings.preset:
+                raise
+            _, measurement = self._open.pop(key, (None, None))
+            if measurement is not None and measurement.runs:
+                self.measurements.append(measurement)
+            self.failures.append(failure(self.job.workload, *key, error))
+            tell(f"{self._where}{' '.join(key)} failed: {one_line(error)}")
+
+    @contextlib.contextmanager
+    def _keeping_what_ran(self, batcher, measurement: Measurement) -> Iterator[None]:
+        """After Ctrl-C, keep what has been measured; of an engine that has no whole run yet, the run that was ended."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            computed = [span for span in batcher.timeline.spans if span.lane == "compute"]
+            if not measurement.runs and len(computed) > 1:
+                measurement.runs.append((batcher.timeline, []))
+                measurement.interrupted = True
+            self.measurements += [other for _, other in self._open.values() if other.runs]
+            raise
+
+    def _who(self, key: Key) -> str:
+        return self._where + (" ".join(key) if len(self.settings.engines) > 1 else key[1])
+
+
+def failure(workload: Workload, engine: str, mode: str, error: BaseException) -> Failure:
+    return Failure(engine, mode, workload.model, workload.batch_size, one_line(error))
+
+
+def open_batcher(engine: str, mode: str, settings: Settings, job: Job, parts: bool = True):
+    """A batcher for the job, not warm yet. Raises whatever the engine raises where it cannot serve the model here.
+
+    parts: on CUDA, time the parts of a step too; in a preset and for a recording that is never done."""
+    limits: dict[str, Any] = {"max_batch_size": job.workload.batch_size, "max_length": job.sizes.max_length}
+    if engine != OWN:
+        from .peers.batcher import TransformersBatcher  # only here: what it needs may not be installed
+
+        return TransformersBatcher(job.model, mode=mode, **limits)
+    if settings.compile:
+        limits["compile"] = True
+    limits["parts"] = parts and not (settings.preset or settings.record)
+    if settings.prefill_tokens is not None:
+        limits["prefill_tokens"] = settings.prefill_tokens
+    slots = settings.slots if mode == "async" else 1
+    host_work_s = 1e-3 * settings.host_work_ms
+    return BATCHERS[mode](job.model, num_slots=slots, host_work_s=host_work_s, step_s=job.step_s, **limits)
+
+
+def serve(
+    batcher,
+    requests: list[Request],
+    arrivals_s: Sequence[float] | None = None,
+    progress: bool = False,
+    points: bool = False,
+) -> tuple[Timeline, list[Completion]]:
+    """One run: its timeline and its completions. `points`: with its latency points. Raises a completion's error."""
+    with record_points(batcher) if points else contextlib.nullcontext():
+        completions = serve_requests(batcher, requests, arrivals_s, progress)
+    for completion in completions:
+        if completion.error is not None:
+            raise completion.error
+    return batcher.timeline, completions
+
+
+def check_speed(batcher, requests: list[Request], limit_s: int) -> None:
+    """RuntimeError if the requests would take longer than `limit_s` seconds, judged by their first tokens."""
+    if max(request.max_new_tokens for request in requests) < 2 * PROBE_TOKENS:
+        return
+    short = [replace(r, max_new_tokens=min(PROBE_TOKENS, r.max_new_tokens)) for r in requests]
+    whole, probed = (sum(r.max_new_tokens for r in each) for each in (requests, short))
+    expected_s = serve(batcher, short)[0].summary().wall_s * whole / probed
+    if expected_s > limit_s:
+        setting, about_s = getattr(batcher, "setting", None) or "its setting", math.ceil(expected_s)
+        raise RuntimeError(f"it would take about {about_s} s, and --peer-limit-s is {limit_s} ({setting})")
