@@ -15,7 +15,7 @@ import torch
 from .. import kv_cache, streams, timeline
 from ..batcher import SyncBatcher
 from ..kv_cache import KVCache
-from ..measure.points import Attribution
+from ..measure.attribution import Attribution
 from ..measure.recording import Recording, steps_of
 from ..measure.simulate import WhatIf
 from ..ordering.faults import carrier

@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..measure.attribution import attribute
 from ..measure.bandwidth import run_floor_s, step_floor_s
-from ..measure.points import MEANING, attribute, points_of
+from ..measure.points import MEANING, points_of
 from ..measure.recording import Recording, Steps, steps_from, steps_of
 from ..measure.simulate import costs_of, predict, what_if
 from ..request import Completion

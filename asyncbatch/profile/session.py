@@ -19,7 +19,7 @@ from ..base import BatcherBase
 from ..batcher import AsyncBatcher, SyncBatcher
 from ..devices.worker import device_threads
 from ..measure.bandwidth import copy_bandwidth, kv_bytes_per_token, weight_bytes
-from ..measure.points import record_points
+from ..measure.point_recorder import record_points
 from ..measure.recording import Recording, steps_from
 from ..models.load import load_model
 from ..request import Completion, Request

@@ -14,7 +14,8 @@ from support.tiny import tiny_model
 from asyncbatch import AsyncBatcher, Request, SamplingParams, SyncBatcher, load_model, streams
 from asyncbatch.attention import NAME
 from asyncbatch.devices import open_device
-from asyncbatch.measure.points import DEVICE_LANE, PARTS, points_of, record_points
+from asyncbatch.measure import points_of, record_points
+from asyncbatch.measure.points import DEVICE_LANE, PARTS
 
 pytestmark = [
     pytest.mark.cuda,

@@ -13,7 +13,7 @@ from support.tiny import tiny_model
 
 from asyncbatch import AsyncBatcher, Request, SyncBatcher, Timeline
 from asyncbatch.devices.virtual import Costs
-from asyncbatch.measure import points
+from asyncbatch.measure import attribute, point_recorder, points_of, record_points
 from asyncbatch.measure.points import (
     ADDED,
     CALLBACKS,
@@ -23,10 +23,7 @@ from asyncbatch.measure.points import (
     MEANING,
     NO_REQUEST,
     WAIT,
-    attribute,
     host_segments,
-    points_of,
-    record_points,
 )
 from asyncbatch.measure.simulate import costs_of, simulate, what_if
 from asyncbatch.ordering.faults import carrier, toy_tokens, use_toy_model, workload
@@ -103,7 +100,7 @@ def test_the_idle_time_is_shared_out_completely(loop, seed):
     assert sum(idle.by.values()) == pytest.approx(idle.idle_s, abs=1e-12)
     for one, gap in zip(idle.gaps, gaps, strict=True):
         assert (one.step, one.start, one.end) == (gap.step, gap.start, gap.end)
-        assert sum(one.by.values()) == pytest.approx(one.seconds, abs=1e-12)
+        assert sum(one.host_s.values()) == pytest.approx(one.seconds, abs=1e-12)
     assert set(idle.by) <= set(MEANING)
 
 
@@ -125,7 +122,7 @@ def test_calls_that_follow_each_other_are_one_piece_but_not_across_steps_or_othe
         ("prune", 16, 17), ("prune", 19, 20),
         ("prune", 21, 22),
     ]  # fmt: skip
-    assert points._joined(calls, points._HostSpans(timeline)) == [
+    assert point_recorder._join_calls(calls, point_recorder._HostSpans(timeline)) == [
         ("KV allocate", 0, 1, 4),
         ("admit", 0, 5, 8), ("KV allocate", 0, 6, 8),
         ("KV allocate", 0, 9, 9.5),

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from ...kv_cache import blocks_for
-from ...measure.points import replaced
+from ...measure.point_recorder import override
 from ...models.load import check_model
 from ...request import Completion, Request, RequestError, check_request, finish_reason
 from ...runner import kv_heads_and_dim, splits_for
@@ -529,7 +529,7 @@ def _part(owner, name: str):
 
 def _wrapped(owner, name: str, wrapper: Callable[[Callable], Callable]) -> contextlib.AbstractContextManager[None]:
     """Within it, `owner.name` is `wrapper(owner.name)`, for this one object."""
-    return replaced(owner, name, wrapper(_part(owner, name)))
+    return override(owner, name, wrapper(_part(owner, name)))
 
 
 def _unknown_version(problem: str) -> RuntimeError:
