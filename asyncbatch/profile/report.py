@@ -24,8 +24,9 @@ import torch
 from ..measure.attribution import attribute
 from ..measure.bandwidth import run_floor_s, step_floor_s
 from ..measure.points import MEANING, points_of
-from ..measure.recording import Recording, Steps, steps_from, steps_of
+from ..measure.recording import Recording
 from ..measure.simulate import costs_of, predict, what_if
+from ..measure.steps import Steps, steps_from, steps_of
 from ..request import Completion
 from ..timeline import Timeline, idle_share, overlap_gain
 from .workload import latency, uneven

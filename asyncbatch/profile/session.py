@@ -20,7 +20,8 @@ from ..batcher import AsyncBatcher, SyncBatcher
 from ..devices.worker import device_threads
 from ..measure.bandwidth import copy_bandwidth, kv_bytes_per_token, weight_bytes
 from ..measure.point_recorder import record_points
-from ..measure.recording import Recording, steps_from
+from ..measure.recording import Recording
+from ..measure.steps import steps_from
 from ..models.load import load_model
 from ..request import Completion, Request
 from ..timeline import Timeline, save_trace

@@ -14,50 +14,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.recordings import MODEL, example, made_timeline, recorded, row_of
 
 from asyncbatch import AsyncBatcher, Request, SyncBatcher, Timeline
-from asyncbatch.measure import recording as recording_module
-from asyncbatch.measure.recording import KEYS, Recording, StepTimes, pack, steps_from, steps_of, unpack
-
-MODEL = "random:llama-8b"
-FACTS = dict(dtype="bfloat16", weight_bytes=15 * 10**9, kv_bytes_per_token=131072, vocab_size=501, max_positions=4096)
-SESSION = {
-    "gpu": {"name": "A GPU", "memory_gib": 1.0, "driver": "1.2", "compute_capability": "9.0"},
-    "versions": {"python": "3", "torch": "2", "transformers": "5", "triton": None, "cuda": "13"},
-    "machine": "somewhere",
-    "command": "python -m asyncbatch.profile --record made-up",
-    "date": "2026-01-01",
-    "copy_bandwidth_bytes_per_s": 4e12,
-    "models": {MODEL: FACTS},
-}
-
-
-def made_timeline(mode, parts, batch=4, origin=0.0, first_context=17):
-    """A timeline of steps from (kind, gap_s, device_s, host_s, tokens, wasted): the first is never waited for."""
-    timeline, now = Timeline(mode, "cuda"), origin
-    for number, (kind, gap_s, device_s, host_s, tokens, wasted) in enumerate(parts):
-        timeline.add("host", "plan", number, now, now + host_s / 2)
-        timeline.add("host", "commit", number, now + host_s / 2, now + host_s)
-        timeline.add("host", "wait", number, now + host_s, now + host_s + device_s)
-        now += gap_s
-        timeline.add("compute", "step", number, now, now + device_s)
-        now += device_s
-        timeline.add("D2H", "copy_out", number, now, now + 1e-5)
-        timeline.add_step(number, kind, tokens, wasted, batch, batch * (first_context + number))
-    return timeline
-
-
-def row_of(timeline, batch=4, model=MODEL, engine="asyncbatch", **other):
-    row = dict(engine=engine, mode=timeline.label, setting=None, model=model, batch_size=batch, requests=batch)
-    row |= dict(prompt_tokens=16, new_tokens=8, prefill_tokens=48, wall_s_of_each_run=[timeline.summary().wall_s])
-    return {**row, **other}
-
-
-def recorded(*timelines_and_rows, name="made-up", **session):
-    timelines = [timeline for timeline, _ in timelines_and_rows]
-    report = {**SESSION, **session, "runs": [row for _, row in timelines_and_rows]}
-    return Recording.from_runs(name, report, timelines)
-
+from asyncbatch.devices.timed import StepTimes
+from asyncbatch.measure.recording import Recording
+from asyncbatch.measure.recording_file import KEYS, MAY_BE_NULL
+from asyncbatch.measure.steps import pack, steps_from, steps_of, unpack
 
 short = st.floats(0, 1e-2)
 parts = st.tuples(
@@ -68,18 +31,6 @@ timelines = st.builds(
     made_timeline, st.sampled_from(["sync", "async"]), st.lists(parts, min_size=1, max_size=30),
     batch=st.integers(1, 40), origin=st.floats(0, 1e5), first_context=st.integers(1, 9000),
 )  # fmt: skip
-
-
-@functools.cache
-def example():
-    """Both modes, two batch sizes: a decode step of B rows and context C takes 1 ms + B * 0.1 ms + C * 1 us."""
-    made = []
-    for mode, batch in itertools.product(("sync", "async"), (2, 8)):
-        device = [1e-3 + 1e-4 * batch + 1e-6 * batch * (17 + number) for number in range(41 * batch)]
-        steps = [("decode" if n else "prefill", 1e-4, d if n else 7e-3, 3e-4, batch, 0) for n, d in enumerate(device)]
-        timeline = made_timeline(mode, steps, batch)
-        made.append((timeline, row_of(timeline, batch)))
-    return recorded(*made)
 
 
 # ---- packing --------------------------------------------------------------------------------------------------------
@@ -234,7 +185,7 @@ def test_what_is_missing_is_named(data):
     }  # fmt: skip
     part = data.draw(st.sampled_from(list(parts)))
     key = data.draw(st.sampled_from(KEYS[part]))
-    if data.draw(st.booleans()) or key in recording_module.MAY_BE_NULL:
+    if data.draw(st.booleans()) or key in MAY_BE_NULL:
         del parts[part][key]
     else:
         parts[part][key] = None

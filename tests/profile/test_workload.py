@@ -13,10 +13,10 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from support.recordings import example
 from support.reports import call_script
 from support.tiny import tiny_model
 from test_batcher import OPTIONS, alone, requests
-from test_recording import example
 from test_virtual import costs, kinds
 
 from asyncbatch import AsyncBatcher, Completion, Request, SyncBatcher, load_model
