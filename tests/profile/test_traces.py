@@ -21,8 +21,8 @@ from asyncbatch import Timeline
 from asyncbatch.pictures import plot
 from asyncbatch.profile import cli
 from asyncbatch.profile.traces import events as trace_events
-from asyncbatch.profile.traces import read as traces
-from asyncbatch.profile.traces.read import (
+from asyncbatch.profile.traces import report as traces
+from asyncbatch.profile.traces.report import (
     NOTHING,
     GraphLaunches,
     TraceError,

@@ -19,7 +19,7 @@ from ..page import (
     timeline_part,
     write_html,
 )
-from .read import TraceReport, facts
+from .report import TraceReport, facts
 
 SECTIONS = {
     "summary": "Summary",
