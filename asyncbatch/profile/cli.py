@@ -64,7 +64,7 @@ def main_trace(options) -> int:
     `options` has trace, json, out, debug, and changed: the names of all options that do not have their default. Exit
     status 0, or 2 with one line on stderr."""
     from .traces.page import write_trace_page
-    from .traces.report import read_trace  # the streaming JSON parser is needed for traces only
+    from .traces.read import read_trace  # the streaming JSON parser is needed for traces only
 
     try:
         others = [name for name in options.changed if name not in ("trace", "json", "out", "debug")]

@@ -102,7 +102,7 @@ def kineto(batcher, requests: list[Request]) -> dict[str, Any]:
     """Run once more under torch.profiler, at most KINETO_TOKENS of each request, and compare two methods on that run:
     busy, the union of kernels and copies in its trace; event_active, its steps between CUDA events. Both over the time
     from the end of the first step to the end of the last one. differs: by more than 2 points; note: in words."""
-    from .traces.report import busy_in, read_trace  # the streaming JSON parser is needed for traces only
+    from .traces.read import busy_in, read_trace  # the streaming JSON parser is needed for traces only
 
     few = [replace(request, max_new_tokens=min(request.max_new_tokens, KINETO_TOKENS)) for request in requests]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:

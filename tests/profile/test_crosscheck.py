@@ -19,7 +19,7 @@ from support.tiny import tiny_model
 from asyncbatch import AsyncBatcher, Request, SyncBatcher, Timeline
 from asyncbatch.profile import cli, crosscheck, session
 from asyncbatch.profile.crosscheck import KINETO_TOKENS, kineto, kineto_result, overhead
-from asyncbatch.profile.traces import report as traces_module
+from asyncbatch.profile.traces import read as traces_module
 
 REQUESTS = [Request([1, 2, 3], 6, stop_token_ids=())] * 3
 

@@ -21,7 +21,8 @@ from asyncbatch.pictures import plot
 from asyncbatch.profile import page as page_module
 from asyncbatch.profile.page import Markup, page, tag, write_page
 from asyncbatch.profile.traces.page import MOST_GAPS, trace_page
-from asyncbatch.profile.traces.report import facts, read_trace
+from asyncbatch.profile.traces.read import read_trace
+from asyncbatch.profile.traces.report import facts
 from asyncbatch.timeline import Timeline
 
 HOSTILE = "<img src=x onerror=alert(1)></script><!--\"'&amp;\u2028\u2029\ud83d %s {0} </style><script>alert(2)</script>"

@@ -21,7 +21,7 @@ from test_pictures import run as made_run
 from asyncbatch.profile import page as page_module
 from asyncbatch.profile.page import write_page
 from asyncbatch.profile.traces.page import write_trace_page
-from asyncbatch.profile.traces.report import read_trace
+from asyncbatch.profile.traces.read import read_trace
 
 LIVE = (
     "return document.documentElement.classList.contains('live') && document.querySelector('canvas').dataset.drawMs > 0"

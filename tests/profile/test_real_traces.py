@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from asyncbatch.profile.traces.report import busy_in, read_trace
+from asyncbatch.profile.traces.read import busy_in, read_trace
 from asyncbatch.timeline import device_activity
 
 FOLDER = Path(__file__).parent / "traces"
