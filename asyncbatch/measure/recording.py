@@ -148,7 +148,7 @@ class Recording:
         contexts, seconds = curves[main["batch_size"]]
         smallest = np.interp(batch_size, batches, [curves[batch][0][0] for batch in batches])
         base = np.interp(batch_size, batches, [curves[batch][1][0] for batch in batches])
-        moved = seconds + base - np.interp(smallest, contexts, seconds)
+        at_batch_size = seconds + base - np.interp(smallest, contexts, seconds)
         steps = steps_of(main)
         prefill = steps.device_us[steps.kind == "prefill"]
         if not len(prefill):
@@ -159,7 +159,7 @@ class Recording:
         most = int(steps.context.max())
         longest = min(main["requests"], main["batch_size"]) * (main["prompt_tokens"] + main["new_tokens"] - 1)
         most = max(most, min(longest, int(1.05 * most)))
-        return StepTimes(self.name, contexts, np.maximum(moved, 0.0), prefill_s, most)
+        return StepTimes(self.name, contexts, np.maximum(at_batch_size, 0.0), prefill_s, most)
 
     def costs(self, batch_size: int, model: str | None = None) -> Costs:
         """The times of this GPU and its host, for the virtual clock.

@@ -210,9 +210,9 @@ def what_if(timeline: Timeline, slots: int = 1, async_slots: int = 2) -> list[Wh
     rows = []
     for (point, where), seconds in removable.items():
         for factor in (0.0, 0.5):
-            left = np.maximum(times - (1 - factor) * seconds, 0.0).tolist()
-            changed = [StepCost._make([*row, *cost[5:]]) for row, cost in zip(left, costs, strict=True)]
-            totals = [simulate(changed, number).total_s for number in (1, async_slots)]
+            remaining = np.maximum(times - (1 - factor) * seconds, 0.0).tolist()
+            new_costs = [StepCost._make([*row, *cost[5:]]) for row, cost in zip(remaining, costs, strict=True)]
+            totals = [simulate(new_costs, number).total_s for number in (1, async_slots)]
             saves = [1 - total / before if before else 0.0 for total, before in zip(totals, base, strict=True)]
             rows.append(WhatIf(point, where, factor, *totals, *saves))
     ran = "sync_saves" if slots == 1 else "async_saves"

@@ -46,15 +46,17 @@ def reference():
 @pytest.fixture(scope="module", params=["sdpa", "stand-in", "stand-in, padded"])
 def batcher(request, reference):
     """Padded: the sizes of a step are rounded up, as they are where CUDA graphs are used."""
-    with TransformersBatcher(tiny_model(), mode="sync", attention=request.param.split(",")[0], **OPTIONS) as made:
-        made.manager.batch_processor.model_runner.pad_inputs = "padded" in request.param
-        yield made
+    with TransformersBatcher(
+        tiny_model(), mode="sync", attention=request.param.split(",")[0], **OPTIONS
+    ) as open_batcher:
+        open_batcher.manager.batch_processor.model_runner.pad_inputs = "padded" in request.param
+        yield open_batcher
 
 
 @pytest.fixture(scope="module")
 def sdpa():
-    with TransformersBatcher(tiny_model(), mode="sync", attention="sdpa", **OPTIONS) as made:
-        yield made
+    with TransformersBatcher(tiny_model(), mode="sync", attention="sdpa", **OPTIONS) as open_batcher:
+        yield open_batcher
 
 
 TOKENS = st.integers(0, 96)

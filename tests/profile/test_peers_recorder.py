@@ -1,4 +1,4 @@
-"""How the steps of transformers' batching are timed: what only happens asynchronously, on CUDA, told by hand."""
+"""How the steps of transformers' batching are timed: what only happens asynchronously, on CUDA, acted out by hand."""
 
 from __future__ import annotations
 

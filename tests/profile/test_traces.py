@@ -1,4 +1,4 @@
-"""Traces of other engines: steps, busy and idle time against what is known of made traces, and against brute force."""
+"""Traces of other engines: steps, busy and idle time against what is known of them, and against brute force."""
 
 from __future__ import annotations
 

@@ -28,9 +28,9 @@ def reference_prefill(query, keys, values, tables, first, count, position, scale
     for f, n, p, table in zip(first.tolist(), count.tolist(), position.tolist(), tables.long(), strict=True):
         if n:
             k, v = (pool[table[: p + n]].transpose(0, 1)[None] for pool in (keys, values))
-            seen = torch.ones(n, p + n, dtype=torch.bool).tril(p)
+            mask = torch.ones(n, p + n, dtype=torch.bool).tril(p)
             q = query[f : f + n].transpose(0, 1)[None]
-            out = scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True)
+            out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
             output[f : f + n] = out[0].transpose(0, 1)
     return output
 

@@ -53,10 +53,10 @@ def recorded(*timelines_and_rows, name="made-up", **session):
 @functools.cache
 def example():
     """Both modes, two batch sizes: a decode step of B rows and context C takes 1 ms + B * 0.1 ms + C * 1 us."""
-    made = []
+    runs = []
     for mode, batch in itertools.product(("sync", "async"), (2, 8)):
         device = [1e-3 + 1e-4 * batch + 1e-6 * batch * (17 + number) for number in range(41 * batch)]
         steps = [("decode" if n else "prefill", 1e-4, d if n else 7e-3, 3e-4, batch, 0) for n, d in enumerate(device)]
         timeline = made_timeline(mode, steps, batch)
-        made.append((timeline, row_of(timeline, batch)))
-    return recorded(*made)
+        runs.append((timeline, row_of(timeline, batch)))
+    return recorded(*runs)

@@ -174,8 +174,8 @@ def _find_steps(device: Columns, compute: int, host: Columns, on_gpu: Columns, n
     work = _rows(device, is_work)
     launched = work["launched"]
     # The few whose launch was not recorded take the launch before them.
-    seen = np.maximum.accumulate(np.where(launched, np.arange(len(launched)), launched.argmax()))
-    launch = work["launch"][seen] if launched.mean() > 0.99 else None
+    last_known = np.maximum.accumulate(np.where(launched, np.arange(len(launched)), launched.argmax()))
+    launch = work["launch"][last_known] if launched.mean() > 0.99 else None
     by_launch = launch is not None and bool(device["launched"][is_result].all())
     annotations = _rows(host, host["kind"] == ANNOTATION)
     threads = np.unique(annotations["thread"])

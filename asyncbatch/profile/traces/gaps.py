@@ -115,17 +115,17 @@ def _host_pieces(
     """(causes, pieces) of the gaps, as `TraceGaps` takes them."""
     starts, ends, name, kind = (host[key] for key in ("start", "end", "name", "kind"))
     # Events are looked at one by one, so only those that overlap a gap.
-    seen = covered_before(ends, gap_starts, gap_ends) > covered_before(starts, gap_starts, gap_ends)
-    pairs, cause_of = np.unique(name[seen] * 16 + kind[seen].astype(np.int64), return_inverse=True)
+    near_gap = covered_before(ends, gap_starts, gap_ends) > covered_before(starts, gap_starts, gap_ends)
+    pairs, cause_of = np.unique(name[near_gap] * 16 + kind[near_gap].astype(np.int64), return_inverse=True)
     numbers = Names({NOTHING: 0})
     causes = np.array([numbers[host_cause(names[pair // 16], pair % 16)] for pair in pairs.tolist()], np.int64)
-    begins, stops, doing = innermost(starts[seen], ends[seen], causes[cause_of] if len(pairs) else cause_of)
+    begins, stops, doing = innermost(starts[near_gap], ends[near_gap], causes[cause_of] if len(pairs) else cause_of)
     begins, stops, gap, piece = intersections((gap_starts, gap_ends), (begins, stops))
     cause, ns = doing[piece], stops - begins
-    left = (gap_ends - gap_starts).astype(np.int64)
-    np.subtract.at(left, gap, ns)
-    unrecorded = np.flatnonzero(left)
-    gap, cause, ns = np.r_[gap, unrecorded], np.r_[cause, np.zeros_like(unrecorded)], np.r_[ns, left[unrecorded]]
+    rest = (gap_ends - gap_starts).astype(np.int64)
+    np.subtract.at(rest, gap, ns)
+    unrecorded = np.flatnonzero(rest)
+    gap, cause, ns = np.r_[gap, unrecorded], np.r_[cause, np.zeros_like(unrecorded)], np.r_[ns, rest[unrecorded]]
     keys, inverse = np.unique(gap * len(numbers) + cause, return_inverse=True)
     totals = np.zeros(len(keys), np.int64)
     np.add.at(totals, inverse, ns)
