@@ -15,9 +15,10 @@ import torch
 from .. import kv_cache, streams, timeline
 from ..batcher import SyncBatcher
 from ..kv_cache import KVCache
-from ..measure.points import Attribution
-from ..measure.recording import Recording, steps_of
+from ..measure.attribution import Attribution
+from ..measure.recording import Recording
 from ..measure.simulate import WhatIf
+from ..measure.steps import steps_of
 from ..ordering.faults import carrier
 from ..pictures.picture import COLORS, TEXT, Picture, figure
 from ..profile.cli import main

@@ -1,20 +1,20 @@
-"""What an asynchronous loop would bring, told from the times of a synchronous one.
+"""What an asynchronous loop would bring, predicted from the times of a synchronous one.
 
-A step costs the host `before` (plan, fill, launch), then the device a copy in, the step itself and a copy out, then the
-host `commit`. The times form a loop of waits, and in the steady state a step takes as long as the slowest
-cycle in it (the cycle mean of a max-plus system: Baccelli et al. 1992, "Synchronization and Linearity"):
+A step takes the host `before` (plan, fill, launch), then the device a copy in, the step itself and a copy out, then the
+host `commit`. Each of these waits for others, in a circle. In the steady state a step takes as long as the slowest of
+three cycles (the cycle mean of a max-plus system: Baccelli et al. 1992, "Synchronization and Linearity"):
 
     host      before + commit: the host's work, which nothing can hide from the host
     device    step (or a copy, should one be longer): the device's work
     slot      (before + copy in + step + copy out + commit) / slots: a slot is filled again only after its commit
 
-One slot is the synchronous loop: the third cycle is the longest. With two slots, the third no longer counts as soon as
-before, commit and both copies fit beside one step; then the device is never idle. More slots take away even that
-condition, but not the first.
+With one slot, the synchronous loop, the third cycle is the longest. With two slots it no longer matters once `before`,
+`commit` and both copies together take no longer than one step; if the host cycle is shorter than a step too, the device
+is never idle. More slots remove the third condition altogether, but not the first.
 
-`simulate` follows the loop step by step, so steps may vary and the cold start and the end are counted; on the virtual
-clock it is exact. `predict` feeds it with a synchronous run's timeline, on any clock. `what_if` takes one latency point
-(`points.py`) away, or half of it, and follows both loops again.
+`simulate` follows the loop step by step, so steps may differ, and the cold start and the end are counted; on the
+virtual clock it is exact. `predict` does this with the costs of a synchronous run, on any clock. `what_if` removes one
+latency point (`points.py`), or half of it, and follows both loops again.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ import numpy as np
 
 from ..timeline import Timeline, device_activity
 from .points import CALLBACKS, NO_REQUEST, WAIT, seconds_by_step
-from .recording import Recording, steps_of
+from .recording import Recording
+from .steps import steps_of
 from .text import table_line
 
 HOST = ("plan", "fill", "launch", "commit")
-WORTH_IT = 1.02  # a gain below this is lost in the noise of most machines
+WORTH_IT = 1.02  # on most machines a smaller gain is lost in the noise
 
 
 class StepCost(NamedTuple):
-    """Seconds of one step: the host's (before: plan, fill and launch; commit) and the device's (copy_in, step,
-    copy_out). `decode`: whether the step counts for active and idle. `hidden`: host work right after the launch, which
-    the device does not wait for even in the synchronous loop."""
+    """Seconds of one step: on the host (before: plan, fill and launch; commit) and on the device (copy_in, step,
+    copy_out). `decode`: whether the step counts for active and idle. `hidden`: seconds of host work right after the
+    launch, for which the device does not wait even in the synchronous loop."""
 
     before: float
     copy_in: float
@@ -49,9 +50,10 @@ class StepCost(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Run:
-    """One simulated run of N steps: when the device's steps start and end (float64 [N], seconds from the start), when
-    the host is done, and the share of the decode steps in which the device is active (nan without any)."""
+class SimulatedRun:
+    """A run of N steps with `slots` slots. starts, ends: float64 [N], seconds from the beginning at which each step
+    starts and ends on the device. total_s: when the host is done. active: the share of time in which the device is
+    active, over the decode steps (nan where no decode step has a period)."""
 
     slots: int
     starts: np.ndarray
@@ -61,12 +63,12 @@ class Run:
 
     @property
     def step_s(self) -> float:
-        """Median time from the end of a step to the end of the next; nan with fewer than two steps."""
+        """Median seconds from the end of one step to the end of the next; nan with fewer than two steps."""
         return float(np.median(np.diff(self.ends))) if len(self.ends) > 1 else float("nan")
 
 
-def simulate(costs: Sequence[StepCost], slots: int) -> Run:
-    """Follow the loop with `slots` slots through the steps; 1 is the synchronous loop. ValueError for slots below 1."""
+def simulate(costs: Sequence[StepCost], slots: int) -> SimulatedRun:
+    """Follow the loop through steps of these costs. slots: 1 is the synchronous loop. ValueError for slots below 1."""
     if slots < 1:
         raise ValueError(f"slots is {slots}: allowed are whole numbers from 1")
     host = copied_in = step_end = copied_out = 0.0
@@ -85,46 +87,42 @@ def simulate(costs: Sequence[StepCost], slots: int) -> Run:
         if number - committed + 1 == slots:
             host = max(host, outputs[committed]) + costs[committed].commit
             committed += 1
-    for late in range(committed, len(costs)):
-        host = max(host, outputs[late]) + costs[late].commit
+    for last in range(committed, len(costs)):  # at the end, the steps still in flight
+        host = max(host, outputs[last]) + costs[last].commit
     active_s, period_s = device_activity(starts, ends, [cost.decode for cost in costs]) if len(costs) > 1 else (0, 0)
     active = active_s / period_s if period_s > 0 else float("nan")
-    return Run(slots, np.array(starts), np.array(ends), host, active)
-
-
-def async_step_s(cost: StepCost, slots: int = 2) -> float:
-    """The closed form: seconds a step takes in the steady state when all steps cost the same (see the top)."""
-    host = cost.before + cost.hidden + cost.commit
-    way = cost.before + cost.copy_in + cost.step + cost.copy_out + cost.commit
-    return max(host, cost.step, cost.copy_in, cost.copy_out, way / slots)
+    return SimulatedRun(slots, np.array(starts), np.array(ends), host, active)
 
 
 def costs_of(timeline: Timeline, slots: int = 1) -> list[StepCost]:
-    """The costs of each step, from its spans. What the device of a synchronous run (`slots` 1) waited beyond them (a
-    host that had to wake up, time between two spans) counts as the host's, in `before`; what it did not wait of them
-    (the rest of a launch, while the step runs) is `hidden`. Steps without a device span are left out."""
+    """The costs of each step that has a span on the device, from its spans.
+
+    slots: how many the run had. With 1 (a synchronous run) the idle times of the device are those of the timeline. What
+    the device waited beyond the spans (a host that had to wake up, time between two spans) is added to `before`; what
+    of the spans it did not wait for (the rest of a launch, while the step runs) becomes `hidden`."""
     seconds: dict[tuple[int, str], float] = {}
     for span in timeline.spans:
         seconds[span.step, span.name] = seconds.get((span.step, span.name), 0.0) + span.end - span.start
-    found = []
+    costs = []
     for step in timeline.steps:
         if (step.step, "step") in seconds:
             of = {name: seconds.get((step.step, name), 0.0) for name in (*HOST, "copy_in", "step", "copy_out")}
             before = of["plan"] + of["fill"] + of["launch"]
             device = of["copy_in"], of["step"], of["copy_out"]
-            found.append(StepCost(before, *device, of["commit"], step.kind == "decode"))
+            costs.append(StepCost(before, *device, of["commit"], step.kind == "decode"))
     _, _, starts, ends = timeline.lane("compute")
-    told = simulate(found, 1)
-    if slots == 1 and len(starts) == len(found) > 1:
-        missing = (starts[1:] - ends[:-1]) - (told.starts[1:] - told.ends[:-1])
-        for number, more in enumerate(np.where(abs(missing) > 1e-9, missing, 0.0).tolist(), 1):
-            before = max(found[number].before + more, 0.0)
-            found[number] = found[number]._replace(before=before, hidden=max(-more, 0.0))
-    return found
+    run = simulate(costs, 1)
+    if slots == 1 and len(starts) == len(costs) > 1:
+        unexplained = (starts[1:] - ends[:-1]) - (run.starts[1:] - run.ends[:-1])
+        for number, more in enumerate(np.where(abs(unexplained) > 1e-9, unexplained, 0.0).tolist(), 1):
+            before = max(costs[number].before + more, 0.0)
+            costs[number] = costs[number]._replace(before=before, hidden=max(-more, 0.0))
+    return costs
 
 
 def costs_of_recording(run: dict[str, Any]) -> list[StepCost]:
-    """The same of a run in a `Recording`, which keeps the device's steps and the gaps before them, in microseconds."""
+    """The costs of each step of a run in a `Recording`. It has the steps on the device and the gaps before them only,
+    so each gap counts as `before`."""
     steps = steps_of(run)
     pairs = zip(steps.gap_us, steps.device_us, steps.kind, strict=True)
     return [StepCost(1e-6 * gap, 0.0, 1e-6 * device, 0.0, 0.0, kind == "decode") for gap, device, kind in pairs]
@@ -132,16 +130,17 @@ def costs_of_recording(run: dict[str, Any]) -> list[StepCost]:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The synchronous run as its costs tell it, and what they say of the asynchronous one."""
+    """Both runs simulated from the same costs. host_s, device_s: medians over the steps, in seconds, of the host's work
+    with both copies, and of the step on the device."""
 
-    sync: Run
-    asynchronous: Run
-    host_s: float  # median of a step: what the host needs for it, and the copies
-    device_s: float  # median time of a step on the device
+    sync: SimulatedRun
+    asynchronous: SimulatedRun
+    host_s: float
+    device_s: float
 
     @property
     def gain(self) -> float:
-        """Synchronous over asynchronous time."""
+        """How many times as fast the asynchronous run is."""
         return self.sync.total_s / self.asynchronous.total_s
 
     @property
@@ -167,9 +166,10 @@ class Prediction:
 def predict(costs: Sequence[StepCost], slots: int = 2, early_stops: int = 0, rows: float = 1.0) -> Prediction:
     """Predict the asynchronous run with `slots` slots from the costs of a synchronous one.
 
-    early_stops: how many requests ended before their length limit, at a stop token or string. Each keeps its row for
-    slots - 1 more steps (wasted tokens); with `rows` rows in a step on average, that takes so many more steps.
-    Without early stops, and on the virtual clock, the prediction is exact.
+    early_stops: how many requests ended before their length limit, at a stop token or a stop string. Each of them keeps
+    its row for slots - 1 more steps, with wasted tokens. rows: rows in a step, on average; the more there are, the
+    fewer additional steps the run needs for that.
+    On the virtual clock, without early stops, the prediction is exact.
 
     ValueError without any step, or for slots, early_stops or rows that make no sense."""
     if not costs:
@@ -183,8 +183,10 @@ def predict(costs: Sequence[StepCost], slots: int = 2, early_stops: int = 0, row
 
 
 class WhatIf(NamedTuple):
-    """The run with `factor` (0 or 0.5) of a latency point's time, `where` it is on the host or the device: seconds of
-    both loops, and the share of each one's total that this saves."""
+    """What would be if the latency point `point` took only `factor` (0 or 0.5) of its time.
+
+    where: "host" or "device", the side that the point is on. sync_s, async_s: seconds of the whole run in both loops.
+    sync_saves, async_saves: the share of that loop's total that this saves."""
 
     point: str
     where: str
@@ -196,49 +198,56 @@ class WhatIf(NamedTuple):
 
 
 def what_if(timeline: Timeline, slots: int = 1, async_slots: int = 2) -> list[WhatIf]:
-    """For each latency point of a run with `slots` slots: both loops' totals if it took no time, or half. First those
-    of the host, then those of the device, each by what the loop that ran would save. Waiting is no point of its own:
-    it is what the others leave. Empty where no step was measured."""
+    """For each latency point of a run with `slots` slots: the totals of both loops if it took no time, or half.
+
+    Points of the host come first, then those of the device; on each side the first is the one that saves most in the
+    loop that ran. Waiting is not among them: it is what the other points leave. Empty where no step was measured."""
     costs = costs_of(timeline, slots)
     if not costs:
         return []
-    computed = {span.step for span in timeline.spans if span.lane == "compute"}
-    order = (step.step for step in timeline.steps if step.step in computed)  # as in `costs_of`
-    place = {step: index for index, step in enumerate(order)}
-    less: dict[tuple[str, str], np.ndarray] = {}  # (point, where): seconds [N, 5], as in StepCost
+    times = np.array([cost[:5] for cost in costs])
+    base = [simulate(costs, number).total_s for number in (1, async_slots)]
+    removable = _seconds_in_costs(timeline, slots)
+    rows = []
+    for (point, where), seconds in removable.items():
+        for factor in (0.0, 0.5):
+            remaining = np.maximum(times - (1 - factor) * seconds, 0.0).tolist()
+            new_costs = [StepCost._make([*row, *cost[5:]]) for row, cost in zip(remaining, costs, strict=True)]
+            totals = [simulate(new_costs, number).total_s for number in (1, async_slots)]
+            saves = [1 - total / before if before else 0.0 for total, before in zip(totals, base, strict=True)]
+            rows.append(WhatIf(point, where, factor, *totals, *saves))
+    ran = "sync_saves" if slots == 1 else "async_saves"
+    best = {key: max(getattr(row, ran) for row in rows if (row.point, row.where) == key) for key in removable}
+    return sorted(rows, key=lambda row: (row.where == "device", -best[row.point, row.where], row.point, row.factor))
 
-    def note(point: str, where: str, field: str, of_step: dict[int, float]) -> None:
-        taken = less.setdefault((point, where), np.zeros((len(costs), 5)))
+
+def _seconds_in_costs(timeline: Timeline, slots: int) -> dict[tuple[str, str], np.ndarray]:
+    """By (point, "host" or "device") how many seconds the point has in each cost: float64 [N, 5], N as in `costs_of`,
+    and the columns are the first five fields of `StepCost`."""
+    on_device = {span.step for span in timeline.spans if span.lane == "compute"}
+    order = [step.step for step in timeline.steps if step.step in on_device]  # as in `costs_of`
+    place = {step: index for index, step in enumerate(order)}
+    seconds_in: dict[tuple[str, str], np.ndarray] = {}
+
+    def add(point: str, where: str, field: str, of_step: dict[int, float]) -> None:
+        seconds_of_point = seconds_in.setdefault((point, where), np.zeros((len(order), 5)))
         for step, seconds in of_step.items():
             if step in place:
-                taken[place[step], StepCost._fields.index(field)] += seconds
+                seconds_of_point[place[step], StepCost._fields.index(field)] += seconds
 
     host, device = seconds_by_step(timeline)
     for (point, after), of_step in host.items():
         # Between two turns of the asynchronous loop, the device is seldom waiting for the caller.
         if point not in (WAIT, NO_REQUEST) and not (point == CALLBACKS and slots > 1):
-            note(point, "host", "commit" if after else "before", of_step)
+            add(point, "host", "commit" if after else "before", of_step)
     fields = {"copy in": "copy_in", "copy out": "copy_out"}
     for point, of_step in device.items():
-        note(point, "device", fields.get(point, "step"), of_step)
-
-    whole = np.array([cost[:5] for cost in costs])
-    base = [simulate(costs, number).total_s for number in (1, async_slots)]
-    found = []
-    for (point, where), taken in less.items():
-        for factor in (0.0, 0.5):
-            left = np.maximum(whole - (1 - factor) * taken, 0.0).tolist()
-            changed = [StepCost._make([*row, *cost[5:]]) for row, cost in zip(left, costs, strict=True)]
-            totals = [simulate(changed, number).total_s for number in (1, async_slots)]
-            saves = [1 - total / before if before else 0.0 for total, before in zip(totals, base, strict=True)]
-            found.append(WhatIf(point, where, factor, *totals, *saves))
-    ran = "sync_saves" if slots == 1 else "async_saves"
-    best = {key: max(getattr(one, ran) for one in found if (one.point, one.where) == key) for key in less}
-    return sorted(found, key=lambda one: (one.where == "device", -best[one.point, one.where], one.point, one.factor))
+        add(point, "device", fields.get(point, "step"), of_step)
+    return seconds_in
 
 
 def main() -> int:
-    """Predict each recorded asynchronous run from its synchronous one, and print how far off that was."""
+    """Predict each recorded asynchronous run from the synchronous one beside it, and print how far off that was."""
     head = ("recording", "engine", "model", "batch", "sync", "predicted", "async", "error")
     widths, align = (18, 14, 20, 6, 10, 11, 10, 8), "<<<>"
     print(table_line(head, widths, align))
@@ -247,10 +256,10 @@ def main() -> int:
         for (engine, model, batch, mode), run in runs.items():
             other = runs.get((engine, model, batch, "async"))
             if mode == "sync" and other:
-                guess, real_s = predict(costs_of_recording(run)), span_s(other)
-                totals = [f"{total_s:.3f}s" for total_s in (guess.sync.total_s, guess.asynchronous.total_s, real_s)]
-                error = f"{guess.asynchronous.total_s / real_s - 1:+.1%}"
-                print(table_line((name, engine, model, batch, *totals, error), widths, align))
+                prediction, real_s = predict(costs_of_recording(run)), span_s(other)
+                sync_s, async_s = prediction.sync.total_s, prediction.asynchronous.total_s
+                totals = [f"{total_s:.3f}s" for total_s in (sync_s, async_s, real_s)]
+                print(table_line((name, engine, model, batch, *totals, f"{async_s / real_s - 1:+.1%}"), widths, align))
     return 0
 
 

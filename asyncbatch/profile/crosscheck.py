@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..measure.points import record_points
+from ..measure.point_recorder import record_points
 from ..request import Request
 from ..timeline import Timeline, device_activity
 from .report import Kineto, Overhead

@@ -19,7 +19,8 @@ import numpy as np
 
 from ..measure.bandwidth import run_floor_s, step_floor_s
 from ..measure.points import MEANING
-from ..measure.recording import Recording, Steps, steps_from, steps_of
+from ..measure.recording import Recording
+from ..measure.steps import Steps, steps_from, steps_of
 from ..timeline import Timeline, idle_share
 from .machine import machine_name, versions
 from .measurement import Measurement

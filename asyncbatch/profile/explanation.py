@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..measure.points import attribute, points_of
+from ..measure.attribution import attribute
+from ..measure.points import points_of
 from ..measure.simulate import costs_of, predict, what_if
 from ..timeline import Timeline
 from .report import IdleGap, IdleTime, PointTimes, Prediction, WhatIf

@@ -11,8 +11,8 @@ from typing import Any
 
 from ..base import BatcherBase
 from ..batcher import AsyncBatcher, SyncBatcher
-from ..measure.points import record_points
-from ..measure.recording import steps_from
+from ..measure.point_recorder import record_points
+from ..measure.steps import steps_from
 from ..request import Completion, Request
 from ..timeline import Timeline
 from .console import one_line, tell

@@ -15,7 +15,8 @@ from asyncbatch import AsyncBatcher, Request, SamplingParams, SyncBatcher, load_
 from asyncbatch.attention import NAME
 from asyncbatch.devices import open_program
 from asyncbatch.devices.cuda import device as cuda_device
-from asyncbatch.measure.points import DEVICE_LANE, PARTS, points_of, record_points
+from asyncbatch.measure import points_of, record_points
+from asyncbatch.measure.points import DEVICE_LANE, PARTS
 
 pytestmark = [
     pytest.mark.cuda,

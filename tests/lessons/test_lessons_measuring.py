@@ -10,7 +10,7 @@ from support.wrong import measuring as answers
 
 from asyncbatch import kv_cache, streams
 from asyncbatch.lessons import measuring, teach
-from asyncbatch.measure import points, simulate
+from asyncbatch.measure import attribution, simulate
 
 
 def test_messages_name_the_fault(capsys):
@@ -130,7 +130,7 @@ def test_pictures_draw_what_they_are_given():
     runs = measuring.recorded_runs()[:3]
     law = measuring.draw_law(runs)
     assert [label.get_text() for label in law.axes.get_yticklabels()] == [run.label for run in runs]
-    found = points.Attribution(0.02, {"commit": 0.015, "schedule": 0.005}, [], 10)
+    found = attribution.Attribution(0.02, {"commit": 0.015, "schedule": 0.005}, [], 10)
     bars = measuring.draw_attribution({"before": found, "after": found}, most=1)
     assert [patch.get_width() for patch in bars.axes.patches] == pytest.approx([1.5, 0.5, 1.5, 0.5])
     assert [label.get_text() for label in bars.axes.get_yticklabels()] == ["commit", "all others"] * 2

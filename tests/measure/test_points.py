@@ -13,7 +13,7 @@ from support.tiny import tiny_model
 
 from asyncbatch import AsyncBatcher, Request, SyncBatcher, Timeline
 from asyncbatch.devices.virtual import Costs
-from asyncbatch.measure import points
+from asyncbatch.measure import attribute, point_recorder, points_of, record_points
 from asyncbatch.measure.points import (
     ADDED,
     CALLBACKS,
@@ -23,10 +23,7 @@ from asyncbatch.measure.points import (
     MEANING,
     NO_REQUEST,
     WAIT,
-    attribute,
     host_segments,
-    points_of,
-    record_points,
 )
 from asyncbatch.measure.simulate import costs_of, simulate, what_if
 from asyncbatch.ordering.faults import carrier, toy_tokens, use_toy_model, workload
@@ -76,21 +73,21 @@ def nested_spans(draw):
 
 
 @given(nested_spans())
-def test_the_innermost_span_counts(made):
-    timeline, end = made
+def test_the_innermost_span_counts(timeline_and_end):
+    timeline, end = timeline_and_end
     segments = host_segments(timeline)
     assert all(a.end <= b.start for a, b in zip(segments, segments[1:], strict=False))
     for moment in range(end):
         t = moment + 0.5
         around = [span for span in timeline.spans if span.start < t < span.end]
-        found = [segment.name for segment in segments if segment.start < t < segment.end]
+        names = [segment.name for segment in segments if segment.start < t < segment.end]
         if not around:
-            assert not found
+            assert not names
             continue
         shortest = min(span.end - span.start for span in around)
         inner = {span.name for span in around if span.end - span.start == shortest}
-        assert len(found) == 1
-        assert found[0] in inner | ({"schedule"} if "plan" in inner else set())
+        assert len(names) == 1
+        assert names[0] in inner | ({"schedule"} if "plan" in inner else set())
 
 
 @LOOPS
@@ -103,7 +100,7 @@ def test_the_idle_time_is_shared_out_completely(loop, seed):
     assert sum(idle.by.values()) == pytest.approx(idle.idle_s, abs=1e-12)
     for one, gap in zip(idle.gaps, gaps, strict=True):
         assert (one.step, one.start, one.end) == (gap.step, gap.start, gap.end)
-        assert sum(one.by.values()) == pytest.approx(one.seconds, abs=1e-12)
+        assert sum(one.host_s.values()) == pytest.approx(one.seconds, abs=1e-12)
     assert set(idle.by) <= set(MEANING)
 
 
@@ -125,7 +122,7 @@ def test_calls_that_follow_each_other_are_one_piece_but_not_across_steps_or_othe
         ("prune", 16, 17), ("prune", 19, 20),
         ("prune", 21, 22),
     ]  # fmt: skip
-    assert points._joined(calls, points._HostSpans(timeline)) == [
+    assert point_recorder._join_calls(calls, point_recorder._HostSpans(timeline)) == [
         ("KV allocate", 0, 1, 4),
         ("admit", 0, 5, 8), ("KV allocate", 0, 6, 8),
         ("KV allocate", 0, 9, 9.5),
@@ -266,9 +263,9 @@ def test_on_a_real_clock_too_a_run_is_as_long_afterwards_as_it_was(loop):
 def test_launches_follow_each_other_within_the_launch():
     timeline = run_virtually(AsyncBatcher, Costs(), workload(1))
     launches = {(span.step, span.name): span for span in timeline.spans if span.name == "launch"}
-    seen = [span for span in timeline.spans if span.lane == LANE and span.name.endswith("launch")]
-    assert seen
-    for span in seen:
+    parts = [span for span in timeline.spans if span.lane == LANE and span.name.endswith("launch")]
+    assert parts
+    for span in parts:
         outer = launches[span.step, "launch"]
         assert outer.start <= span.start <= span.end <= outer.end
 
@@ -318,20 +315,20 @@ def test_what_if_is_what_both_loops_then_do(costs, point, factor):
     requests = [replace(request, stop_token_ids=()) for request in workload(2)]
     changed = replace(costs, **{CHANGES[point]: factor * getattr(costs, CHANGES[point])})
     timeline = run_virtually(SyncBatcher, costs, requests)
-    (told,) = [one for one in what_if(timeline) if (one.point, one.factor) == (point, factor)]
-    for loop, seconds in ((SyncBatcher, told.sync_s), (AsyncBatcher, told.async_s)):
+    (change,) = [one for one in what_if(timeline) if (one.point, one.factor) == (point, factor)]
+    for loop, seconds in ((SyncBatcher, change.sync_s), (AsyncBatcher, change.async_s)):
         assert run_virtually(loop, changed, requests).summary().wall_s == pytest.approx(seconds, rel=1e-9)
     base = simulate(costs_of(timeline), 1).total_s
-    assert told.sync_saves == pytest.approx(1 - told.sync_s / base)
+    assert change.sync_saves == pytest.approx(1 - change.sync_s / base)
 
 
 def test_host_points_come_first_and_the_best_of_them_at_the_top():
     timeline = run_virtually(SyncBatcher, Costs(fill=9e-3, step=50e-3), workload(3))
-    found = what_if(timeline)
-    where = [one.where for one in found]
+    changes = what_if(timeline)
+    where = [one.where for one in changes]
     assert where == sorted(where, key=lambda side: side == "device")
-    assert found[0].point == "fill buffers"
-    saved = [one.sync_saves for one in found if one.where == "host" and one.factor == 0]
+    assert changes[0].point == "fill buffers"
+    saved = [one.sync_saves for one in changes if one.where == "host" and one.factor == 0]
     assert saved == sorted(saved, reverse=True)
-    assert WAIT not in {one.point for one in found}
+    assert WAIT not in {one.point for one in changes}
     assert what_if(Timeline()) == []

@@ -14,50 +14,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.recordings import MODEL, example, made_timeline, recorded, row_of
 
 from asyncbatch import AsyncBatcher, Request, SyncBatcher, Timeline
-from asyncbatch.measure import recording as recording_module
-from asyncbatch.measure.recording import KEYS, Recording, StepTimes, pack, steps_from, steps_of, unpack
-
-MODEL = "random:llama-8b"
-FACTS = dict(dtype="bfloat16", weight_bytes=15 * 10**9, kv_bytes_per_token=131072, vocab_size=501, max_positions=4096)
-SESSION = {
-    "gpu": {"name": "A GPU", "memory_gib": 1.0, "driver": "1.2", "compute_capability": "9.0"},
-    "versions": {"python": "3", "torch": "2", "transformers": "5", "triton": None, "cuda": "13"},
-    "machine": "somewhere",
-    "command": "python -m asyncbatch.profile --record made-up",
-    "date": "2026-01-01",
-    "copy_bandwidth_bytes_per_s": 4e12,
-    "models": {MODEL: FACTS},
-}
-
-
-def made_timeline(mode, parts, batch=4, origin=0.0, first_context=17):
-    """A timeline of steps from (kind, gap_s, device_s, host_s, tokens, wasted): the first is never waited for."""
-    timeline, now = Timeline(mode, "cuda"), origin
-    for number, (kind, gap_s, device_s, host_s, tokens, wasted) in enumerate(parts):
-        timeline.add("host", "plan", number, now, now + host_s / 2)
-        timeline.add("host", "commit", number, now + host_s / 2, now + host_s)
-        timeline.add("host", "wait", number, now + host_s, now + host_s + device_s)
-        now += gap_s
-        timeline.add("compute", "step", number, now, now + device_s)
-        now += device_s
-        timeline.add("D2H", "copy_out", number, now, now + 1e-5)
-        timeline.add_step(number, kind, tokens, wasted, batch, batch * (first_context + number))
-    return timeline
-
-
-def row_of(timeline, batch=4, model=MODEL, engine="asyncbatch", **other):
-    row = dict(engine=engine, mode=timeline.label, setting=None, model=model, batch_size=batch, requests=batch)
-    row |= dict(prompt_tokens=16, new_tokens=8, prefill_tokens=48, wall_s_of_each_run=[timeline.summary().wall_s])
-    return {**row, **other}
-
-
-def recorded(*timelines_and_rows, name="made-up", **session):
-    timelines = [timeline for timeline, _ in timelines_and_rows]
-    report = {**SESSION, **session, "runs": [row for _, row in timelines_and_rows]}
-    return Recording.from_runs(name, report, timelines)
-
+from asyncbatch.devices.timed import StepTimes
+from asyncbatch.measure.recording import Recording
+from asyncbatch.measure.recording_file import KEYS, MAY_BE_NULL
+from asyncbatch.measure.steps import pack, steps_from, steps_of, unpack
 
 short = st.floats(0, 1e-2)
 parts = st.tuples(
@@ -68,18 +31,6 @@ timelines = st.builds(
     made_timeline, st.sampled_from(["sync", "async"]), st.lists(parts, min_size=1, max_size=30),
     batch=st.integers(1, 40), origin=st.floats(0, 1e5), first_context=st.integers(1, 9000),
 )  # fmt: skip
-
-
-@functools.cache
-def example():
-    """Both modes, two batch sizes: a decode step of B rows and context C takes 1 ms + B * 0.1 ms + C * 1 us."""
-    made = []
-    for mode, batch in itertools.product(("sync", "async"), (2, 8)):
-        device = [1e-3 + 1e-4 * batch + 1e-6 * batch * (17 + number) for number in range(41 * batch)]
-        steps = [("decode" if n else "prefill", 1e-4, d if n else 7e-3, 3e-4, batch, 0) for n, d in enumerate(device)]
-        timeline = made_timeline(mode, steps, batch)
-        made.append((timeline, row_of(timeline, batch)))
-    return recorded(*made)
 
 
 # ---- packing --------------------------------------------------------------------------------------------------------
@@ -112,20 +63,20 @@ def test_what_is_no_run_is_refused(runs):
 @given(timelines)
 @settings(deadline=None)
 def test_the_totals_are_the_timelines_but_for_the_rounding(timeline):
-    expected, found = timeline.summary().as_dict(), steps_from(timeline).totals()
-    assert list(found) == list(expected)
+    expected, totals = timeline.summary().as_dict(), steps_from(timeline).totals()
+    assert list(totals) == list(expected)
     for key in ("tokens", "steps", "decode_steps", "wasted_tokens"):
-        assert found[key] == expected[key]
-    assert found["wall_s"] == pytest.approx(expected["wall_s"], abs=2e-6)
+        assert totals[key] == expected[key]
+    assert totals["wall_s"] == pytest.approx(expected["wall_s"], abs=2e-6)
     if expected["host_ms_per_step"] is None:
-        assert found["host_ms_per_step"] is None
+        assert totals["host_ms_per_step"] is None
     else:
-        assert found["host_ms_per_step"] == pytest.approx(expected["host_ms_per_step"], abs=1e-3)
+        assert totals["host_ms_per_step"] == pytest.approx(expected["host_ms_per_step"], abs=1e-3)
     if expected["device_active"] is None:
-        assert found["device_active"] is found["idle"] is None
+        assert totals["device_active"] is totals["idle"] is None
     else:  # each of a decode step's two times is off by a microsecond at the most, of the 100 that it lasts at least
-        assert found["device_active"] == pytest.approx(expected["device_active"], abs=0.03)
-        assert found["idle"] == 1 - found["device_active"]
+        assert totals["device_active"] == pytest.approx(expected["device_active"], abs=0.03)
+        assert totals["idle"] == 1 - totals["device_active"]
 
 
 @given(timelines)
@@ -136,13 +87,13 @@ def test_a_recording_is_loaded_as_it_was_saved_and_its_steps_are_those_measured(
     saved.save(path)
     loaded = Recording.load(path)
     assert loaded.data == saved.data
-    found, expected = steps_of(loaded.runs[0]), steps_from(timeline)
-    for key, a, b in zip(found._fields, found, expected, strict=True):
+    steps, expected = steps_of(loaded.runs[0]), steps_from(timeline)
+    for key, a, b in zip(steps._fields, steps, expected, strict=True):
         np.testing.assert_array_equal(a, b, err_msg=key)
     _, _, starts, ends = timeline.lane("compute")
-    np.testing.assert_allclose(found.device_us, 1e6 * (ends - starts), atol=1.01)
-    np.testing.assert_allclose(found.gap_us[1:], 1e6 * (starts[1:] - ends[:-1]), atol=1.01)
-    assert found.context.tolist() == [step.context for step in timeline.steps]
+    np.testing.assert_allclose(steps.device_us, 1e6 * (ends - starts), atol=1.01)
+    np.testing.assert_allclose(steps.gap_us[1:], 1e6 * (starts[1:] - ends[:-1]), atol=1.01)
+    assert steps.context.tolist() == [step.context for step in timeline.steps]
 
 
 def test_steps_that_were_not_measured_cannot_be_recorded():
@@ -162,12 +113,12 @@ def test_phases_are_medians_over_the_decode_steps():
 
 def test_long_runs_stay_small(tmp_path):
     random = np.random.default_rng(0)
-    made = []
+    runs = []
     for engine, mode in itertools.product(("asyncbatch", "transformers"), ("sync", "async")):
         times = random.normal([1.2e-3, 1.1e-2, 8e-4], [1e-4, 1e-3, 1e-4], (8200, 3))
         timeline = made_timeline(mode, [("decode" if n > 7 else "prefill", *t, 32, 0) for n, t in enumerate(times)], 32)
-        made.append((timeline, row_of(timeline, 32, engine=engine)))
-    recorded(*made).save(tmp_path / "long.json")
+        runs.append((timeline, row_of(timeline, 32, engine=engine)))
+    recorded(*runs).save(tmp_path / "long.json")
     assert (tmp_path / "long.json").stat().st_size < 600_000
 
 
@@ -234,7 +185,7 @@ def test_what_is_missing_is_named(data):
     }  # fmt: skip
     part = data.draw(st.sampled_from(list(parts)))
     key = data.draw(st.sampled_from(KEYS[part]))
-    if data.draw(st.booleans()) or key in recording_module.MAY_BE_NULL:
+    if data.draw(st.booleans()) or key in MAY_BE_NULL:
         del parts[part][key]
     else:
         parts[part][key] = None
@@ -245,9 +196,9 @@ def test_what_is_missing_is_named(data):
 def test_a_file_that_is_no_recording_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no recording 'nobody'; allowed"):
         Recording.load("nobody")
-    for text, found in (("hello", "not JSON"), ("[]", "not a list"), ("{}", "missing"), ('{"schema": 9}', "missing")):
+    for text, message in (("hello", "not JSON"), ("[]", "not a list"), ("{}", "missing"), ('{"schema": 9}', "missing")):
         (tmp_path / "other.json").write_text(text)
-        with pytest.raises(ValueError, match=found):
+        with pytest.raises(ValueError, match=message):
             Recording.load(tmp_path / "other.json")
     with pytest.raises(ValueError, match="schema is 9"):
         Recording({**example().data, "schema": 9}).check()
@@ -291,8 +242,8 @@ def test_a_step_takes_what_it_took_on_the_recorded_gpu(batch, share):
     context = round(first + share * (last - first))
     half_bin = 1e-6 * (last - first) / 128
     unknown = 1e-6 * 18 * (8 - max(batch, 2))
-    found = recording.step_s(batch, context)
-    assert found == pytest.approx(law(max(batch, 2), context), abs=2 * half_bin + unknown)
+    seconds = recording.step_s(batch, context)
+    assert seconds == pytest.approx(law(max(batch, 2), context), abs=2 * half_bin + unknown)
     assert recording.step_s(batch, context, kind="prefill") == pytest.approx(7e-3)
 
 

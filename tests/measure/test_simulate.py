@@ -12,7 +12,6 @@ from asyncbatch.devices.virtual import Costs
 from asyncbatch.measure.recording import Recording
 from asyncbatch.measure.simulate import (
     StepCost,
-    async_step_s,
     costs_of,
     costs_of_recording,
     main,
@@ -26,11 +25,16 @@ SECONDS = st.integers(0, 3000).map(lambda ms: ms / 1000)
 COST = st.tuples(*[SECONDS] * 5).map(lambda seconds: StepCost(*seconds))
 
 
+def closed_form_s(cost, slots):
+    """Seconds a step takes in the steady state when all steps cost the same: the slowest of the three cycles."""
+    return max(cost.before + cost.commit, cost.step, cost.copy_in, cost.copy_out, sum(cost[:5]) / slots)
+
+
 @given(COST, st.integers(1, 5))
 def test_many_equal_steps_take_the_closed_form_each_but_for_a_start_and_an_end(cost, slots):
     count = 200
     run = simulate([cost] * count, slots)
-    each, way = async_step_s(cost, slots), sum(cost[:5])
+    each, way = closed_form_s(cost, slots), sum(cost[:5])
     assert count * each - way - 1e-9 <= run.total_s <= count * each + (slots + 1) * way + 1e-9
 
 
@@ -73,10 +77,10 @@ def timeline_of(costs, unexplained=0.0):
 
 @given(st.lists(COST, min_size=2, max_size=12), SECONDS)
 def test_costs_are_read_from_a_timeline_and_time_that_no_span_explains_is_the_hosts(costs, unexplained):
-    found = costs_of(timeline_of(costs, unexplained))
+    read_costs = costs_of(timeline_of(costs, unexplained))
     expected = [costs[0], *(cost._replace(before=cost.before + unexplained) for cost in costs[1:])]
-    assert np.allclose([cost[:5] for cost in found], [cost[:5] for cost in expected], atol=1e-6)
-    assert simulate(found, 1).total_s == pytest.approx(simulate(expected, 1).total_s, abs=1e-5)
+    assert np.allclose([cost[:5] for cost in read_costs], [cost[:5] for cost in expected], atol=1e-6)
+    assert simulate(read_costs, 1).total_s == pytest.approx(simulate(expected, 1).total_s, abs=1e-5)
 
 
 def test_the_verdict_follows_the_times():
@@ -103,7 +107,7 @@ MODEL = carrier()
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12)), min_size=1, max_size=9), st.integers(2, 4), COST)
 def test_on_the_virtual_clock_the_prediction_is_exact(lengths, slots, cost):
-    """Requests run to their length limits, so both loops have the same steps, and then all of it is told."""
+    """Requests run to their length limits, so both loops have the same steps, and the prediction covers all of them."""
     requests = [Request(list(range(1, 1 + prompt)), new, stop_token_ids=()) for prompt, new in lengths]
     times = Costs(plan=cost.before / 2, fill=cost.before / 4, launch=cost.before / 4, copy_in=cost.copy_in,
                   step=lambda step: cost.step * (1 + 0.1 * step.rows + 0.01 * step.context), copy_out=cost.copy_out,
@@ -117,10 +121,10 @@ def test_on_the_virtual_clock_the_prediction_is_exact(lengths, slots, cost):
     sync, other = timelines
     if [step[:3] for step in sync.steps] != [step[:3] for step in other.steps]:
         return  # a request was admitted a step later: the synchronous loop frees its row one commit earlier
-    told = predict(costs_of(sync), slots)
-    assert told.sync.total_s == pytest.approx(sync.summary().wall_s, abs=1e-9)
-    assert told.asynchronous.total_s == pytest.approx(other.summary().wall_s, abs=1e-9)
-    assert np.allclose(told.asynchronous.ends, other.lane("compute")[3], atol=1e-9)
+    prediction = predict(costs_of(sync), slots)
+    assert prediction.sync.total_s == pytest.approx(sync.summary().wall_s, abs=1e-9)
+    assert prediction.asynchronous.total_s == pytest.approx(other.summary().wall_s, abs=1e-9)
+    assert np.allclose(prediction.asynchronous.ends, other.lane("compute")[3], atol=1e-9)
 
 
 @settings(deadline=None)
@@ -128,10 +132,10 @@ def test_on_the_virtual_clock_the_prediction_is_exact(lengths, slots, cost):
 def test_a_recorded_synchronous_run_is_told_as_it_was(name):
     for run in Recording.load(name).runs:
         if run["mode"] == "sync":
-            told = predict(costs_of_recording(run))
-            assert told.sync.total_s == pytest.approx(span_s(run), rel=1e-3)
-            assert told.sync.active == pytest.approx(run["totals"]["device_active"], abs=2e-3)
-            assert told.asynchronous.active > told.sync.active
+            prediction = predict(costs_of_recording(run))
+            assert prediction.sync.total_s == pytest.approx(span_s(run), rel=1e-3)
+            assert prediction.sync.active == pytest.approx(run["totals"]["device_active"], abs=2e-3)
+            assert prediction.asynchronous.active > prediction.sync.active
 
 
 def test_the_command_prints_a_line_for_each_pair_of_runs(capsys):

@@ -23,7 +23,8 @@ from asyncbatch.profile import document
 from asyncbatch.profile.page import page, write_page
 from asyncbatch.profile.report import Report
 from asyncbatch.profile.traces.page import MOST_GAPS, trace_page
-from asyncbatch.profile.traces.read import facts, read_trace
+from asyncbatch.profile.traces.read import read_trace
+from asyncbatch.profile.traces.report import facts
 from asyncbatch.timeline import Timeline
 
 VOID = {"meta", "img", "br"}

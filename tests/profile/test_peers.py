@@ -1,72 +1,27 @@
 """transformers' own continuous batching, and what is measured of it.
 
 Without CUDA it runs synchronously and eagerly; the stand-in for flash_attn then runs with a plain reference in place of
-its kernels, and in one test with the kernels themselves in Triton's interpreter.
+its kernels (test_peers_stand_in.py has the kernels themselves, in Triton's interpreter).
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import os
-import subprocess
-import sys
-import types
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import transformers
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from support.peers import BATCH, LAYERS, MAX_LENGTH, OPTIONS, generate, reference_decode, reference_prefill
 from support.tiny import tiny_model
-from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations import hub_kernels
 
 from asyncbatch import Request, SamplingParams, load_model
-from asyncbatch.profile.peers import batcher as peers
+from asyncbatch.profile.peers import attention_choice, stand_in
 from asyncbatch.profile.peers.batcher import TransformersBatcher
+from asyncbatch.profile.peers.recorder import StepRecorder
 from asyncbatch.timeline import Timeline
-
-BATCH, PREFILL, MAX_LENGTH, LAYERS = 5, 13, 64, 2  # 3 rows are padded to 4
-OPTIONS = dict(max_batch_size=BATCH, max_length=MAX_LENGTH, block_size=8, prefill_tokens=PREFILL)
-
-
-def generate(model, request: Request) -> list[int]:
-    """What plain greedy generation gives, one request at a time."""
-    prompt = torch.tensor([list(request.token_ids)], device=model.device)
-    mask = torch.ones_like(prompt)
-    ids = model.generate(prompt, attention_mask=mask, max_new_tokens=request.max_new_tokens, do_sample=False)
-    tokens = ids[0, prompt.shape[1] :].tolist()
-    ends = [n for n, token in enumerate(tokens, 1) if token in (request.stop_token_ids or ())]
-    return tokens[: ends[0]] if ends else tokens
-
-
-def reference_prefill(query, keys, values, tables, first, count, position, scale):
-    """Row after row, in plain torch. What belongs to no row stays nan: it must not be used."""
-    output = torch.full_like(query, float("nan"))
-    for f, n, p, table in zip(first.tolist(), count.tolist(), position.tolist(), tables.long(), strict=True):
-        if n:
-            k, v = (pool[table[: p + n]].transpose(0, 1)[None] for pool in (keys, values))
-            seen = torch.ones(n, p + n, dtype=torch.bool).tril(p)
-            q = query[f : f + n].transpose(0, 1)[None]
-            out = scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True)
-            output[f : f + n] = out[0].transpose(0, 1)
-    return output
-
-
-def reference_decode(query, key, value, keys, values, tables, live, position, scale, splits, arrived):
-    size, count = keys.shape[1], (live != 0).int()
-    assert torch.equal(live != 0, position >= 0)
-    assert len(arrived) >= query.shape[0] * key.shape[1]
-    for row in live.nonzero()[:, 0].tolist():
-        block, place = tables[row, position[row] // size], position[row] % size
-        keys[block, place], values[block, place] = key[row], value[row]
-    places = tables[:, :, None].long() * size + torch.arange(size)  # of every token of the row
-    first = torch.arange(len(query))
-    tokens = (pool.flatten(0, 1) for pool in (keys, values))
-    return reference_prefill(query, *tokens, places.flatten(1), first, count, position, scale)
 
 
 @pytest.fixture(scope="module")
@@ -82,24 +37,26 @@ def reference():
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(peers, "_why_no_stand_in", lambda device: "")
-        patch.setattr(peers, "_decode", counted("decode", reference_decode))
-        patch.setattr(peers, "_prefill", counted("prefill", reference_prefill))
+        patch.setattr(attention_choice, "_why_no_stand_in", lambda device: "")
+        patch.setattr(stand_in, "_decode", counted("decode", reference_decode))
+        patch.setattr(stand_in, "_prefill", counted("prefill", reference_prefill))
         yield calls
 
 
 @pytest.fixture(scope="module", params=["sdpa", "stand-in", "stand-in, padded"])
 def batcher(request, reference):
     """Padded: the sizes of a step are rounded up, as they are where CUDA graphs are used."""
-    with TransformersBatcher(tiny_model(), mode="sync", attention=request.param.split(",")[0], **OPTIONS) as made:
-        made.manager.batch_processor.model_runner.pad_inputs = "padded" in request.param
-        yield made
+    with TransformersBatcher(
+        tiny_model(), mode="sync", attention=request.param.split(",")[0], **OPTIONS
+    ) as open_batcher:
+        open_batcher.manager.batch_processor.model_runner.pad_inputs = "padded" in request.param
+        yield open_batcher
 
 
 @pytest.fixture(scope="module")
 def sdpa():
-    with TransformersBatcher(tiny_model(), mode="sync", attention="sdpa", **OPTIONS) as made:
-        yield made
+    with TransformersBatcher(tiny_model(), mode="sync", attention="sdpa", **OPTIONS) as open_batcher:
+        yield open_batcher
 
 
 TOKENS = st.integers(0, 96)
@@ -184,7 +141,7 @@ def kernel_state():
 AT_FIRST = kernel_state()
 
 
-def hooked(batcher) -> set[str]:
+def wrapped_methods(batcher) -> set[str]:
     processor = batcher.manager.batch_processor
     owners = (processor, processor.model_runner, processor.inputs_and_outputs)
     return {name for owner in owners for name in vars(owner) if callable(getattr(type(owner), name, None))}
@@ -209,7 +166,7 @@ def test_the_model_and_transformers_are_as_before(batcher, fails):
         assert not model.lm_head.training
         assert set(vars(model)) == attributes
         assert model._cached_continuous_batching_manager is own
-        assert hooked(batcher) == set()
+        assert wrapped_methods(batcher) == set()
         assert kernel_state() == AT_FIRST
     finally:
         del model._cached_continuous_batching_manager
@@ -261,7 +218,7 @@ def test_a_run_after_an_interrupted_one(sdpa, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("request_", "said"),
+    ("request_", "message"),
     [
         (Request([1], 4, SamplingParams(temperature=0.5)), "temperature is 0.5: here only 0"),
         (Request([1], 4, stop_strings=["x"]), "stop_strings is"),
@@ -270,14 +227,14 @@ def test_a_run_after_an_interrupted_one(sdpa, monkeypatch):
         (Request([97], 4), "vocabulary has 0 to 96"),
     ],
 )
-def test_bad_requests_are_refused_before_anything_runs(sdpa, request_, said):
-    with pytest.raises(ValueError, match=said):
+def test_bad_requests_are_refused_before_anything_runs(sdpa, request_, message):
+    with pytest.raises(ValueError, match=message):
         sdpa.run([Request([1, 2], 2), request_])
     assert len(sdpa.run([Request([1, 2], 2, stop_token_ids=())])[0].token_ids) == 2
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (dict(mode="fast"), "mode is 'fast': allowed are 'sync' and 'async'"),
         (dict(mode="async"), "mode is 'async' and the model is on cpu"),
@@ -290,21 +247,21 @@ def test_bad_requests_are_refused_before_anything_runs(sdpa, request_, said):
         (dict(mode="sync", compile_level=4), "compile_level is 4"),
     ],
 )
-def test_bad_settings(options, said):
-    with pytest.raises(ValueError, match=said):
+def test_bad_settings(options, message):
+    with pytest.raises(ValueError, match=message):
         TransformersBatcher(tiny_model(), **options)
 
 
 def test_setting_says_what_is_used_and_why(sdpa, monkeypatch):
     assert f"transformers {transformers.__version__}, sdpa" in sdpa.setting
     assert "sync" in sdpa.setting
-    monkeypatch.setattr(peers, "_why_no_flash_attn", lambda device: "flash_attn is not installed")
-    monkeypatch.setattr(peers, "_why_no_stand_in", lambda device: "no Triton")
-    assert peers._choose_attention("auto", None) == ("sdpa", "flash_attn is not installed; no Triton")
-    monkeypatch.setattr(peers, "_why_no_stand_in", lambda device: "")
-    assert peers._choose_attention("auto", None) == ("stand-in", "flash_attn is not installed")
-    monkeypatch.setattr(peers, "_why_no_flash_attn", lambda device: "")
-    assert peers._choose_attention("auto", None) == ("flash_attention_2", "")
+    monkeypatch.setattr(attention_choice, "_why_no_flash_attn", lambda device: "flash_attn is not installed")
+    monkeypatch.setattr(attention_choice, "_why_no_stand_in", lambda device: "no Triton")
+    assert attention_choice.choose_attention("auto", None) == ("sdpa", "flash_attn is not installed; no Triton")
+    monkeypatch.setattr(attention_choice, "_why_no_stand_in", lambda device: "")
+    assert attention_choice.choose_attention("auto", None) == ("stand-in", "flash_attn is not installed")
+    monkeypatch.setattr(attention_choice, "_why_no_flash_attn", lambda device: "")
+    assert attention_choice.choose_attention("auto", None) == ("flash_attention_2", "")
 
 
 def test_nothing_to_do_and_nothing_after_closing():
@@ -320,155 +277,13 @@ def test_nothing_to_do_and_nothing_after_closing():
 def test_another_version_without_a_part_that_is_needed(sdpa, monkeypatch):
     runner = sdpa.manager.batch_processor.model_runner
     monkeypatch.delattr(type(runner), "compute_batch")
-    recorder = peers._Recorder(Timeline(), sdpa.manager.batch_processor, torch.device("cpu"), "sync", [])
-    said = f"transformers {transformers.__version__} does not fit: its ModelRunner has no compute_batch .*5.17 to 5.23"
-    with pytest.raises(RuntimeError, match=said), recorder.hooks():
-        pass
-    assert hooked(sdpa) == set()
-
-
-# ---- what only happens asynchronously, on CUDA, told by hand -------------------------------------------------------
-
-
-class Scripted:
-    """The parts of transformers that the recorder wraps, in one object, doing what the test says."""
-
-    def __init__(self):
-        self.model_runner = self.inputs_and_outputs = self
-        self.rows = []
-        self.found = True
-
-    def prepare_next_batch(self):
-        return self.found
-
-    def _generation_step(self, model):
-        self.compute_batch(model, {})
-        self.retrieve_device_outputs()
-
-    def compute_batch(self, model, data):
-        pass
-
-    def retrieve_device_outputs(self):
-        pass
-
-    def prepare_batch_update(self):
-        return self.rows, [], None
-
-    def update_batch(self):
-        self.prepare_batch_update()
-
-
-def row(generated: int, *, finished: bool = False, query: int = 1, new: bool = True):
-    status = transformers.generation.continuous_batching.RequestStatus
-    state = types.SimpleNamespace(
-        request_id="0",
-        initial_tokens=[0] * 10,
-        generated_tokens=[0] * generated,
-        status=status.FINISHED if finished else status.DECODING,
+    recorder = StepRecorder(Timeline(), sdpa.manager.batch_processor, torch.device("cpu"), "sync", [])
+    message = (
+        f"transformers {transformers.__version__} does not fit: its ModelRunner has no compute_batch .*5.17 to 5.23"
     )
-    return types.SimpleNamespace(state=state, has_new_token=new, query_length=query)
-
-
-def test_steps_are_read_one_late_and_tokens_after_the_end_are_wasted():
-    script, timeline = Scripted(), Timeline()
-    recorder = peers._Recorder(timeline, script, torch.device("cpu"), "async", [])
-    recorder.ready.set()
-    script_of_rows = [
-        [row(0, query=6, new=False)],
-        [row(0, query=4)],
-        [row(1), row(1)],
-        [row(2, finished=True), row(2)],
-    ]
-    with recorder.hooks():
-        for number in range(5):
-            if number < 4:
-                assert script.prepare_next_batch()
-                script._generation_step(None)
-            if number:
-                recorder.all_answered = number == 4
-                script.rows = script_of_rows[number - 1]
-                script.update_batch()
-        script.found = False
-        assert not script.prepare_next_batch()
-    assert [tuple(step) for step in timeline.steps] == [
-        (0, "prefill", 0, 0, 1, 6),
-        (1, "prefill", 1, 0, 1, 10),
-        (2, "decode", 2, 0, 2, 22),
-        (3, "decode", 1, 1, 2, 24),
-    ]
-    names = [(span.name, span.step) for span in timeline.spans if span.lane == "host" and span.name != "launch"]
-    assert names == [
-        *[("plan", 0), ("plan", 1), ("wait", 0), ("commit", 0), ("plan", 2), ("wait", 1), ("commit", 1)],
-        *[("plan", 3), ("wait", 2), ("commit", 2)],  # the last one is read when the run is over
-    ]
-
-
-class FakeEvent:
-    def __init__(self, ms: float):
-        self.ms = ms
-
-    def elapsed_time(self, other) -> float:
-        return float(np.float32(other.ms - self.ms))  # all that CUDA gives
-
-
-def test_event_times_stay_exact_over_a_long_run(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    recorder = peers._Recorder(Timeline(), None, torch.device("cpu"), "async", [])
-    recorder.on_cuda, recorder._origin_event, recorder._origin = True, FakeEvent(0.0), 1000.0
-    starts = 3.0007 + np.arange(20_000) * 14.0013
-    recorder.events = [(FakeEvent(ms), FakeEvent(ms + 14.0003)) for ms in starts] + [(FakeEvent(-1), FakeEvent(-2))]
-    recorder._launched = len(starts)
-    recorder.finish()
-    _, steps, begins, ends = recorder.timeline.lane("compute")
-    assert steps.tolist() == list(range(len(starts)))
-    np.testing.assert_allclose(begins, 1000 + 1e-3 * starts, rtol=0, atol=5e-5)
-    np.testing.assert_allclose((begins[1:] - ends[:-1]), 1e-6, rtol=0, atol=2e-7)
-
-
-# ---- the stand-in's kernels ----------------------------------------------------------------------------------------
-
-INTERPRETED = """
-import torch
-from test_peers import OPTIONS, generate, reference_decode
-from support.tiny import tiny_model
-from asyncbatch import Request
-from asyncbatch.profile.peers import batcher as peers
-
-torch.manual_seed(0)
-rows, heads, kv_heads, dim, size = 4, 6, 2, 12, 8
-caches = [torch.randn(9, size, kv_heads, dim) for _ in "kv"]
-copies = [cache.clone() for cache in caches]
-q, k, v = (torch.randn(rows, 1, n, dim) for n in (heads, kv_heads, kv_heads))
-lengths = torch.tensor([0, 17, 8, -1], dtype=torch.int32)  # the last row is padding
-tables = torch.tensor([[5, -1, -1], [1, 7, 2], [3, 8, -1], [-1, -1, -1]], dtype=torch.int32)
-stand_in = peers.StandIn(rows, kv_heads, q.device)
-output = stand_in.flash_attn_with_kvcache(q, *caches, k, v, lengths, tables)
-expected = reference_decode(
-    q[:, 0], k[:, 0], v[:, 0], *copies, tables, lengths + 1, lengths, dim**-0.5, 1, stand_in._arrived
-)
-assert all(torch.equal(a, b) for a, b in zip(caches, copies))
-torch.testing.assert_close(output[:3, 0], expected[:3])
-assert output.isfinite().all()
-assert not stand_in._arrived.any()
-
-requests = [Request([3, 1, 4, 1, 5], 4, stop_token_ids=()), Request([2], 3, stop_token_ids=())]
-with peers.TransformersBatcher(tiny_model(), mode="sync", attention="stand-in", **OPTIONS) as batcher:
-    batcher.manager.batch_processor.model_runner.pad_inputs = True
-    assert [c.token_ids for c in batcher.run(requests)] == [generate(batcher.model, r) for r in requests]
-print("all equal")
-"""
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
-def test_kernels_in_the_interpreter_give_the_same():
-    """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
-    here = Path(__file__).parents[1]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    paths = [str(Path(__file__).parent), str(here), str(here.parent), os.environ.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    command = [sys.executable, "-c", INTERPRETED]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.stdout.endswith("all equal\n"), done.stderr[-3000:]
+    with pytest.raises(RuntimeError, match=message), recorder.hooks():
+        pass
+    assert wrapped_methods(sdpa) == set()
 
 
 # ---- CUDA ----------------------------------------------------------------------------------------------------------

@@ -12,11 +12,12 @@ import types
 
 import pytest
 import torch
+from support.recordings import MODEL, SESSION, example, made_timeline, recorded, row_of
 from support.reports import call_script
-from test_recording import MODEL, SESSION, example, made_timeline, recorded, row_of
 
 from asyncbatch import AsyncBatcher, SyncBatcher, Timeline, load_model
-from asyncbatch.measure.recording import Recording, steps_of
+from asyncbatch.measure.recording import Recording
+from asyncbatch.measure.steps import steps_of
 from asyncbatch.models.load import ModelError
 from asyncbatch.profile import cli, diagnosis, turns
 from asyncbatch.profile import session as profile

@@ -14,10 +14,10 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from support.clocks import costs, kinds
+from support.recordings import example
 from support.reports import call_script
 from support.serving import OPTIONS, alone, requests
 from support.tiny import tiny_model
-from test_recording import example
 
 from asyncbatch import AsyncBatcher, Completion, Request, SyncBatcher, load_model
 from asyncbatch.devices.virtual import Costs

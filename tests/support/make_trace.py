@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -142,68 +143,92 @@ def engine(
     after the model's. `prefill_at`: before that step the model runs eagerly, longer. The host plans for 300 us and
     commits for 150 us; each of a step's kernels takes 40 us, with 1 us to the next."""
     trace = trace or Trace()
-    now, free, waiting = start, 0, None  # host's clock, when the device is free, the copy out to be waited for
-
-    def wait_and_commit(now: int, done: int) -> int:
-        name = f"{runtime}StreamSynchronize" if mode == "sync" else f"{runtime}EventSynchronize"
-        until = max(done + 6 * US, now + 2 * US)
-        if mode == "sync" or copies:
-            trace.call(name, now, until - now)
-        trace.host("python_function", "/opt/engine/scheduler.py(210): commit", until, 150 * US)
-        return until + 150 * US
-
-    def launch_model(now: int, count: int, as_graph: bool, names) -> int:
-        nonlocal free
-        begin = None
-        graph = trace.call(f"{runtime}GraphLaunch", now, 30 * US) if as_graph else 0
-        now += 30 * US if as_graph else 0
-        for i in range(count):
-            if not as_graph:
-                name = f"{runtime}LaunchKernel" if i % 3 else "cuLaunchKernelEx"
-                trace.op("aten::mm", now, 6 * US)
-                correlation = trace.call(name, now + US, 4 * US, cat="cuda_driver" if i % 3 == 0 else "cuda_runtime")
-                now += 7 * US
-            else:
-                correlation = graph
-            at = max(free + US, now + 5 * US)
-            trace.kernel(names[i % len(names)], at, 40 * US, correlation, graph=graph and 3)
-            trace.flow(correlation, at, 0, COMPUTE)
-            begin, free = begin or at, at + 40 * US
-        if sampling:
-            correlation = trace.call(f"{runtime}LaunchKernel", now, 4 * US)
-            trace.kernel("argmax_kernel", free + US, 5 * US, correlation)
-            now, free = now + 5 * US, free + 6 * US
-        trace.steps.append((begin, free))
-        return now
-
+    host = _Host(trace, start, mode, copies, sampling, runtime)
+    waiting = None  # when the copy out that is still to be waited for is done
     for number in range(steps):
-        began = now
-        trace.host("python_function", "/opt/engine/scheduler.py(88): plan", now, 300 * US)
-        trace.op("aten::empty", now + 20 * US, 10 * US)
-        now += 300 * US
+        began = host.now
+        host.plan()
         if copies:
-            trace.op("aten::copy_", now, 12 * US)
-            correlation = trace.call(f"{runtime}MemcpyAsync", now + 2 * US, 6 * US)
-            trace.copy("Memcpy HtoD (Pinned -> Device)", now + 9 * US, 2 * US, correlation)
-            now += 14 * US
+            host.copy_in()
         if number == prefill_at:
-            now = launch_model(now, 3 * kernels, False, [f"prefill_{name}" for name in LAYERS])
-        now = launch_model(now, kernels, graphs, [f"embedding_{runtime}", *LAYERS])
-        done = free
-        if copies:
-            correlation = trace.call(f"{runtime}MemcpyAsync", now, 5 * US)
-            begin = max(free, now) + 2 * US
-            trace.copy("Memcpy DtoH (Device -> Pinned)", begin, 2 * US, correlation, COPY_OUT)
-            now, done = now + 6 * US, begin + 2 * US
+            host.launch_model(3 * kernels, False, [f"prefill_{name}" for name in LAYERS])
+        host.launch_model(kernels, graphs, [f"embedding_{runtime}", *LAYERS])
+        done = host.copy_out() if copies else host.free
         if mode == "sync":
-            now = wait_and_commit(now, done)
+            host.wait_and_commit(done)
         else:
-            now = wait_and_commit(now, waiting) if waiting else now
+            if waiting:
+                host.wait_and_commit(waiting)
             waiting = done
         if annotation:
-            trace.host("user_annotation", annotation.format(number), began, now - began)
-    trace.host("python_function", "/opt/engine/log.py(1): other thread", start, now - start, tid=OTHER_THREAD)
+            trace.host("user_annotation", annotation.format(number), began, host.now - began)
+    trace.host("python_function", "/opt/engine/log.py(1): other thread", start, host.now - start, tid=OTHER_THREAD)
     return trace
+
+
+@dataclass
+class _Host:
+    """The host of an engine. `now` is its clock, `free` is when the compute stream is done with all it has to do."""
+
+    trace: Trace
+    now: int
+    mode: str
+    copies: bool
+    sampling: bool
+    runtime: str
+    free: int = 0
+
+    def plan(self) -> None:
+        self.trace.host("python_function", "/opt/engine/scheduler.py(88): plan", self.now, 300 * US)
+        self.trace.op("aten::empty", self.now + 20 * US, 10 * US)
+        self.now += 300 * US
+
+    def copy_in(self) -> None:
+        self.trace.op("aten::copy_", self.now, 12 * US)
+        correlation = self.trace.call(f"{self.runtime}MemcpyAsync", self.now + 2 * US, 6 * US)
+        self.trace.copy("Memcpy HtoD (Pinned -> Device)", self.now + 9 * US, 2 * US, correlation)
+        self.now += 14 * US
+
+    def launch_model(self, count: int, as_graph: bool, names: Sequence[str]) -> None:
+        trace, begin = self.trace, None
+        graph = trace.call(f"{self.runtime}GraphLaunch", self.now, 30 * US) if as_graph else 0
+        self.now += 30 * US if as_graph else 0
+        for i in range(count):
+            correlation = graph if as_graph else self.launch_kernel(i)
+            at = max(self.free + US, self.now + 5 * US)
+            trace.kernel(names[i % len(names)], at, 40 * US, correlation, graph=graph and 3)
+            trace.flow(correlation, at, 0, COMPUTE)
+            begin, self.free = begin or at, at + 40 * US
+        if self.sampling:
+            correlation = trace.call(f"{self.runtime}LaunchKernel", self.now, 4 * US)
+            trace.kernel("argmax_kernel", self.free + US, 5 * US, correlation)
+            self.now, self.free = self.now + 5 * US, self.free + 6 * US
+        trace.steps.append((begin, self.free))
+
+    def launch_kernel(self, i: int) -> int:
+        """Launch one kernel eagerly; its correlation id."""
+        name = f"{self.runtime}LaunchKernel" if i % 3 else "cuLaunchKernelEx"
+        self.trace.op("aten::mm", self.now, 6 * US)
+        cat = "cuda_runtime" if i % 3 else "cuda_driver"
+        correlation = self.trace.call(name, self.now + US, 4 * US, cat=cat)
+        self.now += 7 * US
+        return correlation
+
+    def copy_out(self) -> int:
+        """Launch the copy of the results; when it is done."""
+        correlation = self.trace.call(f"{self.runtime}MemcpyAsync", self.now, 5 * US)
+        begin = max(self.free, self.now) + 2 * US
+        self.trace.copy("Memcpy DtoH (Device -> Pinned)", begin, 2 * US, correlation, COPY_OUT)
+        self.now += 6 * US
+        return begin + 2 * US
+
+    def wait_and_commit(self, done: int) -> None:
+        name = f"{self.runtime}StreamSynchronize" if self.mode == "sync" else f"{self.runtime}EventSynchronize"
+        until = max(done + 6 * US, self.now + 2 * US)
+        if self.mode == "sync" or self.copies:
+            self.trace.call(name, self.now, until - self.now)
+        self.trace.host("python_function", "/opt/engine/scheduler.py(210): commit", until, 150 * US)
+        self.now = until + 150 * US
 
 
 def write_large(path: Path, megabytes: float, mode: str = "sync") -> int:

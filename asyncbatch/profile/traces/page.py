@@ -20,7 +20,7 @@ from ..document import (
     timeline_view,
     write_html,
 )
-from .read import TraceReport, facts
+from .report import TraceReport, facts
 
 SECTIONS = {
     "summary": "Summary",

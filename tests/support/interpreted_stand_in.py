@@ -1,0 +1,47 @@
+"""The stand-in for flash_attn with the kernels themselves, in Triton's interpreter: TRITON_INTERPRET=1 must be set.
+
+A script of its own (`python -m support.interpreted_stand_in`), because Triton reads that variable when it is imported.
+It prints "all equal", or fails."""
+
+from __future__ import annotations
+
+import torch
+
+from asyncbatch import Request
+from asyncbatch.profile.peers.batcher import TransformersBatcher
+from asyncbatch.profile.peers.stand_in import StandIn
+
+from .peers import OPTIONS, generate, reference_decode
+from .tiny import tiny_model
+
+
+def compare_with_the_reference() -> None:
+    torch.manual_seed(0)
+    rows, heads, kv_heads, dim, size = 4, 6, 2, 12, 8
+    caches = [torch.randn(9, size, kv_heads, dim) for _ in "kv"]
+    copies = [cache.clone() for cache in caches]
+    q, k, v = (torch.randn(rows, 1, n, dim) for n in (heads, kv_heads, kv_heads))
+    lengths = torch.tensor([0, 17, 8, -1], dtype=torch.int32)  # the last row is padding
+    tables = torch.tensor([[5, -1, -1], [1, 7, 2], [3, 8, -1], [-1, -1, -1]], dtype=torch.int32)
+    stand_in = StandIn(rows, kv_heads, q.device)
+    output = stand_in.flash_attn_with_kvcache(q, *caches, k, v, lengths, tables)
+    expected = reference_decode(
+        q[:, 0], k[:, 0], v[:, 0], *copies, tables, lengths + 1, lengths, dim**-0.5, 1, stand_in._arrived
+    )
+    assert all(torch.equal(a, b) for a, b in zip(caches, copies, strict=True))
+    torch.testing.assert_close(output[:3, 0], expected[:3])
+    assert output.isfinite().all()
+    assert not stand_in._arrived.any()
+
+
+def serve_with_it() -> None:
+    requests = [Request([3, 1, 4, 1, 5], 4, stop_token_ids=()), Request([2], 3, stop_token_ids=())]
+    with TransformersBatcher(tiny_model(), mode="sync", attention="stand-in", **OPTIONS) as batcher:
+        batcher.manager.batch_processor.model_runner.pad_inputs = True
+        assert [c.token_ids for c in batcher.run(requests)] == [generate(batcher.model, r) for r in requests]
+
+
+if __name__ == "__main__":
+    compare_with_the_reference()
+    serve_with_it()
+    print("all equal")
