@@ -20,7 +20,7 @@ from .devices.cuda.device import CudaDevice, never_free
 from .devices.timed import StepTimes, TimedRunner
 from .devices.virtual import Costs, VirtualDevice
 from .kv_cache import KVCache, blocks_for
-from .models.load import check_model
+from .models.checks import check_model
 from .ordering.races import CheckedDevice
 from .request import Completion, Request, RequestError, check_request, contains_stop_string, shown
 from .runner import Runner

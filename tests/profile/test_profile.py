@@ -17,7 +17,7 @@ from test_recording import MODEL, SESSION, example, made_timeline, recorded, row
 
 from asyncbatch import AsyncBatcher, SyncBatcher, Timeline, load_model
 from asyncbatch.measure.recording import Recording, steps_of
-from asyncbatch.models.load import ModelError
+from asyncbatch.models import ModelError
 from asyncbatch.profile import cli, session
 from asyncbatch.profile import report as report_module
 from asyncbatch.profile import session as profile

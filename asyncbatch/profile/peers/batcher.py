@@ -32,7 +32,7 @@ import torch
 
 from ...kv_cache import blocks_for
 from ...measure.points import replaced
-from ...models.load import check_model
+from ...models.checks import check_model
 from ...request import Completion, Request, RequestError, check_request, finish_reason
 from ...runner import kv_heads_and_dim, splits_for
 from ...timeline import Timeline
