@@ -16,7 +16,10 @@ from .. import kv_cache
 from ..devices.virtual import Costs, VirtualStream
 from ..kv_cache import NOBODY, KVCache
 from ..measure import bandwidth as floor
+from ..models.toy import toy_llama
 from ..ordering import races
+from ..ordering.faults import launching
+from ..ordering.toy import use_toy_model
 from ..pictures.picture import COLORS, TEXT, Picture, figure
 from .blocks import FREE, RED, Film, Pool, color, letter, listed, pool_picture
 from .parts import Case, Exercise
@@ -119,20 +122,17 @@ def draw_waste(lengths: Sequence[int], reserved: Mapping[str, Sequence[int]]) ->
 
 def toy_server(batcher: Any, **options: Any) -> Any:
     """A batcher of the class `batcher` on the virtual clock, with blocks of 4 tokens. It serves the toy model of
-    `faults`: the next token is a checksum of all tokens before it, read through the block table."""
-    from ..ordering import faults  # imports transformers, which takes a second: not for every notebook
-
+    `asyncbatch.ordering.toy`: the next token is a checksum of all tokens before it, read through the block table.
+    options: of the batcher, in place of those that are set here."""
     options = {"clock": Costs(), "prefill_tokens": 32, "max_length": 40, "block_size": 4, **options}
-    server = batcher(faults.carrier(), step_s=0.0, **options)
-    faults.use_toy_model(server)
+    server = batcher(toy_llama(), step_s=0.0, **options)
+    use_toy_model(server)
     return server
 
 
 def give_prompts_a_stream(batcher: Any) -> None:
     """Damage a batcher on the virtual clock: steps that only compute prompts go to a second compute stream, beside the
     others. Steps after them wait for them; they wait for nothing but their inputs. Races are collected, not raised."""
-    from ..ordering import faults
-
     device = batcher.device
     checked = isinstance(device, races.CheckedDevice)
     second: Any = VirtualStream(device.device if checked else device, 1)
@@ -150,7 +150,7 @@ def give_prompts_a_stream(batcher: Any) -> None:
             calls["record step_done"] = lambda: second.record_event(slot.step_done)
             calls["wait step_done"] = lambda: [stream.wait_event(slot.step_done) for stream in (compute, d2h)]
 
-    faults.launching(edit)(batcher)
+    launching(edit)(batcher)
 
 
 class Write(NamedTuple):

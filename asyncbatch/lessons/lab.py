@@ -340,7 +340,7 @@ EFFECTS = {"copy_in": ("inputs", "device", 1), "step": ("device", "result", 6), 
 
 
 class ExploredStream:
-    def __init__(self, lab: ExploredLab, stream: explore.Stream):
+    def __init__(self, lab: ExploredLab, stream: explore.ProgramStream):
         self.lab, self.stream, self.name = lab, stream, stream.name
         self.record_event, self.wait_event, self.synchronize = stream.record, stream.wait, stream.synchronize
 

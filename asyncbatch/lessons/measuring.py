@@ -18,7 +18,7 @@ from ..kv_cache import KVCache
 from ..measure.points import Attribution
 from ..measure.recording import Recording, steps_of
 from ..measure.simulate import WhatIf
-from ..ordering.faults import carrier
+from ..models.toy import toy_llama
 from ..pictures.picture import COLORS, TEXT, Picture, figure
 from ..profile.cli import main
 from ..timeline import busy_curve, idle_share
@@ -40,7 +40,7 @@ def timed_step(device: str, ms: float) -> Iterator[tuple[Callable[[], Any], Call
         synchronize()
         yield launch, synchronize
         return
-    with SyncBatcher(carrier(), max_batch_size=1, step_s=1e-3 * ms) as batcher:
+    with SyncBatcher(toy_llama(), max_batch_size=1, step_s=1e-3 * ms) as batcher:
         compute = batcher.device.streams[1]
         compute.launch("decode/greedy/1", 0)
         compute.synchronize()

@@ -12,7 +12,10 @@ import torch
 from matplotlib.patches import Rectangle
 
 from .. import streams
+from ..models.toy import toy_llama
 from ..ordering import explore, races
+from ..ordering.faults import FAULTS
+from ..ordering.trials import trial
 from ..pictures.picture import COLORS, Picture, figure
 from .lab import (
     COMMANDS,
@@ -193,19 +196,17 @@ def draw_default_stream(found: Mapping[tuple[str, str], bool], where: str) -> Pi
 
 
 def who_finds(seeds: int = 5) -> dict[str, tuple[int, int]]:
-    """Put the faults of `SANITIZER` into the asynchronous batcher, `seeds` times each, and print who finds them. Gives
-    in how many runs tokens were wrong, and in how many the race checker found the fault."""
-    from ..ordering import faults  # it brings transformers, which the device's process does not need
-
-    model, found = faults.carrier(), {}
+    """Put each fault of `SANITIZER` into the asynchronous batcher, in `seeds` runs, and print who finds it. Returns for
+    each fault the number of runs with wrong tokens, and the number in which the race checker found it."""
+    model, counts = toy_llama(), {}
     print(f"{'runs of ' + str(seeds) + ' in which':41}  wrong tokens  race checker  can CUDA's sanitizer see it?")
-    for fault in faults.FAULTS:
+    for fault in FAULTS:
         if fault.name in SANITIZER:
-            tokens = sum(bool(faults.trial(fault, seed, check_races=False, model=model).by) for seed in range(seeds))
-            checker = sum(faults.trial(fault, seed, model=model).by == "checker" for seed in range(seeds))
-            found[fault.name] = tokens, checker
+            tokens = sum(bool(trial(fault, seed, check_races=False, model=model).by) for seed in range(seeds))
+            checker = sum(trial(fault, seed, model=model).by == "checker" for seed in range(seeds))
+            counts[fault.name] = tokens, checker
             print(f"{fault.name:41}  {tokens:12}  {checker:12}  {SANITIZER[fault.name]}")
-    return found
+    return counts
 
 
 def draw_clock(

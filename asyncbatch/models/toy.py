@@ -22,8 +22,8 @@ def toy_llama(
     tied: bool = False,
     seed: int = 0,
 ) -> Any:
-    """A `transformers.LlamaForCausalLM` that computes a step in milliseconds: float32, on the CPU, in eval mode, without
-    gradients. It has no special tokens, so only its length ends a text.
+    """A `transformers.LlamaForCausalLM` that computes a step in milliseconds: float32, on the CPU, in eval mode and
+    without gradients. It has no special tokens, so only its length ends a text.
 
     The defaults give a model that is good for one thing: a batcher needs one, even where nothing is computed with it.
     Tests whose tokens matter ask for larger sizes.

@@ -15,7 +15,7 @@ from asyncbatch import AsyncBatcher, Request, SyncBatcher
 from asyncbatch.devices.virtual import Costs
 from asyncbatch.kv_cache import NOBODY, KVCache
 from asyncbatch.lessons import blocks, cache, teach
-from asyncbatch.ordering import faults
+from asyncbatch.ordering.toy import toy_tokens
 
 # ---- exercises: wrong answers as learners write them, and a word that only the right message has ---------------------
 
@@ -289,7 +289,7 @@ def test_the_film_has_a_frame_a_step_and_every_change_of_the_books(film):
     assert {block for _, block, owner in film.changes if owner != NOBODY} == taken
     times = [when for when, _, _ in film.changes]
     assert times == sorted(times)
-    assert [c.token_ids for c in film.completions] == [faults.toy_tokens(request) for request in requests()]
+    assert [c.token_ids for c in film.completions] == [toy_tokens(request) for request in requests()]
 
 
 def test_the_frames_say_what_happened(film):
@@ -398,7 +398,7 @@ def test_pictures_say_what_they_count():
 def handover(damage, prefill_s, slots=2):
     """One row: A stops by itself, and B waits for the row."""
     first = Request([5, 6, 7], 20, stop_token_ids=())
-    first = Request([5, 6, 7], 20, stop_token_ids=faults.toy_tokens(first)[3:4])
+    first = Request([5, 6, 7], 20, stop_token_ids=toy_tokens(first)[3:4])
     pair = [first, Request(list(range(10, 18)), 4, stop_token_ids=())]
     costs = Costs(step=lambda work: prefill_s if work.kind == "prefill" else 3e-3)
     options = {"clock": costs, "check_races": True, "max_batch_size": 1, "num_blocks": 6, "num_slots": slots}
@@ -406,7 +406,7 @@ def handover(damage, prefill_s, slots=2):
         if damage:
             cache.give_prompts_a_stream(batcher)
         film = blocks.watch(batcher, pair)
-        right = [c.token_ids == faults.toy_tokens(request) for c, request in zip(film.completions, pair, strict=True)]
+        right = [c.token_ids == toy_tokens(request) for c, request in zip(film.completions, pair, strict=True)]
         return film, right, batcher.checked.races
 
 
