@@ -53,7 +53,7 @@ def setup() -> str:
 
 
 # ----------------------------------------------------------------------------------------- predictions
-class Prediction:
+class Question:
     """A question with options A, B, ...: buttons in a notebook, text everywhere else."""
 
     def __init__(self, question: str, options: Sequence[str]) -> None:
@@ -100,24 +100,23 @@ class Prediction:
             _say(f"You chose {self.choice}: {self.options[self.choice]}. The answer is {right}.\n{because}")
 
 
-def predict(question: str, options: Sequence[str]) -> Prediction:
+def predict(question: str, options: Sequence[str]) -> Question:
     """Ask the reader before a result is shown. Make it the last line of a cell; call `reveal` on it after the result.
 
     Raises ValueError for fewer than two or more than eight options.
     """
     if isinstance(options, str) or not 2 <= len(options) <= len(LETTERS):
         raise ValueError(f"a prediction needs a list of 2 to {len(LETTERS)} options; {options!r} was given")
-    return Prediction(question, options)
+    return Question(question, options)
 
 
 # ------------------------------------------------------------------------------------------- exercises
 @cache
 def _exercises() -> dict[str, Exercise]:
-    """All exercises by name. Their modules are imported late: `setup` may have to install what they need."""
-    from . import cache as kv
-    from . import idle, measuring, streams
+    """All exercises by name. They are imported late, since `setup` may first have to install what they need."""
+    from .exercises import EXERCISES
 
-    return {**idle.EXERCISES, **streams.EXERCISES, **kv.EXERCISES, **measuring.EXERCISES}
+    return EXERCISES
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,10 @@ from matplotlib.patches import FancyArrowPatch
 from matplotlib.text import Text
 
 from asyncbatch.lessons import streams, teach
-from asyncbatch.lessons.lab import COMMANDS, Lab, draw, program, serve
+from asyncbatch.lessons.exercises import streams as exercises
+from asyncbatch.lessons.lab import COMMANDS, Lab, serve
+from asyncbatch.lessons.lab_orders import program
+from asyncbatch.lessons.lab_pictures import draw
 from asyncbatch.ordering import races
 from asyncbatch.ordering.explore import explore
 from asyncbatch.ordering.faults import launching
@@ -155,7 +158,7 @@ def said(capsys, name, function):
     return returned, capsys.readouterr().out.replace("\n", " ")
 
 
-@pytest.mark.parametrize("name", streams.EXERCISES)
+@pytest.mark.parametrize("name", exercises.EXERCISES)
 def test_the_reference_passes_and_is_the_packages_own(name, capsys):
     reference = teach.EXERCISES[name].reference
     assert reference.__module__ in ("asyncbatch.streams", "asyncbatch.ordering.races")
@@ -165,7 +168,7 @@ def test_the_reference_passes_and_is_the_packages_own(name, capsys):
     assert returned is not reference
 
 
-@pytest.mark.parametrize("name", streams.EXERCISES)
+@pytest.mark.parametrize("name", exercises.EXERCISES)
 def test_each_wrong_answer_is_rejected_with_its_own_message(name, capsys):
     lessons = []
     for wrong in WRONG[name]:
@@ -177,7 +180,7 @@ def test_each_wrong_answer_is_rejected_with_its_own_message(name, capsys):
     assert len(set(lessons)) == len(lessons), "two faults get the same explanation"
 
 
-@pytest.mark.parametrize("name", streams.EXERCISES)
+@pytest.mark.parametrize("name", exercises.EXERCISES)
 def test_an_untouched_stub_says_so(name, capsys):
     def raises(*args):
         raise NotImplementedError
@@ -331,9 +334,9 @@ def all_pictures():
     yield streams.draw_default_stream(streams.RECORDED_DEFAULT_STREAM, streams.RECORDED_ON)
     yield streams.Luck(40.0, 30.0)
     yield streams.Luck(100.0, 1.0)
-    case = streams.EXERCISES["racing"].cases[-1]
+    case = exercises.EXERCISES["racing"].cases[-1]
     yield streams.draw_clock(*case.args, races.racing(*case.args))
-    yield streams._draw_racing(case.args, case.args[2], [])
+    yield exercises._draw_racing(case.args, case.args[2], [])
 
 
 @pytest.mark.parametrize("picture", list(all_pictures()), ids=str)
@@ -357,13 +360,15 @@ def test_a_picture_says_what_was_read_and_has_an_arrow_for_each_wait():
 
 
 def test_a_check_shows_the_learners_lab_beside_the_packages():
-    draw = streams.EXERCISES["launch_step"].picture
-    wrong, right = (streams.Verdict(launch, (7, 8, 9)) for launch in (LAUNCHES["batches do not overlap"], launch_step))
+    draw = exercises.EXERCISES["launch_step"].picture
+    wrong, right = (
+        exercises.Verdict(launch, (7, 8, 9)) for launch in (LAUNCHES["batches do not overlap"], launch_step)
+    )
     assert wrong != right
     assert repr(draw(((7, 8, 9),), wrong, right)).startswith(
         "<Picture: your function: 183 ms in all; the package's: 143"
     )
-    mine = streams.Verdict(RIGHT, (7, 8, 9))
+    mine = exercises.Verdict(RIGHT, (7, 8, 9))
     assert mine == right
     assert repr(draw(((7, 8, 9),), mine, right)) == "<Picture: your function: 143 ms in all>"
 
