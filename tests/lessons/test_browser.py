@@ -32,7 +32,7 @@ from urllib.request import Request, urlopen
 import pytest
 from support.wrong_answers import cell_source, wrong_answers
 
-from asyncbatch.lessons import teach
+from asyncbatch.lessons.exercises import EXERCISES
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 120  # seconds for anything that takes a few on a quiet machine
@@ -467,7 +467,7 @@ def test_a_notebook_as_its_reader_uses_it(path, lab, tmp_path):
         screenshot(lab.driver, f"{path.stem}-wrong", tmp_path)
         assert f"{name}: not yet." in wrong
         assert "is right." in wrong.replace("\n", " ")
-        right = answer(lab, name, cell_source(teach.EXERCISES[name].reference, name))
+        right = answer(lab, name, cell_source(EXERCISES[name].reference, name))
         screenshot(lab.driver, f"{path.stem}-right", tmp_path)
         assert f"{name}: right in all" in right
         assert "goes on with your function" in right.replace("\n", " ")

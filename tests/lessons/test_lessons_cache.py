@@ -15,6 +15,7 @@ from asyncbatch import AsyncBatcher, Request, SyncBatcher
 from asyncbatch.devices.virtual import Costs
 from asyncbatch.kv_cache import NOBODY, KVCache
 from asyncbatch.lessons import blocks, cache, teach
+from asyncbatch.lessons.exercises import EXERCISES
 from asyncbatch.ordering.toy import toy_tokens
 
 # ---- exercises: wrong answers as learners write them, and a word that only the right message has ---------------------
@@ -198,7 +199,7 @@ CASES = [(name, wrong) for name, answers in WRONG.items() for wrong in answers]
 
 @pytest.mark.parametrize(("name", "wrong"), CASES, ids=[wrong.__name__ for _, wrong in CASES])
 def test_a_wrong_answer_gets_the_message_that_helps(name, wrong, capsys):
-    reference = teach.EXERCISES[name].reference
+    reference = EXERCISES[name].reference
     assert teach.check(name, wrong) is reference
     said = capsys.readouterr().out.replace("\n", " ")
     assert f"{name}: not yet" in said
@@ -222,7 +223,7 @@ def test_entry_and_block_are_told_apart(capsys):
 
 @pytest.mark.parametrize("name", WRONG)
 def test_reference_and_untouched_stub(name, capsys):
-    reference = teach.EXERCISES[name].reference
+    reference = EXERCISES[name].reference
 
     def learners(*args):
         return reference(*args)
@@ -236,7 +237,7 @@ def test_reference_and_untouched_stub(name, capsys):
 @pytest.mark.parametrize(("name", "wrong"), [case for case in CASES if case[0] != "kv_bytes"])
 def test_pictures_of_answers_can_be_drawn(name, wrong):
     """And show what is wrong in words, not by colour alone."""
-    exercise = teach.EXERCISES[name]
+    exercise = EXERCISES[name]
     answer = exercise.answer or (lambda function, *args: function(*args))
     for args, *_ in exercise.cases:
         want = answer(exercise.reference, *args)

@@ -15,6 +15,7 @@ from matplotlib.patches import FancyArrowPatch
 from matplotlib.text import Text
 
 from asyncbatch.lessons import streams, teach
+from asyncbatch.lessons.exercises import EXERCISES
 from asyncbatch.lessons.exercises import streams as exercises
 from asyncbatch.lessons.lab import COMMANDS, Lab, serve
 from asyncbatch.lessons.lab_orders import program
@@ -160,7 +161,7 @@ def said(capsys, name, function):
 
 @pytest.mark.parametrize("name", exercises.EXERCISES)
 def test_the_reference_passes_and_is_the_packages_own(name, capsys):
-    reference = teach.EXERCISES[name].reference
+    reference = EXERCISES[name].reference
     assert reference.__module__ in ("asyncbatch.streams", "asyncbatch.ordering.races")
     returned, text = said(capsys, name, lambda *args: reference(*args))
     assert "right in all" in text
@@ -173,7 +174,7 @@ def test_each_wrong_answer_is_rejected_with_its_own_message(name, capsys):
     lessons = []
     for wrong in WRONG[name]:
         returned, text = said(capsys, name, wrong)
-        assert returned is teach.EXERCISES[name].reference, text
+        assert returned is EXERCISES[name].reference, text
         assert f"{name}: not yet" in text
         lessons.append(text.split("is right. ")[1])
     assert len(lessons) >= 3
@@ -187,7 +188,7 @@ def test_an_untouched_stub_says_so(name, capsys):
 
     for stub in (lambda *args: ..., raises):
         returned, text = said(capsys, name, stub)
-        assert returned is teach.EXERCISES[name].reference
+        assert returned is EXERCISES[name].reference
         assert text.startswith(f"{name}: not attempted yet.")
 
 
