@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.reports import EMULATED, REAL, measured
-from test_pictures import run as made_run
+from support.timelines import steady_run as made_run
 
 from asyncbatch.pictures import plot
 from asyncbatch.profile import page as page_module

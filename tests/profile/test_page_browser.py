@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 from support.reports import EMULATED, measured
+from support.timelines import steady_run as made_run
 from test_browser import CHROMIUM, browse, until, wait
 from test_page import hostile
-from test_pictures import run as made_run
 
 from asyncbatch.profile import page as page_module
 from asyncbatch.profile.page import write_page
