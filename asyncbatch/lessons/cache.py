@@ -1,6 +1,6 @@
-"""Notebook 03: what a KV cache saves, costs and wastes, a block handed on while a step is in flight, and the exercises.
+"""Notebook 03: what a KV cache saves, costs and wastes, and a block that is handed on while a step is in flight.
 
-The pool of blocks and its film are in `blocks.py`.
+The pool of blocks and its film are in `blocks.py`, the exercises in `exercises/cache.py`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from ..ordering.toy import use_toy_model
 from ..pictures.picture import COLORS, TEXT, Picture, figure
 from .blocks import FREE, RED, Film, color, letter
 
-EMPTY = {"facecolor": "#FBE9DF", "edgecolor": RED, "hatch": "////", "lw": 0.4}  # places reserved for nothing
-HANDOVER_MS = (-6.5, 8.0)  # what `draw_handover` shows of each run
+EMPTY = {"facecolor": "#FBE9DF", "edgecolor": RED, "hatch": "////", "lw": 0.4}  # places that are reserved in vain
+HANDOVER_MS = (-6.5, 8.0)  # the part of each run that `draw_handover` shows
 
 # ---- what a cache saves, costs and wastes ----------------------------------------------------------------------------
 
 
 def draw_work(num_prompt: int, num_new: int) -> Picture:
-    """Which tokens go through the model in which step, without a cache and with one."""
+    """Which tokens go through the model in each step, without a cache and with one."""
     picture = figure(9, 0.9 + 0.25 * num_new)
     picture.figure.clear()
     panels: Any = picture.figure.subplots(1, 2, sharey=True)
@@ -65,7 +65,7 @@ def draw_work(num_prompt: int, num_new: int) -> Picture:
 
 
 def draw_bytes(bars: Mapping[str, tuple[float, float]]) -> Picture:
-    """Bars of (bytes of weights, bytes of keys and values), each with its label above it."""
+    """One bar for each label: (bytes of weights, bytes of keys and values)."""
     picture = figure(8, 0.55 + 0.75 * len(bars))
     axes: Any = picture.axes
     longest = max(map(sum, bars.values()))
@@ -90,7 +90,9 @@ def draw_bytes(bars: Mapping[str, tuple[float, float]]) -> Picture:
 
 
 def draw_waste(lengths: Sequence[int], reserved: Mapping[str, Sequence[int]]) -> Picture:
-    """Panels side by side, one for each way to lay out a cache: of each request its tokens, and its empty places."""
+    """One panel for each way to lay out a cache, side by side: the tokens of each request, and its empty places.
+
+    lengths: how many tokens each request has. reserved: for each way, how many places each request has."""
     picture = figure(10, 1.2 + 0.17 * len(lengths))
     picture.figure.clear()
     panels: Any = picture.figure.subplots(1, len(reserved), sharey=True)
@@ -127,8 +129,9 @@ def toy_server(batcher: Any, **options: Any) -> Any:
 
 
 def give_prompts_a_stream(batcher: Any) -> None:
-    """Damage a batcher on the virtual clock: steps that only compute prompts go to a second compute stream, beside the
-    others. Steps after them wait for them; they wait for nothing but their inputs. Races are collected, not raised."""
+    """Damage a batcher on the virtual clock: steps that only compute prompts run on a second compute stream, beside the
+    others. Later steps wait for them, but they wait for nothing except their inputs. Races are collected, not
+    raised."""
     device = batcher.device
     checked = isinstance(device, races.CheckedDevice)
     second: Any = VirtualStream(device.device if checked else device, 1)
@@ -150,7 +153,8 @@ def give_prompts_a_stream(batcher: Any) -> None:
 
 
 class Write(NamedTuple):
-    """A step on the device that writes a block: for which request, what, and when (ms). beside: on a second stream."""
+    """A step that writes into a block: for which request (owner), what (words), and when (start, end, in ms). wasted:
+    whether the request had already ended. beside: whether it runs on a second stream."""
 
     step: int
     owner: int
@@ -167,27 +171,28 @@ def writes_of(film: Film, block: int) -> list[Write]:
     prefill = {step.step for step in film.timeline.steps if step.kind == "prefill"}
     _, steps, starts, ends = film.timeline.lane("compute")
     two_streams = bool((starts[1:] < ends[:-1]).any())
-    found = []
+    writes = []
     for step, start, end in zip(steps.tolist(), 1e3 * starts, 1e3 * ends, strict=True):
         for owner, position, blocks in film.writes[step]:
             if block in blocks:
                 wasted = step > pruned_in.get(owner, step)
                 words = f"{letter(owner)}'s prompt" if step in prefill else f"{letter(owner)}'s token {position}"
                 words += ", wasted" if wasted else ""
-                found.append(Write(step, owner, words, start, end, wasted, two_streams and step in prefill))
-    return found
+                writes.append(Write(step, owner, words, start, end, wasted, two_streams and step in prefill))
+    return writes
 
 
 def draw_handover(films: Mapping[str, Film], block: int) -> Picture:
-    """What the books said of one block, and which steps wrote it on the device, about the time when its first owner was
-    pruned: time 0. A step that computes for a request pruned meanwhile is hatched: its token is wasted."""
-    writes = {title: writes_of(film, block) for title, film in films.items()}
-    tall = {title: 2.6 + 0.85 * any(write.beside for write in found) for title, found in writes.items()}
+    """What the books say of one block, and which steps write into it on the device, around the moment when its first
+    owner is pruned (time 0). If the request of a step has been pruned meanwhile, its token is wasted, and the step is
+    hatched."""
+    all_writes = {title: writes_of(film, block) for title, film in films.items()}
+    tall = {title: 2.6 + 0.85 * any(write.beside for write in writes) for title, writes in all_writes.items()}
     picture = figure(10, 0.7 + 0.52 * sum(tall.values()))
     axes: Any = picture.axes
     axes.set(xlim=HANDOVER_MS, ylim=(sum(tall.values()) - 0.3, 0))
     top, ticks, captions = 0.0, {}, []
-    for title, found in writes.items():
+    for title, writes in all_writes.items():
         changes = [(1e3 * when, owner) for when, changed, owner in films[title].changes if changed == block]
         pruned = next(when for when, owner in changes if owner == NOBODY)
         axes.text(HANDOVER_MS[0], top + 0.22, title, fontsize=10, fontweight="bold", va="center", parse_math=False)
@@ -197,16 +202,16 @@ def draw_handover(films: Mapping[str, Film], block: int) -> Picture:
         ends = [when for when, _ in changes[1:]] + [pruned + HANDOVER_MS[1]]
         for (when, owner), end in zip(changes, ends, strict=True):
             _bar(axes, top + 0.7, when - pruned, end - pruned, owner, "" if owner == NOBODY else letter(owner))
-        for write in found:
+        for write in writes:
             y = top + (2.4 if write.beside else 1.55)
             words = f"step {write.step}\n{write.words}"
             _bar(axes, y, write.start - pruned, write.end - pruned, write.owner, words, write.wasted)
             ticks |= {y + 0.3: "second stream writes"} if write.beside else {}
-        last = max((w for w in found if w.end - pruned < HANDOVER_MS[1]), key=lambda write: write.end)
+        last = max((w for w in writes if w.end - pruned < HANDOVER_MS[1]), key=lambda write: write.end)
         words, tint = f"in block {block} stays:\n{last.words}", RED if last.wasted else "black"
         axes.text(HANDOVER_MS[1] - 0.1, top + 1.85, words, fontsize=8.5, ha="right", va="center", color=tint)
-        told = ", ".join(f"{write.words} (step {write.step})" for write in found)
-        captions.append(f"{title}: {told}; in the end {last.words}")
+        story = ", ".join(f"{write.words} (step {write.step})" for write in writes)
+        captions.append(f"{title}: {story}; in the end {last.words}")
         top += tall[title]
     axes.set_xlabel("virtual time, ms, from the moment of pruning", size=8.5)
     axes.set_yticks(list(ticks), list(ticks.values()))

@@ -15,8 +15,8 @@ REQUEST_COLORS = ("sky", "orange", "green", "yellow", "blue", "purple", "vermill
 
 
 def draw_batches(batches: dict[str, Sequence[Sequence[int | None]]]) -> Picture:
-    """Batches below each other on one axis of steps. `batches[title][row][step]` is the number of the request that this
-    row computes in this step, or None: a wasted place, hatched."""
+    """Batches below each other, on one axis of steps. `batches[title][row][step]` is the number of the request that the
+    row computes in that step, or None for a wasted place, which is hatched."""
     steps = max(len(row) for rows in batches.values() for row in rows)
     picture = figure(8, 0.5 + 0.3 * sum(len(rows) + 2 for rows in batches.values()))
     axes: Any = picture.axes
@@ -48,7 +48,8 @@ def _draw_place(axes: Any, step: int, row: int, place: int | None) -> None:
 
 
 def draw_costs(cost: dict[int, float]) -> Picture:
-    """What a step costs, and what a token costs, over the rows of the batch: `cost` is rows -> milliseconds a step."""
+    """What a step costs, and what a token costs, over the rows of the batch. cost: the milliseconds of a step, for each
+    number of rows."""
     picture = figure(8, 2.6)
     axes: Any = picture.axes
     places = range(len(cost))
@@ -66,7 +67,8 @@ def draw_costs(cost: dict[int, float]) -> Picture:
 
 
 def draw_budget(chunk_sizes: Sequence[int], free_rows: int, budget: int, admitted: int) -> Picture:
-    """Waiting chunks along an axis of tokens: the first `admitted` join the step, the others (hatched) wait."""
+    """Waiting chunks of prompts along an axis of tokens. The first `admitted` join the step, the others (hatched)
+    wait."""
     picture = figure(8, 1.5)
     axes: Any = picture.axes
     at = 0
@@ -88,7 +90,8 @@ def draw_budget(chunk_sizes: Sequence[int], free_rows: int, budget: int, admitte
 
 
 def draw_periods(starts: Sequence[float], ends: Sequence[float]) -> Picture:
-    """The steps of a device as numbered blocks, and below each but the first its period, with active and idle parts."""
+    """The steps of a device as numbered blocks. Below each of them but the first is its period, with how much of it is
+    active."""
     picture = figure(8, 1.7)
     axes: Any = picture.axes
     _draw_steps(axes, starts, ends)
@@ -104,21 +107,21 @@ def draw_periods(starts: Sequence[float], ends: Sequence[float]) -> Picture:
     return picture
 
 
-def draw_gaps(starts: Sequence[float], ends: Sequence[float], found: Sequence[tuple[int, float]]) -> Picture:
-    """The steps of a device as numbered blocks, and below them the gaps that somebody `found`, as pairs of `idle_gaps`:
-    each as long as it was said to be, ending where its step begins."""
+def draw_gaps(starts: Sequence[float], ends: Sequence[float], gaps: Sequence[tuple[int, float]]) -> Picture:
+    """The steps of a device as numbered blocks, and below them somebody's answer for the gaps between them: pairs as
+    `idle_gaps` gives them. Each gap is drawn as long as the answer says, and ends where its step begins."""
     picture = figure(8, 1.6)
     axes: Any = picture.axes
     red = COLORS["vermillion"]
     _draw_steps(axes, starts, ends)
-    for number, seconds in found:
+    for number, seconds in gaps:
         axes.add_patch(
             Rectangle((starts[number] - seconds, 1), seconds, 0.9, facecolor="#FBE9DF", edgecolor=red, hatch="///")
         )
         axes.text(starts[number] - seconds / 2, 2.2, f"{seconds:g}", ha="center", va="center", fontsize=9)
     axes.set(xlim=(min(starts[0], 0), ends[-1]), ylim=(2.6, -0.1), xlabel="time")
     axes.set_yticks([0.45, 1.45], ["compute", "gaps found"])
-    picture.title = f"{len(starts)} steps, {len(found)} gaps found"
+    picture.title = f"{len(starts)} steps, {len(gaps)} gaps found"
     return picture
 
 
@@ -132,7 +135,8 @@ def _draw_steps(axes: Any, starts: Sequence[float], ends: Sequence[float]) -> No
 
 
 class Recorded(NamedTuple):
-    """A server that somebody measured: milliseconds of a step in both loops, and the idle share in the synchronous."""
+    """A server that somebody measured: the milliseconds of a step in both loops, and the idle share in the synchronous
+    one."""
 
     label: str
     sync_ms: float
@@ -144,9 +148,9 @@ class Recorded(NamedTuple):
         return self.sync_ms - self.async_ms
 
 
-# Batches of 32 on one H200. The first: Hugging Face, "Unlocking asynchronicity in continuous batching" (2026-05), 300.6
-# and 234.5 s for about 8192 steps. The others: this project, 2026-11, transformers 5.23 `generate_batch`, CUDA graphs;
-# long texts have 8192 new tokens, short ones 512.
+# Batches of 32 on one H200. The first is from Hugging Face, "Unlocking asynchronicity in continuous batching"
+# (2026-05): 300.6 and 234.5 s for about 8192 steps. This project measured the others in 2026-11, with `generate_batch`
+# of transformers 5.23 and CUDA graphs. Long texts have 8192 new tokens, short ones 512.
 RECORDED = (
     Recorded("8B, long texts, published by Hugging Face", 300.6e3 / 8192, 234.5e3 / 8192, 0.240),
     Recorded("8B, long texts, transformers 5.23", 118.8e3 / 8192, 106.1e3 / 8192, 0.105),
@@ -157,8 +161,9 @@ RECORDED = (
 
 
 class Law(Sliders):
-    """A picture of a law, with a star for one server whose host's and device's milliseconds a step are two sliders in a
-    notebook. A subclass draws, moves its star in `_update`, and calls `_settle` when all is drawn."""
+    """A picture of a law, with a star for one server. In a notebook, two sliders set the milliseconds that its host and
+    its device take for a step. A subclass draws the law, moves the star in `_update`, and calls `_settle` at the
+    end."""
 
     controls = (("host_ms", "host, ms", 0.1, 20.0, 0.1), ("device_ms", "device, ms", 0.5, 100.0, 0.1))
     host_ms: float
@@ -171,7 +176,7 @@ class Law(Sliders):
 
 
 class IdleLaw(Law):
-    """Idle share over the device's time for a step, with measured servers on it and one to play with."""
+    """The idle share over the device's time for a step, with measured servers and one to play with."""
 
     def __init__(self, host_ms: float, device_ms: float) -> None:
         picture = figure(8, 4, "Idle share of the synchronous loop = host / (host + device)")
@@ -213,8 +218,9 @@ class IdleLaw(Law):
 
 
 class GainLaw(Law):
-    """How many times as fast the asynchronous loop is, over host / device, with one server to play with. `runs` are
-    measured ones: label -> (host's ms, device's ms, times as fast)."""
+    """How many times as fast the asynchronous loop is, over host / device, with one server to play with.
+
+    runs: measured servers, as label -> (ms of the host, ms of the device, times as fast)."""
 
     def __init__(self, runs: dict[str, tuple[float, float, float]], host_ms: float, device_ms: float) -> None:
         picture = figure(8, 4, "The most that overlapping can bring = (host + device) / the longer of the two")

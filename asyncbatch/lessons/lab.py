@@ -1,9 +1,9 @@
-"""A small device to try streams on: its step multiplies by 6, its times are known, and it can be run in every order.
+"""Notebook 02: a small device to try streams on. Its step multiplies a number by 6, and its times are known.
 
-lab = Lab("virtual")                 # exact times; "cpu" is a second process, "cuda" a GPU: really measured
+lab = Lab("virtual")                 # exact times; "cpu" (a second process) and "cuda" (a GPU) really measure
 serve(lab, launch_step, [7, 8, 9])   # [42, 48, 54]
-draw({"in order": lab})              # lanes, and arrows for the events that were waited for
-explore(program(launch_step))        # the same launch in every order that streams and events allow
+draw({"in order": lab})              # lab_pictures.py: lanes, and arrows for the events that were waited for
+explore(program(launch_step))        # lab_orders.py: the same launch in every order that is possible
 """
 
 from __future__ import annotations
@@ -24,20 +24,22 @@ from ..devices.virtual import Costs, VirtualDevice
 
 # ---- the device ------------------------------------------------------------------------------------------------------
 
-COMMANDS = {"copy_in": "H2D", "step": "compute", "copy_out": "D2H"}  # and the stream that each is meant for
+COMMANDS = {"copy_in": "H2D", "step": "compute", "copy_out": "D2H"}  # each with the stream that it belongs on
 EVENTS = ("inputs_ready", "step_done", "outputs_ready")  # of a slot: the end of its command on each stream
 MS = {"copy_in": 10.0, "step": 40.0, "copy_out": 10.0}
-HOST_MS = {"fill": 2.0, "launch": 1.0}  # on the virtual clock; elsewhere they take what they take
+HOST_MS = {"fill": 2.0, "launch": 1.0}  # only on the virtual clock: on the others, this work takes real time
 
 
 def check_command(command: str) -> None:
+    """ValueError for a command that the lab does not have."""
     if command not in COMMANDS:
         raise ValueError(f"there is no command {command!r}: there are {', '.join(COMMANDS)}")
 
 
 class LabProgram:
-    """What the lab's device runs. "copy_in" brings a slot's number to the device, "step" multiplies it by 6, "copy_out"
-    brings the result to the host. Each takes its time first and has its effect at its end, as on the virtual clock."""
+    """What the lab's device runs: "copy_in" brings the number of a slot to the device, "step" multiplies it by 6, and
+    "copy_out" brings the result to the host. A command first takes its time, and has its effect at the end, as on the
+    virtual clock."""
 
     def __init__(self, model, *, host, ms):
         where = torch.device("cpu") if model is None else next(model.parameters()).device
@@ -48,17 +50,17 @@ class LabProgram:
 
     def run(self, command: str, slot: int) -> None:
         self.spend(self.ms.get(command, 0.0))
-        given, returned = self.host[slot]
+        host_input, host_output = self.host[slot]
         if command == "copy_in":
-            self.inputs[slot].copy_(given, non_blocking=True)
+            self.inputs[slot].copy_(host_input, non_blocking=True)
         elif command == "step":
             torch.mul(self.inputs[slot], 6, out=self.results[slot])
         else:
-            returned.copy_(self.results[slot], non_blocking=True)
+            host_output.copy_(self.results[slot], non_blocking=True)
 
 
 def spend_on_gpu() -> Callable[[float], None]:
-    """A function that keeps the current CUDA stream, and no more than a corner of the GPU, busy for milliseconds."""
+    """A function that keeps the current CUDA stream busy for a number of milliseconds, in a small part of the GPU."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda._sleep(1000)  # the first launch loads the kernel
     start.record()
@@ -71,16 +73,16 @@ def spend_on_gpu() -> Callable[[float], None]:
 
 @cache
 def _owner(where: str) -> torch.nn.Module:
-    """A device belongs to a model: the smallest one there is. It computes nothing."""
+    """A device belongs to a model. This is the smallest model that there is, and it computes nothing."""
     return torch.nn.Linear(1, 1).to(where)
 
 
-_OPEN: list[tuple[weakref.ref[Lab], Any]] = []  # labs on a real device, and their devices
+_OPEN: list[tuple[weakref.ref[Lab], Any]] = []  # the labs on real devices, each with its device
 
 
 def _close_unused() -> None:
-    """Close the devices of labs that nobody has any more: a notebook's cells are run again and again. (Not by
-    `weakref.finalize`, which may come in the middle of another call to the device.)"""
+    """Close the devices of labs that no longer exist: readers run the cells of a notebook again and again. (Not with
+    `weakref.finalize`, which can run in the middle of another call to the device.)"""
     for entry in list(_OPEN):
         lab, device = entry
         if lab() is None:
@@ -89,9 +91,12 @@ def _close_unused() -> None:
 
 
 class Call(NamedTuple):
-    """Something that the host did, in its order. kind: "launch", "record", "wait", "synchronize", "fill", "read" or
-    "work". lane: the stream it went to, or "host". what: the command, the event, or what was read. start, end:
-    seconds of the host's clock. span: when the device did it, where that is known at once: on the virtual clock."""
+    """Something that the host did.
+
+    kind: "launch", "record", "wait", "synchronize", "fill", "read" or "work". lane: the stream that was called, or
+    "host". what: the command, the event, or the number that was read. start, end: seconds on the host's clock. span:
+    when the device did it, if that is known at once, as on the virtual clock.
+    """
 
     kind: str
     lane: str
@@ -103,6 +108,8 @@ class Call(NamedTuple):
 
 
 class LabEvent:
+    """An event of a lab, which notes each wait of the host."""
+
     def __init__(self, lab: Lab, name: str):
         self.lab, self.name, self.event = lab, name, lab.device.event()
 
@@ -115,6 +122,8 @@ class LabEvent:
 
 
 class LabStream:
+    """A stream of a lab, which notes each call."""
+
     def __init__(self, lab: Lab, stream: Any):
         self.lab, self.stream, self.name = lab, stream, stream.name
 
@@ -144,7 +153,7 @@ class LabStream:
 
 @dataclass(frozen=True)
 class LabSlot:
-    """As `asyncbatch.slot.Slot`: a number, the name of the step to launch, and the three events of a step."""
+    """Like `asyncbatch.slot.Slot`: a number, the command to launch as the step, and the three events of a step."""
 
     index: int
     inputs_ready: Any
@@ -158,10 +167,10 @@ def lab_slot(index: int, event: Callable[[str], Any]) -> LabSlot:
 
 
 class Lab:
-    """A device with three streams and some slots, on which every call of the host is noted down.
+    """A device with three streams and some slots. It notes every call of the host.
 
-    where: "virtual" (exact times, nothing waits), "cpu" (a second process is the device) or "cuda".
-    ms: milliseconds of the three commands, where they differ from `MS`.
+    where: "virtual" (exact times, and nobody really waits), "cpu" (a second process is the device) or "cuda".
+    ms: milliseconds of the commands, if they are not those of `MS`.
     """
 
     def __init__(self, where: str = "virtual", num_slots: int = 3, ms: Mapping[str, float] | None = None):
@@ -184,7 +193,7 @@ class Lab:
         self.slots = [lab_slot(index, self.event) for index in range(num_slots)]
         if where == "cuda":
             for stream, command in zip(self.streams, COMMANDS, strict=True):
-                stream.launch(command, 0)  # the first time kernels are loaded, and that can make anybody wait
+                stream.launch(command, 0)  # the first launch loads kernels, and anything may have to wait for that
                 stream.synchronize()
             self.calls.clear()
 
@@ -193,7 +202,7 @@ class Lab:
 
     @contextlib.contextmanager
     def noting(self, kind: str, lane: str, what: Any = None, slot: int | None = None) -> Iterator[None]:
-        """Do something and note it; on the virtual clock it costs what `HOST_MS` says, before it has its effect."""
+        """Note what the host does in the `with` block. On the virtual clock it first takes the time in `HOST_MS`."""
         start = self.device.now()
         if self.device.clock == "virtual":
             self.device.work(1e-3 * HOST_MS.get(kind, 0.0))
@@ -206,20 +215,20 @@ class Lab:
             self.host[slot.index][0].fill_(number)
 
     def read(self, slot: LabSlot) -> int:
-        """The host looks at a slot's output, whatever lies there. It waits for nothing."""
+        """The host reads the output of a slot, whatever it is at that moment. It waits for nothing."""
         now = self.device.now()
         number = int(self.host[slot.index][1])
         self.calls.append(Call("read", "host", number, slot.index, now, now))
         return number
 
     def work(self, ms: float) -> None:
-        """The host is busy with something else."""
+        """The host does other work for so many milliseconds."""
         with self.noting("work", "host"):
             self.device.work(1e-3 * ms) if self.device.clock == "virtual" else time.sleep(1e-3 * ms)
 
     def spans(self) -> dict[tuple[str, int], tuple[str, float, float]]:
-        """For each (command, slot) that was launched, newest only: its stream, start and end in seconds. Waits until
-        all are done."""
+        """For each (command, slot): the stream, start and end (seconds) of its newest launch. Waits until all launches
+        are done."""
         for stream in self.device.streams:
             stream.synchronize()
         spans = {}
@@ -230,8 +239,8 @@ class Lab:
         return spans
 
     def _newest(self, number: int, slot: int) -> tuple[float, float]:
-        """Start and end of a slot's newest command on a stream. On CUDA not by `spans`: that wants all three streams to
-        have been used, and is made to be asked once a step."""
+        """Start and end (seconds) of a slot's newest command on a stream. On CUDA this cannot use the device's `spans`,
+        which may be called once a step, and only after all three streams were used."""
         if self.device.clock != "cuda":
             start, end = self.device.spans(slot)[number].tolist()
         else:
@@ -241,19 +250,19 @@ class Lab:
 
     @property
     def total_ms(self) -> float:
-        """From the host's first call to the end of all that it launched and waited for."""
+        """Milliseconds from the host's first call to the end of everything that it launched or waited for."""
         ends = [end for _, _, end in self.spans().values()]
         return 1e3 * (max(ends + [call.end for call in self.calls]) - self.calls[0].start)
 
     def waited_ms(self, calls: Sequence[Call] | None = None) -> float:
-        """How long the host waited for the device, in all calls or in these."""
+        """How many milliseconds the host waited for the device, in these calls (None: in all)."""
         chosen = self.calls if calls is None else calls
         return 1e3 * sum(call.end - call.start for call in chosen if call.kind == "synchronize")
 
 
 def serve(lab: Any, launch: Callable[[Any, Any], Any], numbers: Sequence[int]) -> list[Any]:
-    """The asynchronous loop in small: batches go out as long as there is a free slot, and then the oldest one is waited
-    for. One number is a batch. Returns what was read for each."""
+    """The asynchronous loop in small. One number is a batch. While there is a free slot, batches are launched; when
+    there is none, the host waits for the oldest batch. Returns what it read for each number."""
     slots, read = lab.slots, []
     for batch, number in enumerate(numbers):
         slot = slots[batch % len(slots)]
@@ -270,7 +279,8 @@ def serve(lab: Any, launch: Callable[[Any, Any], Any], numbers: Sequence[int]) -
 
 
 def serve_without_waiting(lab: Any, launch: Callable[[Any, Any], Any], numbers: Sequence[int], host_ms: float = 0.0):
-    """`serve`, but nobody waits: a batch is read after the host has launched the next one and done other work."""
+    """Like `serve`, but the host waits for nothing. It reads a batch after it has launched the next one and done other
+    work for `host_ms`."""
     read = []
     for batch, number in enumerate(numbers):
         lab.fill(lab.slots[batch], number)

@@ -12,7 +12,7 @@ from typing import Any
 from ..ordering import explore
 from .lab import COMMANDS, EVENTS, LabSlot, check_command, lab_slot, serve
 
-CELLS = {  # short names for one batch, and the names that the race checker of a batcher uses
+CELLS = {  # the short name for a single batch, and the name that the race checker of a batcher uses
     "inputs": "slot {}'s host inputs",
     "device": "slot {}'s device inputs",
     "result": "slot {}'s output ids on the device",
@@ -22,7 +22,7 @@ EFFECTS = {"copy_in": ("inputs", "device", 1), "step": ("device", "result", 6), 
 
 
 class ExploredLab:
-    """What a `Lab` is, within a program for `explore`: there nothing runs, and all orders are tried."""
+    """The same as a `Lab` for a program of `explore`. With only one batch, names do without numbers."""
 
     def __init__(self, program: explore.Program, num_slots: int, num_batches: int):
         self.program, self.one = program, num_batches == 1
@@ -31,7 +31,7 @@ class ExploredLab:
         self.launched: set[tuple[str, int]] = set()
         self.streams = tuple(ExploredStream(self, program.stream(lane)) for lane in COMMANDS.values())
         self.slots = [lab_slot(index, program.event) for index in range(num_slots)]
-        if self.one:  # then the checker can say which event is missing where
+        if self.one:  # then the checker can name the event that is missing
             for lane, name in zip(COMMANDS.values(), EVENTS, strict=True):
                 mark = getattr(self.slots[0], name).mark
                 mark.name, mark.meant_for = name, (lane, None)
@@ -54,7 +54,7 @@ class ExploredLab:
         self.do(self.program.host, "fill", slot.index, None, self.cell("inputs", slot.index), lambda _: number)
 
     def work(self, ms: float) -> None:
-        """Nothing here: no order depends on times."""
+        """Does nothing: orders do not depend on times."""
 
     def read(self, slot: LabSlot) -> None:
         tokens = self.name("tokens", self.batch_in[slot.index])

@@ -13,7 +13,7 @@ from ..pictures.picture import COLORS, Picture
 from ..timeline import LANES
 from .lab import COMMANDS, Call, Lab
 
-LOOKS = {  # face colour, colour of the text, words
+LOOKS = {  # colour of the box, colour of its text, words
     "fill": (COLORS["orange"], "black", "fill"),
     "work": (COLORS["orange"], "black", "other work"),
     "launch": ("#F8D999", "black", "launch"),
@@ -25,13 +25,16 @@ LOOKS = {  # face colour, colour of the text, words
 LEGEND = {"host works": "fill", "host launches": "launch", "host waits": "synchronize"} | {
     LOOKS[command][2]: command for command in COMMANDS
 }
-WIDTH, LEFT, ROW, LAB_ROWS = 10.0, 0.85, 0.27, 6.0  # inches; rows of one lab
-DOTS = {"hatch": "....", "edgecolor": "#C4C4C4"}  # of waiting
+WIDTH, LEFT, ROW = 10.0, 0.85, 0.27  # inches
+LAB_ROWS = 6.0  # rows of one lab
+DOTS = {"hatch": "....", "edgecolor": "#C4C4C4"}  # waiting
 
 
 def draw(labs: Mapping[str, Lab], right: Sequence[int] = ()) -> Picture:
-    """What host and streams did in each lab, the labs above each other on one time axis. Arrows: from a mark to what
-    waited for it. right: what should have been read from each slot; then each read is called right or wrong."""
+    """What the host and the streams did in each lab, the labs above each other on one time axis. Arrows lead from the
+    mark of an event to what waited for it.
+
+    right: what should have been read from each slot. If given, the picture says of each read whether it is right."""
     height = ROW * LAB_ROWS * len(labs) + 0.75
     figure = Figure((WIDTH, height), facecolor="white")
     axes = figure.add_axes((LEFT / WIDTH, 0.7 / height, 1 - (LEFT + 0.15) / WIDTH, 1 - 0.72 / height))
@@ -53,7 +56,7 @@ def draw(labs: Mapping[str, Lab], right: Sequence[int] = ()) -> Picture:
 
 
 class _Lanes:
-    """The four lanes of one lab, drawn from row `top` on; `end`: milliseconds on the axis."""
+    """Draws the four lanes of one lab, from row `top` on. end: how many milliseconds the axis has."""
 
     def __init__(self, axes: Any, top: float, end: float):
         self.axes, self.top, self.end = axes, top, end
@@ -84,12 +87,12 @@ class _Lanes:
         self.axes.text(x, y, text, **{**look, **options})
 
     def box(self, start: float, end: float, lane: str, kind: str, label: str) -> None:
-        """A box from start to end, with its label, or the label's last word, where that fits."""
+        """A box from start to end with its label, or only the label's last word, or nothing: whatever fits."""
         face, ink, _ = LOOKS[kind]
         width = max(end - start, 0.0015 * self.end)
         edge = DOTS if kind == "synchronize" else {"edgecolor": "white"}
         box = Rectangle((start, self.rows[lane] + 0.1), width, 0.8, facecolor=face, linewidth=0.6, **edge)
-        self.axes.add_artist(box)  # add_patch would look at the limits of the axes each time, which are set
+        self.axes.add_artist(box)  # faster than add_patch, which updates the limits of the axes each time
         room = (WIDTH - LEFT) * 72 * width / self.end  # points
         texts = [label, label.split()[-1]] if lane != "host" else [label]
         if text := next((text for text in texts if room > 4.6 * len(text) + 3), ""):
@@ -102,7 +105,7 @@ class _Lanes:
             verdict = " right" if call.what == right[call.slot] else " WRONG"
         if verdict == " WRONG":
             look = {"color": COLORS["vermillion"], "fontweight": "bold"}
-        # Reads that follow each other closely get their texts at two heights.
+        # The texts of reads that are close together stand at two heights.
         near = abs(moment - getattr(self, "last_read", -self.end)) < 0.08 * self.end and not getattr(self, "up", False)
         self.last_read, self.up = moment, near
         y = self.rows["host"] - (0.62 if near else 0.22)
@@ -116,8 +119,9 @@ class _Lanes:
 
 
 def _wait_arrows(lab: Lab, spans: Mapping) -> list[tuple[tuple[str, float], tuple[str, float]]]:
-    """For each event that another lane waited for: where the work before its mark ended, where what waited began."""
-    newest: dict[str, float] = {}  # lane: the end of what was launched last
+    """An arrow for each wait of a lane for another lane's event: from the end of the work before the event's mark to
+    the start of what waited, both as (lane, seconds)."""
+    newest: dict[str, float] = {}  # for each lane, the end of what was launched last
     marks: dict[Any, tuple[str, float]] = {}
     waiting: dict[str, list[tuple[str, float]]] = {lane: [] for lane in LANES}
     arrows = []

@@ -1,4 +1,5 @@
-"""Notebook 06: measuring an idle device. What it measures, its pictures, and its exercises."""
+"""Notebook 06: how an idle device is measured, and pictures of what was found. (Exercises:
+`exercises/measuring.py`.)"""
 
 from __future__ import annotations
 
@@ -27,8 +28,9 @@ from .lab import spend_on_gpu
 
 @contextlib.contextmanager
 def timed_step(device: str, ms: float) -> Iterator[tuple[Callable[[], Any], Callable[[], Any]]]:
-    """(launch, synchronize) of work that keeps the device busy for so many milliseconds: the GPU where `device` is
-    "cuda", else a timed device, a process that waits. Both were used once, so that nothing is loaded any more."""
+    """Two functions, (launch, synchronize), of work that keeps a device busy for `ms` milliseconds. The device is the
+    GPU if `device` is "cuda"; else it is a timed device, a process that waits. Both functions have been used once, so
+    that the first measurement does not include the loading of anything."""
     if device == "cuda":
         spend = spend_on_gpu()
         launch, synchronize = (lambda: spend(ms)), torch.cuda.synchronize
@@ -44,19 +46,20 @@ def timed_step(device: str, ms: float) -> Iterator[tuple[Callable[[], Any], Call
 
 
 def profile(*arguments: str) -> dict[str, Any]:
-    """The report of `python -m asyncbatch.profile` with these arguments, without its progress on standard error.
-    RuntimeError, with what it said there, if it could not be made."""
-    report, said = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(report), contextlib.redirect_stderr(said):
+    """The report of `python -m asyncbatch.profile` with these arguments, and none of what it prints on stderr. If it
+    fails, RuntimeError with that text."""
+    report, messages = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(report), contextlib.redirect_stderr(messages):
         status = main([*arguments, "--json"])
     if status:
-        raise RuntimeError(f"the profiling script ended with status {status}: {said.getvalue().strip()}")
+        raise RuntimeError(f"the profiling script ended with status {status}: {messages.getvalue().strip()}")
     return json.loads(report.getvalue())
 
 
 def seen_share(starts, ends, window_s: float) -> float:
-    """The share of all windows of `window_s` seconds in which at least one of the spans ran, if only, for each, a
-    moment. Windows may begin anywhere from the first span's start to the last one's. 0 s: the share of busy time."""
+    """The share of all windows of `window_s` seconds in which a span runs, if only for a moment. A window can begin at
+    any time from the start of the first span to the start of the last. With windows of 0 s it is the share of busy
+    time."""
     starts, ends = np.asarray(starts, float), np.asarray(ends, float)
     # A window sees a span if it begins before the span's end, and not more than its own length before its start.
     times, busy = busy_curve(starts - window_s, ends)
@@ -65,8 +68,11 @@ def seen_share(starts, ends, window_s: float) -> float:
 
 
 class RecordedRun(NamedTuple):
-    """A recorded synchronous run and its asynchronous twin. host_ms, device_ms: medians of a synchronous decode step.
-    idle, idle_async: shares of the decode steps. saved: the share of the wall time that the asynchronous run saved."""
+    """A recorded synchronous run, and the asynchronous run that is its twin.
+
+    host_ms, device_ms: milliseconds of a synchronous decode step, medians. idle, idle_async: idle shares of the decode
+    steps. saved: the share of the wall time that the asynchronous run saved.
+    """
 
     recording: str
     engine: str
@@ -80,6 +86,7 @@ class RecordedRun(NamedTuple):
 
     @property
     def law(self) -> float:
+        """The idle share that follows from host_ms and device_ms."""
         return idle_share(self.host_ms, self.device_ms)
 
     @property
@@ -89,8 +96,8 @@ class RecordedRun(NamedTuple):
 
 
 def recorded_runs() -> list[RecordedRun]:
-    """All recorded synchronous runs of both engines that have an asynchronous twin; by engine, then the least idle."""
-    found = []
+    """All recorded synchronous runs of both engines that have an asynchronous twin: by engine, the least idle first."""
+    twins = []
     for name in Recording.names():
         runs = {(r["engine"], r["model"], r["batch_size"], r["mode"]): r for r in Recording.load(name).runs}
         for (engine, model, rows, mode), run in runs.items():
@@ -101,8 +108,8 @@ def recorded_runs() -> list[RecordedRun]:
             totals, size = steps.totals(), model.removeprefix("random:llama-").upper()
             device_ms = 1e-3 * float(np.median(steps.device_us[steps.kind == "decode"]))
             times = totals["host_ms_per_step"], device_ms, totals["idle"], other["idle"]
-            found.append(RecordedRun(name, engine, size, rows, *times, 1 - other["wall_s"] / totals["wall_s"]))
-    return sorted(found, key=lambda run: (run.engine, run.idle))
+            twins.append(RecordedRun(name, engine, size, rows, *times, 1 - other["wall_s"] / totals["wall_s"]))
+    return sorted(twins, key=lambda run: (run.engine, run.idle))
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
@@ -111,7 +118,7 @@ BLUE, ORANGE, RED = COLORS["blue"], COLORS["orange"], COLORS["vermillion"]
 
 
 def draw_launch(back_ms: float, done_ms: float) -> Picture:
-    """What a clock that does not wait has measured, above what happened on the device."""
+    """What the host measures if it does not wait, above what happened on the device."""
     picture = figure(8, 1.9, "One step: what the host measured, and what happened")
     axes: Any = picture.axes
     axes.broken_barh([(0, back_ms)], (1.25, 0.6), facecolor=ORANGE, edgecolor="black", linewidth=0.8)
@@ -128,13 +135,13 @@ def draw_launch(back_ms: float, done_ms: float) -> Picture:
     return picture
 
 
-def draw_union(starts: Sequence[float], ends: Sequence[float], found: Any, title: str = "") -> Picture:
-    """Intervals, each in a row of its own, and below them the stretches (starts, ends) that somebody found."""
+def draw_union(starts: Sequence[float], ends: Sequence[float], union: Any, title: str = "") -> Picture:
+    """Intervals, each in a row of its own, and below them somebody's answer for their union, as (starts, ends)."""
     picture = figure(8, 1.1 + 0.28 * len(starts), title)
     axes: Any = picture.axes
     for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
         _interval(axes, row, start, end, BLUE, "white")
-    stretches = list(zip(*found, strict=True))
+    stretches = list(zip(*union, strict=True))
     for start, end in stretches:
         _interval(axes, len(starts) + 0.4, start, end, ORANGE, "black")
     total = sum(end - start for start, end in stretches)
@@ -151,8 +158,9 @@ def _interval(axes: Any, y: float, start: float, end: float, color: str, ink: st
 
 
 class Look(Law):
-    """What a coarse look makes of a synchronous server: the share of windows in which a kernel ran, over the length of
-    a window, and the true share. The host's and device's milliseconds a step are two sliders in a notebook."""
+    """How busy a synchronous server seems to somebody who looks seldom: the share of windows in which a kernel ran,
+    over the length of a window; and the true share. In a notebook, two sliders set the milliseconds that host and
+    device take for a step."""
 
     def __init__(self, host_ms: float, device_ms: float) -> None:
         picture = figure(8, 3.6, "The same device, looked at through longer and longer windows")
@@ -166,7 +174,7 @@ class Look(Law):
         self._settle()
 
     def seen(self, window_ms: float) -> float:
-        """The share of windows of this length that see a kernel, from 0 to 1."""
+        """The share of windows of this length in which a kernel runs, from 0 to 1."""
         starts = np.arange(20) * (self.host_ms + self.device_ms)
         return seen_share(starts, starts + self.device_ms, window_ms)
 
@@ -182,7 +190,8 @@ class Look(Law):
 
 
 def draw_law(runs: Sequence[RecordedRun]) -> Picture:
-    """For each run a row: idle as the law predicts it, as it was measured, and what is left in the asynchronous run."""
+    """A row for each run: its idle share as the law predicts it, as it was measured, and that of the asynchronous
+    run."""
     picture = figure(8, 1.5 + 0.27 * (len(runs) + 2))
     axes: Any = picture.axes
     y, places, words = 0.0, [], []
@@ -209,7 +218,7 @@ def draw_law(runs: Sequence[RecordedRun]) -> Picture:
 
 
 def draw_gap_lengths(gap_us: Sequence[float]) -> Picture:
-    """The idle gap before each step, on a logarithmic axis, with the median and the longest one named."""
+    """The idle gap before each step, on a logarithmic axis, with the median and the longest one."""
     ms = np.maximum(1e-3 * np.asarray(gap_us, float), 1e-3)
     picture = figure(8, 2.4, "The idle gap before each step")
     axes: Any = picture.axes
@@ -227,21 +236,23 @@ def draw_gap_lengths(gap_us: Sequence[float]) -> Picture:
     return picture
 
 
-def draw_attribution(found: Mapping[str, Attribution], most: int = 8) -> Picture:
-    """Idle time by what the host was doing: a group of bars for each attribution, in ms a step, the `most` largest."""
-    rows = sum(min(len(one.by), most + 1) + 1.6 for one in found.values())
+def draw_attribution(attributions: Mapping[str, Attribution], most: int = 8) -> Picture:
+    """Idle time by what the host was doing, in ms a step: a group of bars for each attribution, of the `most`
+    largest."""
+    rows = sum(min(len(one.by), most + 1) + 1.6 for one in attributions.values())
     picture = figure(8, 0.6 + 0.27 * rows)
     axes: Any = picture.axes
     y, places, words = 0.0, [], []
-    longest = max((1e3 * seconds / one.steps for one in found.values() for seconds in one.by.values()), default=1.0)
-    for label, one in found.items():
+    each_ms = (1e3 * seconds / one.steps for one in attributions.values() for seconds in one.by.values())
+    longest = max(each_ms, default=1.0)
+    for label, one in attributions.items():
         each = 1e3 * one.idle_s / max(one.steps, 1)
         axes.text(0, y, f"{label}: idle for {each:.3f} ms a step", fontsize=10, fontweight="bold", va="center")
         y += 1
-        shown = dict(list(one.by.items())[:most])
+        bars = dict(list(one.by.items())[:most])
         if len(one.by) > most:
-            shown["all others"] = one.idle_s - sum(shown.values())
-        for name, seconds in shown.items():
+            bars["all others"] = one.idle_s - sum(bars.values())
+        for name, seconds in bars.items():
             ms = 1e3 * seconds / one.steps
             axes.barh(y, ms, 0.75, color=BLUE)
             share = 100 * seconds / one.idle_s
@@ -252,26 +263,27 @@ def draw_attribution(found: Mapping[str, Attribution], most: int = 8) -> Picture
         y += 0.6
     axes.set_yticks(places, words)
     axes.set(ylim=(y - 0.9, -0.7), xlim=(0, 1.25 * longest), xlabel="idle, ms a step")
-    picture.title = f"idle time by latency point: {', '.join(found)}"
+    picture.title = f"idle time by latency point: {', '.join(attributions)}"
     return picture
 
 
-def draw_what_if(found: Sequence[WhatIf], most: int = 6) -> Picture:
-    """What each latency point of the host would give back if it took no time, in both loops; the `most` first."""
-    wholly = [one for one in found if one.factor == 0 and one.where == "host"][:most]
-    picture = figure(8, 1.1 + 0.42 * len(wholly), "Time saved if this took no time at all")
+def draw_what_if(changes: Sequence[WhatIf], most: int = 6) -> Picture:
+    """How much time each latency point of the host would save in both loops if it took none: the first `most`
+    points."""
+    removed = [one for one in changes if one.factor == 0 and one.where == "host"][:most]
+    picture = figure(8, 1.1 + 0.42 * len(removed), "Time saved if this took no time at all")
     axes: Any = picture.axes
     for side, (key, color, label, hatch) in enumerate(
         (("sync_saves", BLUE, "synchronous loop", ""), ("async_saves", ORANGE, "asynchronous loop", "///"))
     ):
-        for row, one in enumerate(wholly):
+        for row, one in enumerate(removed):
             saved, y = 100 * max(getattr(one, key), 0.0), row + 0.4 * side
             options = {"color": color, "hatch": hatch, "edgecolor": "white", "label": "" if row else label}
             axes.barh(y, saved, 0.38, **options)
             axes.annotate(f"{saved:.2f} %", (saved, y), (4, 0), textcoords="offset points", va="center", fontsize=8)
-    axes.set_yticks([row + 0.2 for row in range(len(wholly))], [one.point for one in wholly])
+    axes.set_yticks([row + 0.2 for row in range(len(removed))], [one.point for one in removed])
     axes.margins(x=0.12)
-    axes.set(ylim=(len(wholly) - 0.2, -0.4), xlabel="time saved, % of the loop's own time")
+    axes.set(ylim=(len(removed) - 0.2, -0.4), xlabel="time saved, % of the loop's own time")
     axes.legend(loc="lower right", fontsize=9)
-    picture.title = "what if: " + ", ".join(one.point for one in wholly)
+    picture.title = "what if: " + ", ".join(one.point for one in removed)
     return picture

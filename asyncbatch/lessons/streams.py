@@ -1,4 +1,8 @@
-"""Notebook 02: reading without waiting as a slider, what was measured on a GPU, and the exercises."""
+"""Notebook 02: reading without waiting, what was measured on a GPU, who finds a missing wait, and vector clocks.
+
+The lab is in `lab.py`, its orders and pictures in `lab_orders.py` and `lab_pictures.py`, the exercises in
+`exercises/streams.py`.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +29,8 @@ from .live import Sliders
 
 
 class Luck(Sliders):
-    """Four batches that are read without waiting. The host's other work after each launch and the length of a step are
-    two sliders in a notebook; they decide whether what is read is right."""
+    """Four batches that are read without waiting. In a notebook, two sliders set the host's other work after each
+    launch and the length of a step. These two decide whether what is read is right."""
 
     numbers, right = (7, 8, 9, 10), (42, 48, 54, 60)
     controls = (("host_ms", "host, ms", 0.0, 100.0, 1.0), ("step_ms", "step, ms", 1.0, 100.0, 1.0))
@@ -45,13 +49,14 @@ class Luck(Sliders):
 
 # ---- what was measured on a GPU --------------------------------------------------------------------------------------
 
-# Measured by this project for its plan, 2026-11, on one NVIDIA H100 with torch 2.11.0+cu130 (its notes: "Streams,
-# measured on an H100"). `measure_copies` and `measure_default_stream` do the same on the reader's GPU.
+# This project measured these in 2026-11, on one NVIDIA H100 with torch 2.11.0+cu130. `measure_copies` and
+# `measure_default_stream` measure the same on the reader's GPU.
 RECORDED_ON = "recorded on an NVIDIA H100, torch 2.11, 2026-11"
 
 
 class CopyTime(NamedTuple):
-    """256 MiB. host_ms: until the call returned. done_ms: until the copy was done; None: not noted."""
+    """A copy of 256 MiB. host_ms: milliseconds until the call returned. done_ms: until the copy was done; None if that
+    was not noted."""
 
     name: str
     host_ms: float
@@ -64,15 +69,15 @@ RECORDED_COPIES = (
     CopyTime("pageable, host to device", 12.0),
     CopyTime("pageable, device to host", 238.0),
 )
-# (work here, does not start before earlier work there): whether that was so.
+# For (here, there): whether work here waits for work that was launched there earlier.
 RECORDED_DEFAULT_STREAM = {
     ("default stream", "torch.cuda.Stream()"): False,
     ("torch.cuda.Stream()", "default stream"): False,
     ("default stream", "cudaStreamCreate"): True,
     ("cudaStreamCreate", "default stream"): True,
 }
-# PyTorch's own checker, TORCH_CUDA_SANITIZER=1, reports a missing wait between two streams on device tensors. It sees
-# neither host buffers nor what a graph replay does. So of these faults (`asyncbatch.faults`) it can see:
+# PyTorch's own checker, TORCH_CUDA_SANITIZER=1, reports a missing wait between two streams that use the same device
+# tensor. It sees neither host buffers nor what happens in the replay of a graph. Which of these faults can it find?
 SANITIZER = {
     "a step does not wait for its inputs": "yes, outside of graphs",
     "the copy out does not wait for the step": "yes, outside of graphs",
@@ -82,27 +87,27 @@ SANITIZER = {
 
 
 def measure_copies(mib: int = 256) -> tuple[CopyTime, ...]:
-    """What `RECORDED_COPIES` has, on this machine's GPU. Every copy is asked for with non_blocking=True."""
+    """The same copies as in `RECORDED_COPIES`, measured on this machine's GPU. All have non_blocking=True."""
     there = torch.zeros(mib << 20, dtype=torch.uint8, device="cuda")
-    found = []
+    copies = []
     for kind in ("pinned", "pageable"):
         here = torch.zeros(mib << 20, dtype=torch.uint8, pin_memory=kind == "pinned")
         for name, target, source in (("host to device", there, here), ("device to host", here, there)):
             copy = partial(target.copy_, source, non_blocking=True)
             back_s, done_s = streams.time_work(copy, torch.cuda.synchronize)
-            found.append(CopyTime(f"{kind}, {name}", 1e3 * back_s, 1e3 * done_s))
-    return tuple(sorted(found, key=lambda copy: [other.name for other in RECORDED_COPIES].index(copy.name)))
+            copies.append(CopyTime(f"{kind}, {name}", 1e3 * back_s, 1e3 * done_s))
+    return tuple(sorted(copies, key=lambda copy: [other.name for other in RECORDED_COPIES].index(copy.name)))
 
 
 def measure_default_stream() -> dict[tuple[str, str], bool]:
-    """What `RECORDED_DEFAULT_STREAM` has, on this machine's GPU: long work there, then short work here, and a look at
-    whether the short work is done while the long work is not."""
-    made = ctypes.c_void_p()
-    torch.cuda.check_error(torch.cuda.cudart().cudaStreamCreate(ctypes.addressof(made)))
+    """The same as `RECORDED_DEFAULT_STREAM`, measured on this machine's GPU: long work there, then short work here, and
+    a look whether the short work is done while the long work still runs."""
+    handle = ctypes.c_void_p()
+    torch.cuda.check_error(torch.cuda.cudart().cudaStreamCreate(ctypes.addressof(handle)))
     kinds = {
         "default stream": torch.cuda.default_stream(),
         "torch.cuda.Stream()": torch.cuda.Stream(),
-        "cudaStreamCreate": torch.cuda.ExternalStream(made.value),  # type: ignore[arg-type]
+        "cudaStreamCreate": torch.cuda.ExternalStream(handle.value),  # type: ignore[arg-type]
     }
     spend, small = spend_on_gpu(), torch.zeros(1, device="cuda")
 
@@ -118,12 +123,12 @@ def measure_default_stream() -> dict[tuple[str, str], bool]:
         torch.cuda.synchronize()
         return not early
 
-    waits(*[kinds["torch.cuda.Stream()"]] * 2)  # the first launch of a kernel loads it, and can wait for the device
+    waits(*[kinds["torch.cuda.Stream()"]] * 2)  # the first launch loads the kernel, which can wait for the device
     return {pair: waits(*(kinds[name] for name in pair)) for pair in RECORDED_DEFAULT_STREAM}
 
 
 def draw_copies(copies: Sequence[CopyTime], where: str) -> Picture:
-    """How long the host was away in each call, on a logarithmic axis."""
+    """How long it took until the host was back from each call, on a logarithmic axis."""
     picture = figure(8, 2.6, f"256 MiB, non_blocking=True: when is the host back?\n{where}")
     picture.title = f"{len(copies)} copies: when is the host back?"
     axes: Any = picture.axes
@@ -150,12 +155,14 @@ def draw_copies(copies: Sequence[CopyTime], where: str) -> Picture:
     return picture
 
 
-def draw_default_stream(found: Mapping[tuple[str, str], bool], where: str) -> Picture:
-    """Long work on a stream, then short work on the default stream: what is often written, and what was found."""
+def draw_default_stream(measured: Mapping[tuple[str, str], bool], where: str) -> Picture:
+    """Long work on a stream, then short work on the default stream: what one often reads, and what was measured.
+
+    measured: as `RECORDED_DEFAULT_STREAM`. where: on which machine."""
     picture = figure(8, 2.9, "Long work on a stream, then short work on the default stream")
     axes: Any = picture.axes
     panels = [("often written", "any stream", True)]
-    panels += [(where, there, waits) for (here, there), waits in found.items() if here == "default stream"]
+    panels += [(where, there, waits) for (here, there), waits in measured.items() if here == "default stream"]
     for number, (source, there, waits) in enumerate(panels):
         top = 3.1 * number
         axes.text(0, top + 0.5, source, fontsize=9, fontweight="bold", va="center", parse_math=False)
@@ -203,10 +210,13 @@ def use(lane: str, number: int, kind: str) -> races.Use:
 
 
 def draw_clock(
-    clock: Mapping[str, int], kind: str, earlier: Sequence[races.Use], found: Sequence[races.Use], who: str = ""
+    clock: Mapping[str, int], kind: str, earlier: Sequence[races.Use], racing: Sequence[races.Use], who: str = ""
 ) -> Picture:
-    """A vector clock as a front across the lanes: what it counts is surely done. The operations that used the resource
-    before say what they do; those in `found` are called races, by `who` where it is somebody's opinion."""
+    """A vector clock as a line across the lanes: what is left of it is surely done.
+
+    clock: for each lane, how many operations are surely done. kind: what the new operation does, "reads" or "writes".
+    earlier: the operations that used the same resource before. racing: those of them that are marked as races. who:
+    whose opinion that is, if it need not be true."""
     longest = max([*clock.values(), *(use.number for use in earlier)]) + 1
     picture = figure(8, 0.36 * len(clock) + 0.9, f"The new operation {kind}. What surely comes before it?")
     axes: Any = picture.axes
@@ -228,7 +238,7 @@ def draw_clock(
                 fontsize=8,
                 fontweight="bold" if use else "normal",
             )
-            if use is not None and use in found:
+            if use is not None and use in racing:
                 edge = {"edgecolor": COLORS["vermillion"], "linewidth": 2.5, "fill": False}
                 axes.add_patch(Rectangle((number, row + 0.1), 0.92, 0.8, zorder=4, **edge))
                 axes.text(longest + 1.1, row + 0.5, f"{who}race with {lane} {number}", va="center", fontsize=9)

@@ -22,7 +22,7 @@ LENGTHS = (14, 6, 11)
 
 
 def _plain_place(function: Callable[..., Any], *args: Any) -> Any:
-    """The learner's answer, with plain numbers instead of NumPy's, which read badly."""
+    """The learner's answer in plain numbers: those of NumPy are hard to read."""
     got = function(*args)
     if isinstance(got, tuple | list):
         return tuple(int(part) if isinstance(part, np.integer) else part for part in got)
@@ -35,7 +35,7 @@ def _place_pool(tables: np.ndarray, size: int) -> Pool:
 
 
 def _explain_place(args: tuple[Any, ...], got: Any, want: Any) -> str | None:
-    """What the learner's index hits, in the learner's terms."""
+    """What the learner's index leads to, in the learner's terms."""
     tables, row, position, size = args
     who, entry, block, offset = letter(row), position // size, want // size, want % size
     if got == (block, offset):
@@ -83,8 +83,8 @@ A, B = 0, 1
 
 
 class Books(NamedTuple):
-    """What a `prune` left behind: what it returned each time, the free blocks, the tables, and each block's owner.
-    tokens, pruned: for the picture, as in a `Pool`."""
+    """The books after some calls of `prune`: what each call returned, the free blocks, the tables, and the owner of
+    each block. tokens, pruned: for the picture, as in a `Pool`."""
 
     returned: list[Any]
     free: list[Any]
@@ -94,14 +94,15 @@ class Books(NamedTuple):
     pruned: dict[int, list[int]]
 
     def __repr__(self) -> str:
-        told = [f"free {listed(self.free)}"]
-        told += [f"{letter(owner)} has {listed(table)}" for owner, table in self.tables.items() if table]
-        told.append(f"owner_of names {listed(dict.fromkeys(letter(o) for o in self.owner_of if o != NOBODY))}")
-        return f"[{' | '.join(told)} | returned {listed(self.returned)}]"
+        parts = [f"free {listed(self.free)}"]
+        parts += [f"{letter(owner)} has {listed(table)}" for owner, table in self.tables.items() if table]
+        parts.append(f"owner_of names {listed(dict.fromkeys(letter(o) for o in self.owner_of if o != NOBODY))}")
+        return f"[{' | '.join(parts)} | returned {listed(self.returned)}]"
 
 
 def _run_books(prune: Callable[[KVCache, int], Any], _: str, work: Sequence[tuple[str, int, int]]) -> Any:
-    """Let requests grow and be pruned, the latter by the learner's function, and give the `Books`."""
+    """Let requests grow, and prune some with the learner's function. Returns the `Books`, or `...` for an untouched
+    stub."""
     kv, returned = KVCache(num_blocks=8, block_size=4, max_blocks_per_owner=4, max_owners=4), []
     tokens: dict[int, int] = {}
     pruned: dict[int, list[int]] = {}
@@ -125,7 +126,7 @@ def _is_block(thing: Any) -> bool:
 
 
 def _explain_books(args: tuple[Any, ...], got: Any, want: Any) -> str | None:
-    """The first thing that is wrong in the books, and what it would do to a server."""
+    """The first thing that is wrong in the books, and what that would do to a server."""
     if not isinstance(got, Books):
         return None
     if not all(map(_is_block, got.free)):

@@ -10,21 +10,21 @@ from ..parts import Case, Exercise
 
 
 def explain_gaps(args: tuple[Any, ...], got: Any, want: list[tuple[int, float]]) -> str | None:
-    """What is wrong with a list of gaps, in terms of the steps at hand; None where nothing can be told."""
+    """What is wrong with a list of gaps, in terms of these steps; None if there is nothing to say."""
     starts, ends = args
     try:
-        found = {int(i): float(seconds) for i, seconds in got}
+        gaps = {int(i): float(seconds) for i, seconds in got}
     except (TypeError, ValueError):
         return "Return a list of pairs, one for each gap: the number of the late step, and the seconds."
-    if zero := next((i for i, seconds in found.items() if i > 0 and seconds <= 0), None):
+    if zero := next((i for i, seconds in gaps.items() if i > 0 and seconds <= 0), None):
         return f"Step {zero} starts just when step {zero - 1} ends: no time passes, so there is no gap before it."
-    if 0 in found and dict(want) == {i: seconds for i, seconds in found.items() if i}:
+    if 0 in gaps and dict(want) == {i: seconds for i, seconds in gaps.items() if i}:
         return "Step 0 has no step before it, so no gap either: begin with step 1."
-    if want and found == {i - 1: seconds for i, seconds in want}:
+    if want and gaps == {i - 1: seconds for i, seconds in want}:
         return "The seconds are right. Name the step that comes late, the one behind the gap."
-    if want and found == {i: starts[i] - starts[i - 1] for i, _ in want}:
+    if want and gaps == {i: starts[i] - starts[i - 1] for i, _ in want}:
         return "That is from start to start, so the step itself is in it. A gap begins where the step before ends."
-    late, seconds = next((pair for pair in want if pair[0] not in found), (None, 0.0))
+    late, seconds = next((pair for pair in want if pair[0] not in gaps), (None, 0.0))
     if late is not None:
         between = f"Step {late - 1} ends at {ends[late - 1]:g} and step {late} starts at {starts[late]:g}"
         return f"{between}: the device was idle for {seconds:g}, and your list does not say so."

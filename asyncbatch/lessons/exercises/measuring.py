@@ -18,7 +18,8 @@ SAME_WORK = "as much Python for 64 as for 4"
 
 
 class _Desk:
-    """A host and a device on a clock that stands still between calls. earlier_ms: what the device still has to do."""
+    """A host and a device, on a clock that stands still between calls. earlier_ms: how long the device is still busy
+    with earlier work."""
 
     def __init__(self, earlier_ms: float, launch_ms: float, step_ms: float):
         self.host, self.device, self.launch_ms, self.step_ms = 0.0, earlier_ms, launch_ms, step_ms
@@ -43,7 +44,7 @@ def _explain_times(args: tuple[Any, ...], got: Any, want: tuple[float, float]) -
     earlier_ms, launch_ms, step_ms = args
     if not isinstance(got, tuple | list) or len(got) != 2:
         return "Return two times, (back, done): the host was back after the first, the device done after the second."
-    told = {
+    slips = {
         (
             launch_ms,
             launch_ms,
@@ -58,11 +59,11 @@ def _explain_times(args: tuple[Any, ...], got: Any, want: tuple[float, float]) -
         (earlier_ms + launch_ms, earlier_ms + want[1]): "You wait for the earlier work, but your clock is running "
         "already. Start it after that wait.",
     }
-    return told.get(tuple(got))
+    return slips.get(tuple(got))
 
 
 def _stretches(function: Callable[..., Any], starts: Sequence[int], ends: Sequence[int]) -> Any:
-    """The two lists of an answer as plain numbers; anything else as it is."""
+    """The two arrays of an answer as lists of plain numbers; any other answer as it is."""
     got = function(np.array(starts), np.array(ends))
     if isinstance(got, tuple | list) and len(got) == 2:
         return tuple(np.asarray(part).tolist() for part in got)
@@ -90,7 +91,7 @@ def _draw_union(args: tuple[Any, ...], got: Any, want: Any) -> Picture:
 
 
 def _books(tables: Mapping[int, Sequence[int]], max_blocks: int) -> KVCache:
-    """A KV cache in which these owners have these blocks; block 1 must have an owner, and 2, and so on."""
+    """A KV cache in which these owners have these blocks. All blocks from 1 on must have an owner."""
     owner_of = {block: owner for owner, blocks in tables.items() for block in blocks}
     kv, used = KVCache(len(owner_of), 1, max_blocks, len(tables)), dict.fromkeys(tables, 0)
     for block in sorted(owner_of):
@@ -101,7 +102,7 @@ def _books(tables: Mapping[int, Sequence[int]], max_blocks: int) -> KVCache:
 
 
 def _gathered(function: Callable[..., Any], tables: Any, owners: list[int], width: int) -> Any:
-    """The rows that `function` gives; where `tables` is a text, how much Python it runs for a long table."""
+    """The rows that `function` returns. If `tables` is a text: how much more Python it runs for a long table."""
     if not isinstance(tables, str):
         got = function(_books(tables, width), list(owners))
         return got.tolist() if isinstance(got, np.ndarray) else got
@@ -110,8 +111,8 @@ def _gathered(function: Callable[..., Any], tables: Any, owners: list[int], widt
 
 
 def instructions(function: Callable[..., Any], *arguments: Any) -> int:
-    """How many instructions of Python's machine a call runs, the calls inside it too, but not what runs in C. It is
-    the same in each run, as times are not. The function is called twice: the first call may load something."""
+    """How many bytecode instructions of Python a call runs, with all calls inside it, but without what runs in C.
+    Unlike a time, that is the same in each run. The function is called twice, as the first call may load something."""
     count = 0
 
     def trace(frame: Any, event: str, _: Any) -> Any:

@@ -17,13 +17,16 @@ from ..streams import draw_clock, use
 
 
 class Verdict:
-    """How a way to launch steps did. outcomes: how many are possible, over all orders. tokens: what was read on the
-    virtual clock. waited_ms: how long the host waited within the launches. copied_ms, total_ms: when all batches were
-    copied in, and when all was done."""
+    """What came of a way to launch steps.
+
+    outcomes: how many are possible, over all orders. tokens: what was read on the virtual clock. waited_ms: how long
+    the host waited inside the launches. copied_ms, total_ms: when all batches were copied in, and when everything was
+    done.
+    """
 
     def __init__(self, launch: Callable[[Any, Any], Any], numbers: Sequence[int]):
-        found = explore.explore(program(launch, numbers, min(2, len(numbers))))
-        self.outcomes, self.race = len(found), next((str(race) for race in found.races), "")
+        outcomes = explore.explore(program(launch, numbers, min(2, len(numbers))))
+        self.outcomes, self.race = len(outcomes), next((str(race) for race in outcomes.races), "")
         self.lab, self.inside = Lab("virtual", len(numbers)), list[Call]()  # calls within launches
 
         def noted(lanes: Any, slot: LabSlot) -> Any:
@@ -55,7 +58,7 @@ class Verdict:
 
 
 def with_order(order: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """A launch in which `order` puts the step after its copy in."""
+    """A launch in which the learner's `order` puts the step after its copy in."""
 
     def launch(lanes: Any, slot: LabSlot) -> Any:
         h2d, compute, d2h = lanes
