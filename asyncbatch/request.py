@@ -1,5 +1,4 @@
-"""What a caller asks for and what comes back: `Request`, `SamplingParams`, `Completion`, and the rules that end a
-request.
+"""What a caller asks for and what comes back: `Request`, `SamplingParams`, `Completion`, and when a request ends.
 
 Nothing here knows about batches or devices. A request is checked once, when it is submitted. A bad one raises a
 `RequestError`, which says what was given and what is allowed. The other requests are not affected.
@@ -50,8 +49,7 @@ class Request:
     max_new_tokens: how many tokens to generate at most, from 1 on.
     stop_token_ids: the request ends when one of these tokens is generated (it stays in the result). None means the
         model's own end-of-sequence tokens. () means none: then only the length limit ends the request.
-    stop_strings: the request ends when the generated text contains one of these. The batcher needs a tokenizer for
-    them.
+    stop_strings: the request ends when the generated text contains one of these. The batcher then needs a tokenizer.
     """
 
     token_ids: Sequence[int]
@@ -94,8 +92,7 @@ def contains_stop_string(token_ids: Sequence[int], stop_strings: Sequence[str], 
     """Whether the newest of the generated tokens completes one of `stop_strings`.
 
     Only as many tokens are decoded as a stop string can span. A token is at least one byte of text, so a string of n
-    bytes spans at most n tokens. Two tokens more are decoded because some tokenizers drop the space before the first
-    word.
+    bytes spans at most n tokens. Two more are decoded, because some tokenizers drop the space before the first word.
     """
     tail = max(len(text.encode()) for text in stop_strings) + 2
     text = tokenizer.decode(token_ids[-tail:])

@@ -105,8 +105,7 @@ class Summary:
 
 
 def idle_share(host_s: float, device_s: float) -> float:
-    """The idle share of the device in the synchronous loop: host and device take turns, so it idles while the host
-    works.
+    """The idle share of the device in the synchronous loop, where it idles while the host works.
 
     host_s, device_s: the seconds that each takes for one step. ZeroDivisionError if both are 0."""
     return host_s / (host_s + device_s)

@@ -74,8 +74,7 @@ class Pool(NamedTuple):
 
 
 def draw_pool(kv: KVCache, tokens: Mapping[int, int]) -> Picture:
-    """The pool behind the books `kv`, each place with the number of its token. tokens: how many each owner has in
-    it."""
+    """The pool of a cache, each place with the number of its token. tokens: how many of them each owner has."""
     tables = {owner: kv.table(owner) for owner in tokens}
     held = ", ".join(f"{letter(owner)} has {' '.join(map(str, table))}" for owner, table in tables.items())
     return pool_picture(Pool(kv.num_blocks, kv.block_size, tables, tokens), "", name=f"blocks: {held}")
@@ -299,8 +298,7 @@ def watch(batcher: Any, requests: Sequence[Request], prune: Callable[[KVCache, i
 
 class BlockMap(Picture):
     """The blocks of the pool over the steps of a film. A notebook shows it frame by frame, with a slider, a box to type
-    into and a play button. A still picture shows the frames after the steps in `strip`. Below are all blocks over all
-    steps."""
+    into and a play button. A still picture shows the frames after the steps in `strip`. Below are all steps."""
 
     def __init__(self, film: Film, strip: Sequence[int]):
         pool = film.frames[0].pool

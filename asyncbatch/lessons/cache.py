@@ -130,8 +130,7 @@ def toy_server(batcher: Any, **options: Any) -> Any:
 
 def give_prompts_a_stream(batcher: Any) -> None:
     """Damage a batcher on the virtual clock: steps that only compute prompts run on a second compute stream, beside the
-    others. Later steps wait for them, but they wait for nothing except their inputs. Races are collected, not
-    raised."""
+    others. Later steps wait for them, but they wait only for their inputs. Races are collected, not raised."""
     device = batcher.device
     checked = isinstance(device, races.CheckedDevice)
     second: Any = VirtualStream(device.device if checked else device, 1)
@@ -184,8 +183,7 @@ def writes_of(film: Film, block: int) -> list[Write]:
 
 def draw_handover(films: Mapping[str, Film], block: int) -> Picture:
     """What the books say of one block, and which steps write into it on the device, around the moment when its first
-    owner is pruned (time 0). If the request of a step has been pruned meanwhile, its token is wasted, and the step is
-    hatched."""
+    owner is pruned (time 0). A step is hatched if its token is wasted: its request has been pruned meanwhile."""
     all_writes = {title: writes_of(film, block) for title, film in films.items()}
     tall = {title: 2.6 + 0.85 * any(write.beside for write in writes) for title, writes in all_writes.items()}
     picture = figure(10, 0.7 + 0.52 * sum(tall.values()))

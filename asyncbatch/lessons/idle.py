@@ -67,8 +67,7 @@ def draw_costs(cost: dict[int, float]) -> Picture:
 
 
 def draw_budget(chunk_sizes: Sequence[int], free_rows: int, budget: int, admitted: int) -> Picture:
-    """Waiting chunks of prompts along an axis of tokens. The first `admitted` join the step, the others (hatched)
-    wait."""
+    """Waiting chunks along an axis of tokens. The first `admitted` join the step, the others (hatched) wait."""
     picture = figure(8, 1.5)
     axes: Any = picture.axes
     at = 0

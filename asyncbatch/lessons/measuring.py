@@ -190,8 +190,7 @@ class Look(Law):
 
 
 def draw_law(runs: Sequence[RecordedRun]) -> Picture:
-    """A row for each run: its idle share as the law predicts it, as it was measured, and that of the asynchronous
-    run."""
+    """A row for each run: its idle share by the law, as it was measured, and that of its asynchronous twin."""
     picture = figure(8, 1.5 + 0.27 * (len(runs) + 2))
     axes: Any = picture.axes
     y, places, words = 0.0, [], []
@@ -237,8 +236,7 @@ def draw_gap_lengths(gap_us: Sequence[float]) -> Picture:
 
 
 def draw_attribution(attributions: Mapping[str, Attribution], most: int = 8) -> Picture:
-    """Idle time by what the host was doing, in ms a step: a group of bars for each attribution, of the `most`
-    largest."""
+    """Idle time by what the host was doing, in ms a step: for each attribution the `most` largest as bars."""
     rows = sum(min(len(one.by), most + 1) + 1.6 for one in attributions.values())
     picture = figure(8, 0.6 + 0.27 * rows)
     axes: Any = picture.axes
@@ -268,8 +266,7 @@ def draw_attribution(attributions: Mapping[str, Attribution], most: int = 8) -> 
 
 
 def draw_what_if(changes: Sequence[WhatIf], most: int = 6) -> Picture:
-    """How much time each latency point of the host would save in both loops if it took none: the first `most`
-    points."""
+    """How much time the first `most` latency points of the host would save in both loops if they took none."""
     removed = [one for one in changes if one.factor == 0 and one.where == "host"][:most]
     picture = figure(8, 1.1 + 0.42 * len(removed), "Time saved if this took no time at all")
     axes: Any = picture.axes

@@ -21,8 +21,8 @@ class Case(NamedTuple):
 class Exercise(NamedTuple):
     """A function for the learner to write. The solution is `reference`, a function of this package.
 
-    given: the case in the learner's terms; {0}, {1}, ... are its arguments. verb: as in "your function <verb>
-    <answer>".
+    given: the case in the learner's terms; {0}, {1}, ... are its arguments.
+    verb: as in "your function <verb> <answer>".
     cases: in the order in which a learner meets the difficulties. hints: two, of which the second is nearly the answer.
     answer: called with the function and the arguments of a case; returns what is compared. None calls function(*args).
     explain: called with (args, got, want) if an answer is wrong and no slip; returns what to say about it, or None for

@@ -35,8 +35,7 @@ def load_model(
         transformers can read, or a hub id.
     device: None means "cuda" if there is a GPU, and "cpu" if there is none.
     dtype: None means bfloat16 on CUDA (float16 on a GPU without bfloat16) and float32 on the CPU.
-    progress: whether to show progress bars. Before anything is fetched, a line on stderr always says what, and from
-        where.
+    progress: whether to show progress bars. A line on stderr says in any case what is fetched, and from where.
     Returns (model, tokenizer); the tokenizer is None for random weights, and for a folder that has none.
     Raises ModelError.
     """

@@ -180,8 +180,7 @@ def numbers_a_step_behind(slot, plan, batcher) -> None:
 
 
 def placeholder_left(batcher: BatcherBase) -> None:
-    """A token that the host does not know yet when it plans is noted as a placeholder. One of them is never
-    replaced."""
+    """A token that the host does not know yet is noted as a placeholder. One of them is never replaced."""
     commit = batcher.scheduler.commit
 
     def damaged(plan, token_ids):

@@ -20,8 +20,7 @@ class Verdict:
     """What came of a way to launch steps.
 
     outcomes: how many are possible, over all orders. tokens: what was read on the virtual clock. waited_ms: how long
-    the host waited inside the launches. copied_ms, total_ms: when all batches were copied in, and when everything was
-    done.
+    the host waited inside the launches. copied_ms, total_ms: when all copies in, and when everything was done.
     """
 
     def __init__(self, launch: Callable[[Any, Any], Any], numbers: Sequence[int]):
