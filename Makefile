@@ -18,14 +18,13 @@ ifneq ($(shell test -x $(PY) && cat $(STAMP) 2>/dev/null),$(CURDIR))
 $(STAMP): again
 endif
 
-.PHONY: help run test check lab bench notebooks badges format clean distclean again
+.PHONY: help run test check lab bench notebooks format clean distclean again
 help:
 	@echo "make run        measure synchronous against asynchronous batching on the embedded model, into out/"
 	@echo "make test       check and test everything, the notebooks too"
 	@echo "make lab        open the notebooks in JupyterLab"
 	@echo "make bench      measure this package against its own targets, print only"
 	@echo "make notebooks  run the notebooks and save them in canonical form"
-	@echo "make badges     write the badges; REPO=owner/name adds those that open Colab and Binder"
 	@echo "make check      ruff, mypy, who imports whom, and the notebooks' form: no tests"
 	@echo "make format     let ruff format and repair what it can"
 	@echo "make clean      remove what runs and tests left; make distclean: .venv too"
@@ -52,7 +51,6 @@ check: $(STAMP)
 	$(PY) -m mypy
 	$(VENV)/bin/lint-imports --no-logo
 	$(PY) tools/notebooks.py --check
-	$(PY) tools/badges.py --check
 
 lab: $(STAMP)
 	$(PY) -m jupyter lab notebooks/00_start_here.ipynb
@@ -63,9 +61,6 @@ bench: $(STAMP)
 notebooks: $(STAMP)
 	$(PY) -m ruff format notebooks
 	$(PY) tools/notebooks.py
-
-badges: $(STAMP)
-	$(PY) tools/badges.py $(if $(REPO),--repo $(REPO))
 
 format: $(STAMP)
 	$(PY) -m ruff check --fix

@@ -20,7 +20,6 @@ except ImportError:
         "notebooks",
         *(f"tests/lessons/test_{name}.py" for name in ("notebooks", "notebooks_browser", "nbval_guard")),
         "tests/pictures/test_timeline_browser.py",
-        "tests/project/test_badges.py",
     ]
 
 pytest_plugins = ["support.nbval_guard"] if nbval else []

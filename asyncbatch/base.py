@@ -12,7 +12,7 @@ from typing import Any
 from .config import Config
 from .devices import open_device
 from .kv_cache import KVCache
-from .models import check_model
+from .models.checks import check_model
 from .scheduler import BatchPlan, Committed, Scheduler
 from .serving import Serving
 from .slot import Slot, host_buffers

@@ -1,6 +1,6 @@
-"""`python -m asyncbatch.faults`: the command line of `ordering/faults.py`."""
+"""`python -m asyncbatch.faults`: the command line of `ordering/trials.py`."""
 
-from .ordering.faults import main
+from .ordering.trials import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

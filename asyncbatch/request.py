@@ -1,7 +1,7 @@
-"""What a caller asks for and gets back: `Request`, `SamplingParams`, `Completion`, and the rules that end a request.
+"""What a caller asks for and what comes back: `Request`, `SamplingParams`, `Completion`, and when a request ends.
 
-Nothing here knows about batches or devices. A request is checked once, when it is submitted: a bad one gets a
-`RequestError` that says what was given and what is allowed, and no other request notices.
+Nothing here knows about batches or devices. A request is checked once, when it is submitted. A bad one raises a
+`RequestError`, which says what was given and what is allowed. The other requests are not affected.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import numpy as np
 
 
 class RequestError(ValueError):
-    """What a caller asked for cannot be done: a bad request, a handle that is not the batcher's own, a closed batcher.
+    """What a caller asked for cannot be done: a bad request, a handle of another batcher, a closed batcher.
 
-    The one exception for everything that is wrong with what was given to `submit`, `run`, `stream` or `cancel`. The
-    message says what was given and what is allowed. Nothing has been queued then, and all other requests go on. (`run`
-    does not raise it for a bad request: its completion has it in `error`.)
+    This is the one exception for anything wrong with the arguments of `submit`, `run`, `stream` or `cancel`. The
+    message says what was given and what is allowed. Nothing has been queued, and all other requests go on. (For a bad
+    request, `run` does not raise it but puts it into that request's `Completion.error`.)
     """
 
 
@@ -26,13 +26,13 @@ class RequestError(ValueError):
 class SamplingParams:
     """How the next token is chosen from the logits.
 
-    temperature: 0 takes the most likely token (greedy); above 0 divides the logits before the softmax, and is then from
-        1e-6 to 1e6, so that no logit leaves the range of float32.
-    top_k: keep only the k most likely tokens; 0 keeps all.
-    top_p: keep the smallest set of most likely tokens whose probability reaches top_p (Holtzman et al. 2019,
-        "The Curious Case of Neural Text Degeneration"); 1.0 keeps all.
-    seed: 0 to 2**63 - 1. The random number of a token depends on this seed and the token's position and on nothing
-        else, so the same request gives the same tokens in any batch.
+    temperature: 0 takes the most likely token (greedy). A number from 1e-6 to 1e6 divides the logits before the softmax
+        (beyond these limits a logit could leave the range of float32).
+    top_k: keep only the k most likely tokens. 0 keeps all.
+    top_p: keep only the most likely tokens, as few as together reach the probability top_p (Holtzman et al. 2019, "The
+        Curious Case of Neural Text Degeneration"). 1.0 keeps all.
+    seed: 0 to 2**63 - 1. The random number for a token depends on this seed and on the token's position, and on nothing
+        else. So the same request gives the same tokens in any batch.
     """
 
     temperature: float = 0.0
@@ -43,13 +43,13 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt to be continued.
+    """A prompt to be continued.
 
     token_ids: the prompt, one int for each token, at least one.
-    max_new_tokens: the most tokens to generate, at least 1.
-    stop_token_ids: a generated token among them ends the request (it stays in the result). None means the model's
-        own end-of-sequence tokens; () means none, so that only the length limit ends the request.
-    stop_strings: the request ends when the generated text contains one of them. The batcher needs a tokenizer for it.
+    max_new_tokens: how many tokens to generate at most, from 1 on.
+    stop_token_ids: the request ends when one of these tokens is generated (it stays in the result). None means the
+        model's own end-of-sequence tokens. () means none: then only the length limit ends the request.
+    stop_strings: the request ends when the generated text contains one of these. The batcher then needs a tokenizer.
     """
 
     token_ids: Sequence[int]
@@ -61,10 +61,13 @@ class Request:
 
 @dataclass
 class Completion:
-    """What became of a request. Times are seconds on the host's clock (`time.perf_counter`).
+    """What became of a request.
 
-    finish_reason: "stop" (a stop token or stop string), "length" (max_new_tokens), "cancelled", or "error", and then
-        `error` holds the exception. `token_ids` has what was generated until then.
+    token_ids: the tokens that were generated, up to the end of the request.
+    finish_reason: "stop" (a stop token or stop string), "length" (max_new_tokens is reached), "cancelled" or "error".
+    error: the exception, if finish_reason is "error"; else None.
+    submitted_s, first_token_s, finished_s: times in seconds on the host's clock (`time.perf_counter`). first_token_s is
+        None if there is no token.
     """
 
     token_ids: list[int]
@@ -76,9 +79,9 @@ class Completion:
 
 
 def finish_reason(token_ids: Sequence[int], max_new_tokens: int, stop_token_ids: Collection[int]) -> str | None:
-    """Why a request that has generated `token_ids` so far is finished, or None if it goes on.
+    """Why a request that has generated `token_ids` so far is finished, or None if it is not.
 
-    A stop token on the very last place counts as "stop": the model ended by itself.
+    If the last token that is allowed is a stop token, the reason is "stop": the model has ended its text by itself.
     """
     if token_ids and token_ids[-1] in stop_token_ids:
         return "stop"
@@ -86,10 +89,10 @@ def finish_reason(token_ids: Sequence[int], max_new_tokens: int, stop_token_ids:
 
 
 def contains_stop_string(token_ids: Sequence[int], stop_strings: Sequence[str], tokenizer) -> bool:
-    """True if the text of the generated tokens ends in a token that completes one of `stop_strings`.
+    """Whether the newest of the generated tokens completes one of `stop_strings`.
 
-    Only the tail that a stop string can reach is decoded: a token is at least one byte of text, so a stop string of
-    n bytes spans at most n tokens. Two more tokens guard against tokenizers that trim the first word's space.
+    Only as many tokens are decoded as a stop string can span. A token is at least one byte of text, so a string of n
+    bytes spans at most n tokens. Two more are decoded, because some tokenizers drop the space before the first word.
     """
     tail = max(len(text.encode()) for text in stop_strings) + 2
     text = tokenizer.decode(token_ids[-tail:])
@@ -97,19 +100,22 @@ def contains_stop_string(token_ids: Sequence[int], stop_strings: Sequence[str], 
 
 
 def shown(value, longest: int = 60) -> str:
-    """A value as it goes into an error message: on one line, and short, however large it is."""
+    """A value as it stands in an error message: on one line of at most `longest` characters, however large it is."""
     if isinstance(value, Integral) and not isinstance(value, bool) and abs(int(value)) >> 100:
         return f"a whole number of {int(value).bit_length()} bits"  # Python refuses to write out very long ones
     try:
         text = " ".join(repr(value).split())
-    except Exception:  # a caller's own __repr__, or an int of thousands of digits inside a list
+    except Exception:  # the caller's own __repr__ fails, or a list holds an int of thousands of digits
         return f"a {type(value).__name__} that cannot be written out"
     return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
 def check_request(request: Request, *, vocab_size: int, max_length: int, limited_by: str, tokenizer=None) -> None:
-    """Raise RequestError unless `request` can be served. `max_length` tokens is the most for prompt and output
-    together, and `limited_by` says in words where that limit comes from."""
+    """Raise RequestError unless `request` can be served.
+
+    vocab_size: how many tokens the model knows. max_length: how many tokens fit, prompt and output together.
+    limited_by: where that limit comes from, in words for the message. tokenizer: needed for stop strings.
+    """
     if not isinstance(request, Request):
         raise RequestError(f"a request must be a Request, not {type(request).__name__} {shown(request)}")
     ids = request.token_ids

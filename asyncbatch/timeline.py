@@ -1,11 +1,12 @@
 """What the host, the copies and the device did, and when.
 
 A `Timeline` is a list of spans on four lanes: "host" (Python's work), "H2D" (inputs copied to the device), "compute"
-(the model's steps) and "D2H" (results copied back). All times are seconds of one clock. Step N has one span on each
-device lane ("copy_in", "step", "copy_out") and one host span for each thing the host does for it: "plan", "fill",
-"launch", "wait" and "commit". From the spans follow the numbers this project is about: how long the device was active,
-how long it was idle, and what the host was doing in each idle gap. `save` writes a trace that https://ui.perfetto.dev
-opens.
+(the model's steps) and "D2H" (results copied back). All times are seconds on one clock. Step N has one span on each
+lane of the device ("copy_in", "step", "copy_out"), and on the host one for each thing that the host does for it:
+"plan", "fill", "launch", "wait" and "commit".
+
+The numbers that this project is about follow from the spans: how long the device was active, how long it was idle, and
+what the host was doing in each idle gap. `Timeline.save` writes a trace that https://ui.perfetto.dev opens.
 """
 
 from __future__ import annotations
@@ -22,8 +23,7 @@ import numpy as np
 
 LANES = ("host", "H2D", "compute", "D2H")
 
-
-_new = tuple.__new__  # makes a named tuple in half the time of a call of its class
+_new = tuple.__new__  # makes a named tuple in half the time that a call of its class takes
 
 
 class Span(NamedTuple):
@@ -37,10 +37,11 @@ class Span(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a step was for: `kind` is "decode" or "prefill" (any prefill row in it). `tokens` excludes `wasted`.
+    """What a step did. kind: "prefill" if any of its rows is a prefill, else "decode". tokens: how many it generated
+    that somebody wanted. wasted: how many it generated for requests that had already ended.
 
-    `rows`: how many rows it had. `context`: the tokens that a row's last query attends to, itself included, summed over
-    the rows. Both are 0 where they are not known, as in older traces."""
+    rows: how many rows it had. context: how many tokens the last query of each row attends to (itself included), added
+    up over the rows. Both are 0 if they are not known, as in older traces."""
 
     step: int
     kind: str
@@ -52,7 +53,9 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Gap:
-    """The device idle from `start` to `end` before decode step `step`; `host_s` is seconds of it by host span name."""
+    """An idle gap of the device: from `start` to `end` (seconds), just before the decode step `step`.
+
+    host_s: how many seconds of it the host spent on each thing ("plan", "fill", ...)."""
 
     step: int
     start: float
@@ -66,8 +69,12 @@ class Gap:
 
 @dataclass(frozen=True)
 class Summary:
-    """The numbers of one run. `device_active` and `idle` are shares from 0 to 1 over the decode steps; these two and
-    `host_ms_per_step` are nan where no decode step could be measured."""
+    """The numbers of one run.
+
+    wall_s: from the start of the first span to the end of the last. tokens: without the wasted ones. device_active,
+    idle: shares from 0 to 1, over the decode steps. host_ms_per_step: host work (without waiting) of a decode step, the
+    median. These three are nan if no decode step could be measured.
+    """
 
     wall_s: float
     tokens: int
@@ -80,7 +87,7 @@ class Summary:
     wasted_tokens: int
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as plain values for JSON; None in place of nan."""
+        """The same numbers for JSON, with None in place of nan."""
         return {key: None if value != value else value for key, value in asdict(self).items()}
 
     def __str__(self) -> str:
@@ -98,31 +105,35 @@ class Summary:
 
 
 def idle_share(host_s: float, device_s: float) -> float:
-    """The law of the synchronous loop: host and device take turns, so the device idles while the host works.
+    """The idle share of the device in the synchronous loop, where it idles while the host works.
 
-    `host_s` and `device_s` are seconds of one step. ZeroDivisionError if both are 0."""
+    host_s, device_s: the seconds that each takes for one step. ZeroDivisionError if both are 0."""
     return host_s / (host_s + device_s)
 
 
 def overlap_gain(host_s: float, device_s: float) -> float:
-    """How many times as fast the asynchronous loop can be: in turns a step costs both times, overlapped the longer one.
+    """How many times as fast the asynchronous loop can be. In turns, a step takes the sum of both times. Overlapped, it
+    takes the longer one.
 
-    `host_s` and `device_s` are seconds of one step. ZeroDivisionError if both are 0."""
+    host_s, device_s: the seconds that each takes for one step. ZeroDivisionError if both are 0."""
     return (host_s + device_s) / max(host_s, device_s)
 
 
 def idle_gaps(starts, ends) -> list[tuple[int, float]]:
-    """(i, seconds) for every step i that begins later than the step before it ends: for so long the device was idle.
+    """The idle gaps between the steps of a device, as a list of (i, seconds): before step i, the device was idle for
+    that long. A step that starts when the one before it ends has no gap before it.
 
-    `starts` and `ends` are lists of seconds of successive device steps, as in `device_activity`."""
+    starts, ends: lists of seconds, one for each step, in order."""
     return [(i, starts[i] - ends[i - 1]) for i in range(1, len(starts)) if starts[i] > ends[i - 1]]
 
 
 def device_activity(starts, ends, counted=None) -> tuple[float, float]:
-    """(active_s, period_s) of successive device steps: `starts` and `ends` are lists or arrays of seconds, in order.
+    """(active_s, period_s) of the steps of a device, added up: how long they ran, and how long their periods were.
 
-    A step's period runs from the end of the step before it to its own end, so the first step has none and is left out.
-    `counted` (one bool a step) says which of the others to add up; None adds up all."""
+    The period of a step goes from the end of the step before it to its own end. The first step has no period and is
+    left out of both sums.
+    starts, ends: lists or arrays of seconds, one for each step, in order. counted: one bool for each step, whether it
+    is added up (the first never is); None adds up all others."""
     starts, ends = np.asarray(starts, float), np.asarray(ends, float)
     counted = np.ones(len(ends), bool) if counted is None else np.asarray(counted, bool)
     counted = counted[1:]
@@ -130,8 +141,9 @@ def device_activity(starts, ends, counted=None) -> tuple[float, float]:
 
 
 def union(starts, ends) -> tuple[np.ndarray, np.ndarray]:
-    """(starts, ends) of the stretches that the intervals cover together, in order, none touching the next. `starts` and
-    `ends` are arrays in any order and of any unit; an interval without length covers nothing."""
+    """The stretches that the intervals cover together, as (starts, ends), in order. No stretch touches the next.
+
+    starts, ends: arrays of the intervals, in any order and any unit. An interval without length covers nothing."""
     starts, ends = np.asarray(starts), np.asarray(ends)
     real = ends > starts
     starts, ends = starts[real], ends[real]
@@ -144,9 +156,10 @@ def union(starts, ends) -> tuple[np.ndarray, np.ndarray]:
 
 
 def busy_curve(starts, ends) -> tuple[np.ndarray, np.ndarray]:
-    """The corners (times, busy seconds up to then) of the busy time of spans given in any order, overlaps counted once.
+    """The busy time of spans as a curve: the (times, busy seconds up to then) of its corners. Overlaps count once.
 
-    `np.interp(t, times, busy)` is then the busy time before t, for any number of spans and points."""
+    `np.interp(t, times, busy)` is then the busy time before t, also for an array of many t.
+    starts, ends: arrays of seconds, in any order."""
     starts, ends = union(np.asarray(starts, float), np.asarray(ends, float))
     if not len(starts):
         return np.zeros(1), np.zeros(1)
@@ -155,7 +168,7 @@ def busy_curve(starts, ends) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Timeline:
-    """The spans of one run. `label` names it ("sync"); `clock` says whose time it is: "host", "cuda" or "virtual"."""
+    """The spans of one run. label: its name, such as "sync". clock: whose time it is, "host", "cuda" or "virtual"."""
 
     def __init__(self, label: str = "", clock: str = "host"):
         self.label = label
@@ -167,21 +180,21 @@ class Timeline:
         return f"Timeline({self.label!r}, clock={self.clock!r}, {len(self.spans)} spans, {len(self.steps)} steps)"
 
     def add(self, lane: str, name: str, step: int, start: float, end: float) -> None:
-        """Note a span (seconds). In the hot loop: one append, nothing else."""
+        """Note a span; `start` and `end` are seconds. The hot loop calls this, so it is one append and nothing else."""
         self.spans.append(_new(Span, (lane, name, step, start, end)))
 
     def add_step(self, step: int, kind: str, tokens: int, wasted: int, rows: int = 0, context: int = 0) -> None:
-        """Note, at commit, what a step was for ("decode" or "prefill"), how many tokens it gave and wasted, how many
-        rows it had, and how many tokens they attended to (see `Step`)."""
+        """Note what a step did, once it is committed. `Step` says what the arguments mean."""
         self.steps.append(_new(Step, (step, kind, tokens, wasted, rows, context)))
 
     @property
     def origin(self) -> float:
-        """The first start of any span (seconds); 0.0 without spans."""
+        """When the first span starts (seconds); 0.0 without spans."""
         return min((span.start for span in self.spans), default=0.0)
 
     def lane(self, lane: str) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
-        """(names, steps, starts, ends) of a lane's spans by start; integers and float64 seconds."""
+        """The spans of a lane, in the order of their starts: (names, steps, starts, ends), a list of texts, an int64
+        array, and two float64 arrays of seconds."""
         spans = sorted((span for span in self.spans if span.lane == lane), key=lambda span: span.start)
         if not spans:
             return [], np.zeros(0, np.int64), np.zeros(0), np.zeros(0)
@@ -192,7 +205,7 @@ class Timeline:
         return np.array([step.step for step in self.steps if step.kind == "decode"], np.int64)
 
     def summary(self) -> Summary:
-        """The run in numbers. Works on a timeline of any size, empty ones too."""
+        """The run in numbers. An empty timeline has a summary too."""
         decode = self._decode_steps()
         _, steps, starts, ends = self.lane("compute")
         active_s, period_s = device_activity(starts, ends, np.isin(steps, decode))
@@ -216,16 +229,16 @@ class Timeline:
         )
 
     def gaps(self) -> list[Gap]:
-        """The device's idle gaps before decode steps, in order of time, with what the host was doing in each.
+        """The idle gaps of the device before decode steps, in order of time, with what the host was doing in each.
 
-        They add up to the idle time behind `summary().idle`."""
+        Together they are as long as the idle time in `summary().idle`."""
         _, steps, starts, ends = self.lane("compute")
         late = np.array([i for i, _ in idle_gaps(starts.tolist(), ends.tolist())], np.int64)
-        wanted = late[np.isin(steps[late], self._decode_steps())]
-        steps, begins, stops = steps[wanted], ends[wanted - 1], starts[wanted]
+        late = late[np.isin(steps[late], self._decode_steps())]
+        steps, begins, stops = steps[late], ends[late - 1], starts[late]
         names, _, starts, ends = self.lane("host")
         kinds = np.array(names, object)
-        host_s: list[dict[str, float]] = [{} for _ in wanted]
+        host_s: list[dict[str, float]] = [{} for _ in late]
         for name in dict.fromkeys(names):
             times, busy = busy_curve(starts[kinds == name], ends[kinds == name])
             seconds = np.interp(stops, times, busy) - np.interp(begins, times, busy)
@@ -234,12 +247,12 @@ class Timeline:
         return [Gap(*gap) for gap in zip(steps.tolist(), begins.tolist(), stops.tolist(), host_s, strict=True)]
 
     def save(self, path: str | Path) -> None:
-        """Write a Chrome trace (JSON) that https://ui.perfetto.dev opens and `load` reads back exactly."""
+        """Write a Chrome trace (JSON), which https://ui.perfetto.dev opens and `load` reads back exactly."""
         save_trace(path, [self])
 
     @classmethod
     def load(cls, path: str | Path) -> Timeline:
-        """The timeline that `save` wrote. ValueError if the file holds something else."""
+        """The timeline of a file that `save` wrote. ValueError if the file holds anything else."""
         timelines = load_trace(path)
         if len(timelines) != 1:
             raise ValueError(f"{path} holds {len(timelines)} timelines, expected 1: load_trace(path) gives all of them")
@@ -247,12 +260,12 @@ class Timeline:
 
 
 def save_trace(path: str | Path, timelines: Sequence[Timeline]) -> None:
-    """Write several timelines into one Chrome trace, as processes 1, 2, ..., each beginning at time 0.
+    """Write several timelines into one Chrome trace: as processes 1, 2, ..., each of which begins at time 0.
 
-    Arrows ("flow events") lead from a step's copy in to the step and on to its copy out."""
+    Arrows ("flow events") lead from the copy in of a step to the step, and on to its copy out."""
     events: list[dict[str, Any]] = []
     notes = []
-    flows = itertools.count(1)  # their ids: unique over all timelines, or Perfetto would join two runs
+    flows = itertools.count(1)  # numbers of arrows, not used twice in a file: Perfetto would join two runs
     for pid, timeline in enumerate(timelines, 1):
         origin = timeline.origin
         notes.append({"pid": pid, "label": timeline.label, "clock": timeline.clock, "origin": origin})
@@ -268,26 +281,27 @@ def save_trace(path: str | Path, timelines: Sequence[Timeline]) -> None:
             events.append({**where, "name": "thread_sort_index", "args": {"sort_index": tid}})
         slices: dict[int, dict[str, dict[str, Any]]] = {}  # step -> device lane -> its first event
         for lane, name, step, start, end in timeline.spans:
-            # ts and dur are microseconds for the viewer, both ends rounded alike so that neighbours still touch;
-            # args keep the exact seconds for `load`.
+            # ts and dur are microseconds, for the viewer. Both ends are rounded alike, so that neighbours still touch.
+            # args keeps the exact seconds, for `load`.
             ts, stop = round(1e6 * (start - origin), 3), round(1e6 * (end - origin), 3)
             args = {"step": step, "start_s": start, "end_s": end}
             event = {"ph": "X", "pid": pid, "tid": tids[lane], "name": name, "cat": lane}
             events.append({**event, "ts": ts, "dur": round(stop - ts, 3), "args": args})
             if lane in LANES[1:]:
                 slices.setdefault(step, {}).setdefault(lane, events[-1])
-        for found in slices.values():
-            if len(found) == len(LANES[1:]):
-                events += _arrows([found[lane] for lane in LANES[1:]], next(flows))
+        for of_step in slices.values():
+            if len(of_step) == len(LANES[1:]):
+                events += _arrows([of_step[lane] for lane in LANES[1:]], next(flows))
     trace = {"traceEvents": events, "displayTimeUnit": "ms", "metadata": {"asyncbatch": notes}}
     Path(path).write_text(json.dumps(trace, allow_nan=False), encoding="utf-8")
 
 
 def _arrows(slices: Sequence[dict[str, Any]], number: int) -> list[dict[str, Any]]:
-    """The flow events `number` through the slices ("X" events) of a step; none where an arrow would lead back in time.
+    """The arrows through the slices ("X" events) of a step, as flow events with this number. None at all if one of them
+    would lead back in time.
 
-    A flow event belongs to the slice that is open on its thread at its time, so it stands in the middle of it: at an
-    end, a neighbour that touches it could be meant as well."""
+    The viewer ties a flow event to the slice that is open on its thread at that time. So each stands in the middle of
+    its slice: at one of its ends, it could be tied to the neighbour that touches it."""
     times = [round(event["ts"] + event["dur"] / 2, 3) for event in slices]
     if times != sorted(times):
         return []
@@ -299,7 +313,8 @@ def _arrows(slices: Sequence[dict[str, Any]], number: int) -> list[dict[str, Any
 
 
 def load_trace(path: str | Path) -> list[Timeline]:
-    """All timelines of a file that `save` or `save_trace` wrote. ValueError if the file holds something else."""
+    """All timelines of a file that `Timeline.save` or `save_trace` wrote. ValueError if the file holds anything
+    else."""
     expected = "expected a Chrome trace written by Timeline.save (JSON with traceEvents and metadata.asyncbatch)"
     try:
         trace = json.loads(Path(path).read_bytes())

@@ -1,6 +1,6 @@
-"""Notebook 03: the pool of KV blocks as a picture, and a film of it over the steps of a batcher.
+"""Notebook 03: the pool of KV blocks as a picture, and as a film over the steps of a batcher.
 
-`draw_pool` shows one moment. `watch` lets a batcher serve requests and notes what its books of the KV cache do; a
+`draw_pool` shows one moment. `watch` lets a batcher serve requests and notes what the books of its KV cache do, and a
 `BlockMap` shows that frame by frame.
 """
 
@@ -27,14 +27,14 @@ from .idle import REQUEST_COLORS
 from .parts import slider, with_widget
 
 RED, GREY = COLORS["vermillion"], "#555555"
-FREE = {"facecolor": "#F4F4F4", "edgecolor": "#C8C8C8", "hatch": "////", "lw": 0}  # a block that nobody has
-DARK = {COLORS[color] for color in ("blue", "green", "vermillion")}  # write on these in white
+FREE = {"facecolor": "#F4F4F4", "edgecolor": "#C8C8C8", "hatch": "////", "lw": 0}  # a block without an owner
+DARK = {COLORS[color] for color in ("blue", "green", "vermillion")}  # text on these is white
 COLUMNS = 6  # blocks side by side
-LIVE_WIDTH, LIVE_DPI = 8.4, 110  # inches, and pixels an inch, of a frame that follows a slider
+LIVE_WIDTH, LIVE_DPI = 8.4, 110  # of a frame that follows a slider: inches, and pixels per inch
 
 
 def letter(owner: int) -> str:
-    """How pictures call request number `owner`: A, B, ..., and from 26 on by number."""
+    """The name of request number `owner` in pictures: A, B, ..., and from 26 on its number."""
     return chr(ord("A") + owner) if 0 <= owner < 26 else f"#{owner}"
 
 
@@ -44,11 +44,12 @@ def color(owner: int) -> str:
 
 
 def ink(owner: int) -> str:
-    """The colour to write with on the colour of `owner`."""
+    """The colour of text that stands on the colour of `owner`."""
     return "white" if color(owner) in DARK else "black"
 
 
 def listed(items: Iterable[Any]) -> str:
+    """The items as text, with commas between them; "none" if there are none."""
     return ", ".join(map(str, items)) or "none"
 
 
@@ -56,9 +57,12 @@ def listed(items: Iterable[Any]) -> str:
 
 
 class Pool(NamedTuple):
-    """What the books say at one moment. tables: owner to blocks. tokens: owner to tokens placed. taken, pruned: owner
-    to the blocks that it got and gave back since the moment before. free: the free blocks; None: all that are in no
-    table, as it should be."""
+    """What the books say at one moment.
+
+    tables: the blocks of each owner. tokens: how many tokens of each owner are in the pool. taken, pruned: the blocks
+    that each owner got, and gave back, since the moment before. free: the free blocks; None if these are all blocks
+    that are in no table, as they should be.
+    """
 
     num_blocks: int
     block_size: int
@@ -70,7 +74,7 @@ class Pool(NamedTuple):
 
 
 def draw_pool(kv: KVCache, tokens: Mapping[int, int]) -> Picture:
-    """The pool behind the books `kv`, each place with the number of its token. `tokens`: owner to tokens placed."""
+    """The pool of a cache, each place with the number of its token. tokens: how many of them each owner has."""
     tables = {owner: kv.table(owner) for owner in tokens}
     held = ", ".join(f"{letter(owner)} has {' '.join(map(str, table))}" for owner, table in tables.items())
     return pool_picture(Pool(kv.num_blocks, kv.block_size, tables, tokens), "", name=f"blocks: {held}")
@@ -79,7 +83,8 @@ def draw_pool(kv: KVCache, tokens: Mapping[int, int]) -> Picture:
 def pool_picture(
     pool: Pool, title: str, marks: Sequence[tuple[int, str, str]] = (), name: str | None = None
 ) -> Picture:
-    """A pool as a picture of its own. marks: (place, colour, word) of places to point at. name: its text."""
+    """A pool as a picture of its own. marks: places to point at, as (place, colour, word). name: the picture's text;
+    None takes the title."""
     picture = figure(8, 0.55 + 0.2 * bool(title) + 0.72 * blocks_for(pool.num_blocks + 1, COLUMNS), title)
     axes: Any = picture.axes
     _draw_blocks(axes, pool, numbers=True)
@@ -100,8 +105,8 @@ def _corner(block: int) -> tuple[float, float]:
 
 
 def _draw_blocks(axes: Any, pool: Pool, numbers: bool = False) -> None:
-    """Every block, block 0 too, as a box of places with its number and its owner's letter above. What looks alike is
-    drawn together: one by one it takes four times as long."""
+    """Every block, block 0 included, as a box of places with its number and its owner's letter above. All boxes that
+    look alike are drawn in one call: one by one takes four times as long."""
     owners = {block: owner for owner, table in pool.tables.items() for block in table}
     full: dict[int, list[Rectangle]] = {}
     empty, free = [], []
@@ -133,7 +138,7 @@ def _draw_blocks(axes: Any, pool: Pool, numbers: bool = False) -> None:
 
 
 def _draw_heading(axes: Any, pool: Pool, block: int, owner: int | None) -> None:
-    """Whose the block is, or was, and a rim around one that has just come to its owner or just been given back."""
+    """Whose block it is or was. A block that has just been handed out or given back gets a rim."""
     x, y = _corner(block)
     was = next((owner for owner, blocks in pool.pruned.items() if block in blocks), None)
     new = any(block in blocks for blocks in pool.taken.values())
@@ -171,7 +176,8 @@ def _draw_tables(axes: Any, pool: Pool, waiting: Sequence[int] = ()) -> None:
 
 
 class Refused(NamedTuple):
-    """Request `owner` needed `need` blocks; `free` were free, and `kept` of them kept so that others can grow."""
+    """A request that had to wait: `owner` needed `need` blocks. `free` blocks were free, but `kept` of these are kept
+    for running requests that grow."""
 
     owner: int
     need: int
@@ -180,8 +186,11 @@ class Refused(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """The books after the commit of `step`. joined: requests that came into the batch since the frame before; refused:
-    those for which there was a row and too few blocks. waiting: all that wait."""
+    """The books after the commit of `step`.
+
+    joined: requests that joined the batch since the frame before. refused: requests that had a row but too few blocks.
+    waiting: all requests that wait.
+    """
 
     step: int
     pool: Pool
@@ -192,17 +201,17 @@ class Frame(NamedTuple):
     @property
     def words(self) -> str:
         """What happened since the frame before."""
-        told = []
+        sentences = []
         for owner, blocks in self.pool.taken.items():
-            told.append(f"{letter(owner)} {'joins' if owner in self.joined else 'grows'}: {_counted(blocks)}.")
+            sentences.append(f"{letter(owner)} {'joins' if owner in self.joined else 'grows'}: {_counted(blocks)}.")
         for owner, need, free, kept in self.refused:
             are = f"{free} {'is' if free == 1 else 'are'} free"
             are += f", {kept} of them kept so that others can grow" if kept else ""
-            told.append(f"{letter(owner)} has to wait: it needs {need}, {are}.")
+            sentences.append(f"{letter(owner)} has to wait: it needs {need}, {are}.")
         for owner, blocks in self.pool.pruned.items():
             are = "is" if len(blocks) == 1 else "are"
-            told.append(f"{letter(owner)} finished and was pruned: {_counted(blocks)} {are} free again.")
-        return " ".join(told) or "Every request writes into a block that it has."
+            sentences.append(f"{letter(owner)} finished and was pruned: {_counted(blocks)} {are} free again.")
+        return " ".join(sentences) or "Every request writes into a block that it has."
 
 
 def _counted(blocks: Sequence[int]) -> str:
@@ -210,8 +219,11 @@ def _counted(blocks: Sequence[int]) -> str:
 
 
 class Film(NamedTuple):
-    """A run as its KV cache saw it. frames: one a commit. changes: (seconds, block, its new owner or NOBODY). writes:
-    step to (owner, position, blocks written) of each of its rows. timeline, completions: the batcher's."""
+    """A run as its KV cache saw it.
+
+    frames: one for each commit. changes: each change of a block's owner, as (seconds, block, new owner or NOBODY).
+    writes: for each step, (owner, position, blocks that it writes) of its rows. timeline, completions: of the batcher.
+    """
 
     frames: list[Frame]
     changes: list[tuple[float, int, int]]
@@ -221,11 +233,13 @@ class Film(NamedTuple):
 
 
 def watch(batcher: Any, requests: Sequence[Request], prune: Callable[[KVCache, int], int] = KVCache.prune) -> Film:
-    """Let a new batcher serve the requests, and note at every change what its scheduler and its books say; nothing else
-    of it is touched. prune: what the books do in place of `KVCache.prune`."""
+    """Let a new batcher serve the requests, and note what its scheduler and its books do. Nothing else of the batcher
+    is touched.
+
+    prune: called in place of `KVCache.prune`."""
     kv, scheduler = batcher.kv, batcher.scheduler
     film = Film([], [], {}, None, [])
-    placed: dict[int, Any] = {}  # owner to its RunState
+    placed: dict[int, Any] = {}  # the RunState of each owner
     taken: dict[int, list[int]] = {}
     pruned: dict[int, list[int]] = {}
     joined: list[int] = []
@@ -237,40 +251,40 @@ def watch(batcher: Any, requests: Sequence[Request], prune: Callable[[KVCache, i
 
     def watched_allocate(owner: int, num_tokens: int, keep_free: int = 0) -> bool:
         before = kv.table(owner)
-        done = allocate(owner, num_tokens, keep_free)
+        fits = allocate(owner, num_tokens, keep_free)
         new = kv.table(owner)[len(before) :]
         if new:
             taken[owner] = taken.get(owner, []) + new
             joined.extend([] if before else [owner])
             changed(new, owner)
-        elif not done:
+        elif not fits:
             need = blocks_for(num_tokens, kv.block_size) - len(before)
             refused.append(Refused(owner, need, kv.num_free, keep_free))
-        return done
+        return fits
 
     def watched_prune(owner: int) -> int:
         blocks = kv.table(owner)
-        given = prune(kv, owner)
+        count = prune(kv, owner)
         if blocks:
             pruned[owner] = blocks
             changed(blocks, NOBODY)
-        return given
+        return count
 
     def watched_plan() -> Any:
-        made = plan()
-        for state, position, count, *_ in () if made is None else made.rows:
+        step = plan()
+        for state, position, num_tokens, *_ in () if step is None else step.rows:
             placed[state.number] = state
-            entries = slice(position // kv.block_size, blocks_for(position + count, kv.block_size))
-            film.writes.setdefault(made.step, []).append((state.number, position, kv.table(state.number)[entries]))
-        return made
+            entries = slice(position // kv.block_size, blocks_for(position + num_tokens, kv.block_size))
+            film.writes.setdefault(step.step, []).append((state.number, position, kv.table(state.number)[entries]))
+        return step
 
-    def watched_commit(made: Any, token_ids: Sequence[int]) -> Any:
-        result = commit(made, token_ids)
+    def watched_commit(step: Any, token_ids: Sequence[int]) -> Any:
+        result = commit(step, token_ids)
         tables = {number: kv.table(number) for number in placed if kv.table(number)}
         tokens = {number: placed[number].placed for number in tables}
         pool = Pool(kv.num_blocks, kv.block_size, tables, tokens, dict(taken), dict(pruned))
         waiting = tuple(state.number for state in scheduler.waiting)
-        film.frames.append(Frame(made.step, pool, tuple(joined), tuple(refused), waiting))
+        film.frames.append(Frame(step.step, pool, tuple(joined), tuple(refused), waiting))
         for noted in (taken, pruned, joined, refused):
             noted.clear()  # type: ignore[attr-defined]
         return result
@@ -283,8 +297,8 @@ def watch(batcher: Any, requests: Sequence[Request], prune: Callable[[KVCache, i
 
 
 class BlockMap(Picture):
-    """The blocks of the pool over the steps of a film. A notebook shows one frame after the other, with a slider, a box
-    and a play button; a picture the frames after the steps in `strip`. Below are all blocks over all steps."""
+    """The blocks of the pool over the steps of a film. A notebook shows it frame by frame, with a slider, a box to type
+    into and a play button. A still picture shows the frames after the steps in `strip`. Below are all steps."""
 
     def __init__(self, film: Film, strip: Sequence[int]):
         pool = film.frames[0].pool
@@ -297,7 +311,7 @@ class BlockMap(Picture):
 
     @property
     def words(self) -> str:
-        """What the frame shown says."""
+        """What happened in the frame that is shown."""
         frame = self.frames[self.number]
         return f"After step {frame.step}: {frame.words}"
 
@@ -325,7 +339,7 @@ class BlockMap(Picture):
         _draw_tables(axes, frame.pool, frame.waiting)
 
     def _draw_overview(self, axes: Any) -> None:
-        """Blocks from top to bottom, steps from left to right, a letter where a request's stay in a block begins."""
+        """Blocks from top to bottom, steps from left to right. A letter marks where a block gets a new owner."""
         num_blocks = self.frames[0].pool.num_blocks
         boxes: dict[int, list[Rectangle]] = {NOBODY: []}
         before: dict[int, int] = {}
@@ -353,7 +367,7 @@ class BlockMap(Picture):
 
     @cached_property
     def _below(self) -> tuple[np.ndarray, Any]:
-        """What is the same in all frames, drawn once: pixels [height, width, 4], and its axes."""
+        """The part that is the same in all frames, drawn once: its pixels, uint8 [height, width, 4], and its axes."""
         fig = Figure((LIVE_WIDTH, 2.8), facecolor="white", dpi=LIVE_DPI)
         axes = fig.add_axes((0.06, 0.3, 0.92, 0.66))
         self._draw_overview(axes)
@@ -366,7 +380,7 @@ class BlockMap(Picture):
         return fig, fig.add_axes((0.02, 0.02, 0.96, 0.96))
 
     def frame_png(self, number: int) -> bytes:
-        """Frame `number` as the bytes of a PNG file; drawn once, then kept."""
+        """Frame `number` as the bytes of a PNG file. Each frame is drawn only once."""
         if number not in self._drawn:
             fig, axes = self._above
             for artist in [*axes.texts, *axes.patches, *axes.collections]:
@@ -386,7 +400,7 @@ class BlockMap(Picture):
 
     @cached_property
     def widget(self) -> Any:
-        """A play button, a slider with a box to type into, what happened, and the frame."""
+        """A play button, a slider with a box to type into, a line that says what happened, and the frame."""
         import ipywidgets
 
         size = ipywidgets.Layout(width=f"{LIVE_WIDTH * LIVE_DPI:.0f}px", max_width="100%")

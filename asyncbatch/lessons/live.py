@@ -1,4 +1,4 @@
-"""Pictures with sliders: what a slider changes is drawn anew while it moves."""
+"""For all notebooks: pictures with sliders, drawn again while a slider moves."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from .parts import slider, with_widget
 
 
 class Sliders(Picture):
-    """A picture that a notebook shows below sliders, each with a box to type into. controls: of each slider the
-    attribute that it sets, its label, lowest and highest value, and step. A subclass draws in `_update`."""
+    """A picture below sliders, each with a box to type into. A subclass draws in `_update`.
+
+    controls: for each slider (the attribute that it sets, label, lowest value, highest value, step)."""
 
     controls: tuple[tuple[str, str, float, float, float], ...]
 
@@ -24,7 +25,7 @@ class Sliders(Picture):
         raise NotImplementedError
 
     def _live_png(self) -> bytes:
-        """As `png`, but large and soon done: it follows a slider."""
+        """As `png`, but made fast, since it follows a slider; the file is larger."""
         canvas, file = FigureCanvasAgg(self.figure), io.BytesIO()
         canvas.draw()
         Image.fromarray(np.asarray(canvas.buffer_rgba())).save(file, "png", compress_level=1)
@@ -32,7 +33,7 @@ class Sliders(Picture):
 
     @cached_property
     def widget(self) -> Any:
-        """The sliders above the picture (an ipywidgets box)."""
+        """The sliders and the picture below them (an ipywidgets box)."""
         import ipywidgets
 
         image = ipywidgets.Image(value=self._live_png(), format="png", layout=ipywidgets.Layout(max_width="100%"))

@@ -1,40 +1,38 @@
-"""Notebook 06: measuring an idle device. What it measures, its pictures, and its exercises."""
+"""Notebook 06: how an idle device is measured, and pictures of what was found. (Exercises:
+`exercises/measuring.py`.)"""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from .. import kv_cache, streams, timeline
 from ..batcher import SyncBatcher
-from ..kv_cache import KVCache
 from ..measure.attribution import Attribution
 from ..measure.recording import Recording
 from ..measure.simulate import WhatIf
 from ..measure.steps import steps_of
-from ..ordering.faults import carrier
+from ..models.toy import toy_llama
 from ..pictures.picture import COLORS, TEXT, Picture, figure
 from ..profile.cli import main
 from ..scheduler import StepKind
 from ..timeline import busy_curve, idle_share
 from .idle import Law
 from .lab import spend_on_gpu
-from .parts import Case, Exercise
 
 # ---- what is measured ------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def timed_step(device: str, ms: float) -> Iterator[tuple[Callable[[], Any], Callable[[], Any]]]:
-    """(launch, synchronize) of work that keeps the device busy for so many milliseconds: the GPU where `device` is
-    "cuda", else a timed device, a process that waits. Both were used once, so that nothing is loaded any more."""
+    """Two functions, (launch, synchronize), of work that keeps a device busy for `ms` milliseconds. The device is the
+    GPU if `device` is "cuda"; else it is a timed device, a process that waits. Both functions have been used once, so
+    that the first measurement does not include the loading of anything."""
     if device == "cuda":
         spend = spend_on_gpu()
         launch, synchronize = (lambda: spend(ms)), torch.cuda.synchronize
@@ -42,7 +40,7 @@ def timed_step(device: str, ms: float) -> Iterator[tuple[Callable[[], Any], Call
         synchronize()
         yield launch, synchronize
         return
-    with SyncBatcher(carrier(), max_batch_size=1, step_s=1e-3 * ms) as batcher:
+    with SyncBatcher(toy_llama(), max_batch_size=1, step_s=1e-3 * ms) as batcher:
         compute = batcher.device.streams[1]
         step = StepKind("decode", sampled=False, rows=1)
         compute.launch(step, 0)
@@ -51,19 +49,20 @@ def timed_step(device: str, ms: float) -> Iterator[tuple[Callable[[], Any], Call
 
 
 def profile(*arguments: str) -> dict[str, Any]:
-    """The report of `python -m asyncbatch.profile` with these arguments, without its progress on standard error.
-    RuntimeError, with what it said there, if it could not be made."""
-    report, said = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(report), contextlib.redirect_stderr(said):
+    """The report of `python -m asyncbatch.profile` with these arguments, and none of what it prints on stderr. If it
+    fails, RuntimeError with that text."""
+    report, messages = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(report), contextlib.redirect_stderr(messages):
         status = main([*arguments, "--json"])
     if status:
-        raise RuntimeError(f"the profiling script ended with status {status}: {said.getvalue().strip()}")
+        raise RuntimeError(f"the profiling script ended with status {status}: {messages.getvalue().strip()}")
     return json.loads(report.getvalue())
 
 
 def seen_share(starts, ends, window_s: float) -> float:
-    """The share of all windows of `window_s` seconds in which at least one of the spans ran, if only, for each, a
-    moment. Windows may begin anywhere from the first span's start to the last one's. 0 s: the share of busy time."""
+    """The share of all windows of `window_s` seconds in which a span runs, if only for a moment. A window can begin at
+    any time from the start of the first span to the start of the last. With windows of 0 s it is the share of busy
+    time."""
     starts, ends = np.asarray(starts, float), np.asarray(ends, float)
     # A window sees a span if it begins before the span's end, and not more than its own length before its start.
     times, busy = busy_curve(starts - window_s, ends)
@@ -72,8 +71,11 @@ def seen_share(starts, ends, window_s: float) -> float:
 
 
 class RecordedRun(NamedTuple):
-    """A recorded synchronous run and its asynchronous twin. host_ms, device_ms: medians of a synchronous decode step.
-    idle, idle_async: shares of the decode steps. saved: the share of the wall time that the asynchronous run saved."""
+    """A recorded synchronous run, and the asynchronous run that is its twin.
+
+    host_ms, device_ms: milliseconds of a synchronous decode step, medians. idle, idle_async: idle shares of the decode
+    steps. saved: the share of the wall time that the asynchronous run saved.
+    """
 
     recording: str
     engine: str
@@ -87,6 +89,7 @@ class RecordedRun(NamedTuple):
 
     @property
     def law(self) -> float:
+        """The idle share that follows from host_ms and device_ms."""
         return idle_share(self.host_ms, self.device_ms)
 
     @property
@@ -96,8 +99,8 @@ class RecordedRun(NamedTuple):
 
 
 def recorded_runs() -> list[RecordedRun]:
-    """All recorded synchronous runs of both engines that have an asynchronous twin; by engine, then the least idle."""
-    found = []
+    """All recorded synchronous runs of both engines that have an asynchronous twin: by engine, the least idle first."""
+    twins = []
     for name in Recording.names():
         runs = {(r["engine"], r["model"], r["batch_size"], r["mode"]): r for r in Recording.load(name).runs}
         for (engine, model, rows, mode), run in runs.items():
@@ -108,8 +111,8 @@ def recorded_runs() -> list[RecordedRun]:
             totals, size = steps.totals(), model.removeprefix("random:llama-").upper()
             device_ms = 1e-3 * float(np.median(steps.device_us[steps.kind == "decode"]))
             times = totals["host_ms_per_step"], device_ms, totals["idle"], other["idle"]
-            found.append(RecordedRun(name, engine, size, rows, *times, 1 - other["wall_s"] / totals["wall_s"]))
-    return sorted(found, key=lambda run: (run.engine, run.idle))
+            twins.append(RecordedRun(name, engine, size, rows, *times, 1 - other["wall_s"] / totals["wall_s"]))
+    return sorted(twins, key=lambda run: (run.engine, run.idle))
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
@@ -118,7 +121,7 @@ BLUE, ORANGE, RED = COLORS["blue"], COLORS["orange"], COLORS["vermillion"]
 
 
 def draw_launch(back_ms: float, done_ms: float) -> Picture:
-    """What a clock that does not wait has measured, above what happened on the device."""
+    """What the host measures if it does not wait, above what happened on the device."""
     picture = figure(8, 1.9, "One step: what the host measured, and what happened")
     axes: Any = picture.axes
     axes.broken_barh([(0, back_ms)], (1.25, 0.6), facecolor=ORANGE, edgecolor="black", linewidth=0.8)
@@ -135,13 +138,13 @@ def draw_launch(back_ms: float, done_ms: float) -> Picture:
     return picture
 
 
-def draw_union(starts: Sequence[float], ends: Sequence[float], found: Any, title: str = "") -> Picture:
-    """Intervals, each in a row of its own, and below them the stretches (starts, ends) that somebody found."""
+def draw_union(starts: Sequence[float], ends: Sequence[float], union: Any, title: str = "") -> Picture:
+    """Intervals, each in a row of its own, and below them somebody's answer for their union, as (starts, ends)."""
     picture = figure(8, 1.1 + 0.28 * len(starts), title)
     axes: Any = picture.axes
     for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
         _interval(axes, row, start, end, BLUE, "white")
-    stretches = list(zip(*found, strict=True))
+    stretches = list(zip(*union, strict=True))
     for start, end in stretches:
         _interval(axes, len(starts) + 0.4, start, end, ORANGE, "black")
     total = sum(end - start for start, end in stretches)
@@ -158,8 +161,9 @@ def _interval(axes: Any, y: float, start: float, end: float, color: str, ink: st
 
 
 class Look(Law):
-    """What a coarse look makes of a synchronous server: the share of windows in which a kernel ran, over the length of
-    a window, and the true share. The host's and device's milliseconds a step are two sliders in a notebook."""
+    """How busy a synchronous server seems to somebody who looks seldom: the share of windows in which a kernel ran,
+    over the length of a window; and the true share. In a notebook, two sliders set the milliseconds that host and
+    device take for a step."""
 
     def __init__(self, host_ms: float, device_ms: float) -> None:
         picture = figure(8, 3.6, "The same device, looked at through longer and longer windows")
@@ -173,7 +177,7 @@ class Look(Law):
         self._settle()
 
     def seen(self, window_ms: float) -> float:
-        """The share of windows of this length that see a kernel, from 0 to 1."""
+        """The share of windows of this length in which a kernel runs, from 0 to 1."""
         starts = np.arange(20) * (self.host_ms + self.device_ms)
         return seen_share(starts, starts + self.device_ms, window_ms)
 
@@ -189,7 +193,7 @@ class Look(Law):
 
 
 def draw_law(runs: Sequence[RecordedRun]) -> Picture:
-    """For each run a row: idle as the law predicts it, as it was measured, and what is left in the asynchronous run."""
+    """A row for each run: its idle share by the law, as it was measured, and that of its asynchronous twin."""
     picture = figure(8, 1.5 + 0.27 * (len(runs) + 2))
     axes: Any = picture.axes
     y, places, words = 0.0, [], []
@@ -215,8 +219,8 @@ def draw_law(runs: Sequence[RecordedRun]) -> Picture:
     return picture
 
 
-def draw_gaps(gap_us: Sequence[float]) -> Picture:
-    """The idle gap before each step, on a logarithmic axis, with the median and the longest one named."""
+def draw_gap_lengths(gap_us: Sequence[float]) -> Picture:
+    """The idle gap before each step, on a logarithmic axis, with the median and the longest one."""
     ms = np.maximum(1e-3 * np.asarray(gap_us, float), 1e-3)
     picture = figure(8, 2.4, "The idle gap before each step")
     axes: Any = picture.axes
@@ -234,21 +238,22 @@ def draw_gaps(gap_us: Sequence[float]) -> Picture:
     return picture
 
 
-def draw_attribution(found: Mapping[str, Attribution], most: int = 8) -> Picture:
-    """Idle time by what the host was doing: a group of bars for each attribution, in ms a step, the `most` largest."""
-    rows = sum(min(len(one.by), most + 1) + 1.6 for one in found.values())
+def draw_attribution(attributions: Mapping[str, Attribution], most: int = 8) -> Picture:
+    """Idle time by what the host was doing, in ms a step: for each attribution the `most` largest as bars."""
+    rows = sum(min(len(one.by), most + 1) + 1.6 for one in attributions.values())
     picture = figure(8, 0.6 + 0.27 * rows)
     axes: Any = picture.axes
     y, places, words = 0.0, [], []
-    longest = max((1e3 * seconds / one.steps for one in found.values() for seconds in one.by.values()), default=1.0)
-    for label, one in found.items():
+    each_ms = (1e3 * seconds / one.steps for one in attributions.values() for seconds in one.by.values())
+    longest = max(each_ms, default=1.0)
+    for label, one in attributions.items():
         each = 1e3 * one.idle_s / max(one.steps, 1)
         axes.text(0, y, f"{label}: idle for {each:.3f} ms a step", fontsize=10, fontweight="bold", va="center")
         y += 1
-        shown = dict(list(one.by.items())[:most])
+        bars = dict(list(one.by.items())[:most])
         if len(one.by) > most:
-            shown["all others"] = one.idle_s - sum(shown.values())
-        for name, seconds in shown.items():
+            bars["all others"] = one.idle_s - sum(bars.values())
+        for name, seconds in bars.items():
             ms = 1e3 * seconds / one.steps
             axes.barh(y, ms, 0.75, color=BLUE)
             share = 100 * seconds / one.idle_s
@@ -259,216 +264,26 @@ def draw_attribution(found: Mapping[str, Attribution], most: int = 8) -> Picture
         y += 0.6
     axes.set_yticks(places, words)
     axes.set(ylim=(y - 0.9, -0.7), xlim=(0, 1.25 * longest), xlabel="idle, ms a step")
-    picture.title = f"idle time by latency point: {', '.join(found)}"
+    picture.title = f"idle time by latency point: {', '.join(attributions)}"
     return picture
 
 
-def draw_what_if(found: Sequence[WhatIf], most: int = 6) -> Picture:
-    """What each latency point of the host would give back if it took no time, in both loops; the `most` first."""
-    wholly = [one for one in found if one.factor == 0 and one.where == "host"][:most]
-    picture = figure(8, 1.1 + 0.42 * len(wholly), "Time saved if this took no time at all")
+def draw_what_if(changes: Sequence[WhatIf], most: int = 6) -> Picture:
+    """How much time the first `most` latency points of the host would save in both loops if they took none."""
+    removed = [one for one in changes if one.factor == 0 and one.where == "host"][:most]
+    picture = figure(8, 1.1 + 0.42 * len(removed), "Time saved if this took no time at all")
     axes: Any = picture.axes
     for side, (key, color, label, hatch) in enumerate(
         (("sync_saves", BLUE, "synchronous loop", ""), ("async_saves", ORANGE, "asynchronous loop", "///"))
     ):
-        for row, one in enumerate(wholly):
+        for row, one in enumerate(removed):
             saved, y = 100 * max(getattr(one, key), 0.0), row + 0.4 * side
             options = {"color": color, "hatch": hatch, "edgecolor": "white", "label": "" if row else label}
             axes.barh(y, saved, 0.38, **options)
             axes.annotate(f"{saved:.2f} %", (saved, y), (4, 0), textcoords="offset points", va="center", fontsize=8)
-    axes.set_yticks([row + 0.2 for row in range(len(wholly))], [one.point for one in wholly])
+    axes.set_yticks([row + 0.2 for row in range(len(removed))], [one.point for one in removed])
     axes.margins(x=0.12)
-    axes.set(ylim=(len(wholly) - 0.2, -0.4), xlabel="time saved, % of the loop's own time")
+    axes.set(ylim=(len(removed) - 0.2, -0.4), xlabel="time saved, % of the loop's own time")
     axes.legend(loc="lower right", fontsize=9)
-    picture.title = "what if: " + ", ".join(one.point for one in wholly)
+    picture.title = "what if: " + ", ".join(one.point for one in removed)
     return picture
-
-
-# ---- the exercises ---------------------------------------------------------------------------------------------------
-
-
-SAME_WORK = "as much Python for 64 as for 4"
-
-
-class _Desk:
-    """A host and a device on a clock that stands still between calls. earlier_ms: what the device still has to do."""
-
-    def __init__(self, earlier_ms: float, launch_ms: float, step_ms: float):
-        self.host, self.device, self.launch_ms, self.step_ms = 0.0, earlier_ms, launch_ms, step_ms
-
-    def work(self) -> None:
-        self.host += self.launch_ms
-        self.device = max(self.device, self.host) + self.step_ms
-
-    def synchronize(self) -> None:
-        self.host = max(self.host, self.device)
-
-    def now(self) -> float:
-        return self.host
-
-
-def _on_desk(function: Callable[..., Any], *times: float) -> Any:
-    desk = _Desk(*times)
-    return function(desk.work, desk.synchronize, desk.now)
-
-
-def _explain_times(args: tuple[Any, ...], got: Any, want: tuple[float, float]) -> str | None:
-    earlier_ms, launch_ms, step_ms = args
-    if not isinstance(got, tuple | list) or len(got) != 2:
-        return "Return two times, (back, done): the host was back after the first, the device done after the second."
-    told = {
-        (
-            launch_ms,
-            launch_ms,
-        ): "You never wait for the device, so both looks at the clock come when the launch is over. "
-        "Call synchronize() before the last one.",
-        (want[1], want[1]): "Both looks come after synchronize(). Look once before it: when was the host back?",
-        (launch_ms, step_ms): "Your second time begins when the launch is over. Launching is part of the work: both "
-        "times begin before the call.",
-        (0.0, step_ms): "Your clock starts after work(). Start it before: launching costs time, too.",
-        (launch_ms, earlier_ms + step_ms): f"{earlier_ms:g} ms of that are somebody else's: the device was still busy "
-        "with earlier work. Call synchronize() before you start the clock.",
-        (earlier_ms + launch_ms, earlier_ms + want[1]): "You wait for the earlier work, but your clock is running "
-        "already. Start it after that wait.",
-    }
-    return told.get(tuple(got))
-
-
-def _stretches(function: Callable[..., Any], starts: Sequence[int], ends: Sequence[int]) -> Any:
-    """The two lists of an answer as plain numbers; anything else as it is."""
-    got = function(np.array(starts), np.array(ends))
-    if isinstance(got, tuple | list) and len(got) == 2:
-        return tuple(np.asarray(part).tolist() for part in got)
-    return got
-
-
-def _explain_union(args: tuple[Any, ...], got: Any, want: tuple[list[int], list[int]]) -> str | None:
-    starts, ends = args
-    if not isinstance(got, tuple) or not all(isinstance(part, list) for part in got) or len(got[0]) != len(got[1]):
-        return "Return two arrays of the same length: where the stretches begin, and where they end."
-    total, right = (sum(part[1]) - sum(part[0]) for part in (got, want))
-    if got[0] and want[0] and got == ([min(starts)], [max(ends)]):
-        return (
-            f"That is one stretch from the first start to the last end, {total} ms. It counts the idle time in the "
-            f"middle as busy: only {right} ms are."
-        )
-    if total == sum(ends) - sum(starts) > right:
-        return f"Your stretches are {total} ms together: what two intervals share counts twice. Busy are {right} ms."
-    return None
-
-
-def _draw_union(args: tuple[Any, ...], got: Any, want: Any) -> Picture:
-    starts, ends = args
-    return draw_union(starts, ends, got)
-
-
-def _books(tables: Mapping[int, Sequence[int]], max_blocks: int) -> KVCache:
-    """A KV cache in which these owners have these blocks; block 1 must have an owner, and 2, and so on."""
-    owner_of = {block: owner for owner, blocks in tables.items() for block in blocks}
-    kv, used = KVCache(len(owner_of), 1, max_blocks, len(tables)), dict.fromkeys(tables, 0)
-    for block in sorted(owner_of):
-        owner = owner_of[block]
-        used[owner] += 1
-        kv.allocate(owner, used[owner])
-    return kv
-
-
-def _gathered(function: Callable[..., Any], tables: Any, owners: list[int], width: int) -> Any:
-    """The rows that `function` gives; where `tables` is a text, how much Python it runs for a long table."""
-    if not isinstance(tables, str):
-        got = function(_books(tables, width), list(owners))
-        return got.tolist() if isinstance(got, np.ndarray) else got
-    short, long = (instructions(function, _books({0: range(1, blocks + 1)}, width), owners) for blocks in (4, width))
-    return SAME_WORK if long <= 1.5 * short else f"{long / short:.0f} times as much Python for {width} as for 4"
-
-
-def instructions(function: Callable[..., Any], *arguments: Any) -> int:
-    """How many instructions of Python's machine a call runs, the calls inside it too, but not what runs in C. It is
-    the same in each run, as times are not. The function is called twice: the first call may load something."""
-    count = 0
-
-    def trace(frame: Any, event: str, _: Any) -> Any:
-        nonlocal count
-        frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        count += event == "opcode"
-        return trace
-
-    function(*arguments)
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        function(*arguments)
-    finally:
-        sys.settrace(before)
-    return max(count, 1)
-
-
-def _explain_tables(args: tuple[Any, ...], got: Any, want: Any) -> str | None:
-    tables, owners, width = args
-    if want == SAME_WORK:
-        return None
-    if not isinstance(got, list) or not all(isinstance(row, list) for row in got):
-        return "Return one NumPy array with two dimensions: a row for each owner."
-    if got == sorted(want) != want or got == [want[owners.index(owner)] for owner in sorted(owners)] != want:
-        return f"The rows must stand in the order that was asked for, {owners}, and not sorted."
-    if [[block for block in row if block] for row in got] == [list(tables[owner]) for owner in owners]:
-        return f"The blocks are right. Every row must be {width} wide, with 0 behind the last block."
-    return None
-
-
-# fmt: off
-EXERCISES = {
-    "time_work": Exercise(
-        streams.time_work,
-        "With {0:g} ms of earlier work under way, a launch that costs the host {1:g} ms and a step of {2:g} ms", "says",
-        (
-            Case((0.0, 0.25, 20.0), "The launch gives the host back after 0.25 ms; the device is done 20 ms later."),
-            Case((8.0, 0.25, 20.0), "The earlier work is none of yours: wait until the device has nothing to do."),
-            Case((0.0, 5.0, 0.0), "All of this work is the host's: the device adds nothing."),
-        ),
-        (
-            "Three moments: the start, work() has returned, the device is done. Which need a synchronize() before "
-            "them?",
-            "synchronize(), look, work(), look, synchronize(), look. Then return two differences, both to the first "
-            "look.",
-        ),
-        answer=_on_desk, explain=_explain_times,
-    ),
-    "union": Exercise(
-        timeline.union, "For kernels that start at {0} and end at {1} ms", "found",
-        (
-            Case(((0, 10), (4, 16)), "The two do not touch, so they stay two stretches."),
-            Case(((0, 3, 12), (8, 10, 15)), "The first two overlap from 3 to 8: together they are one stretch, 0 to "
-                 "10."),
-            Case(((0, 2, 12), (9, 4, 15)), "The second interval lies inside the first, so the stretch ends at 9. Do "
-                 "not take the end of the last one that joined: take the latest end."),
-            Case(((0, 5, 12), (5, 8, 15)), "One ends at 5 and the next begins at 5: no time between them, so they are "
-                 "one stretch."),
-            Case(((12, 0, 3), (15, 8, 10)), "Spans of several streams do not come in order of time. Sort by start "
-                 "first."),
-        ),
-        (
-            "Go through the intervals in order of their starts and keep the stretch that is still open. An interval "
-            "either joins it or begins the next one.",
-            "It joins if start <= the open stretch's end. The new end is then max(old end, end), as it may lie inside.",
-        ),
-        answer=_stretches, explain=_explain_union, picture=_draw_union,
-    ),
-    "tables": Exercise(
-        kv_cache.KVCache.tables, "With the block tables {0}, for the owners {1} and rows {2} wide", "gives",
-        (
-            Case(({0: (1, 3), 1: (2,)}, [0, 1], 4), "Row by row the owner's blocks, then zeros."),
-            Case(({0: (1, 3), 1: (2,)}, [1, 0], 4), "The rows stand in the order of `owners`."),
-            Case(({0: (2,), 1: (1, 3, 5), 2: (4,)}, [2], 3), "Only the owners that were asked for get a row."),
-            Case(("of 4 and of 64 blocks", [0], 64), "Your rows are right, but there is still a loop over the "
-                 "blocks in it, in Python. Let NumPy copy whole rows at once."),
-        ),
-        (
-            "`self._tables` is one array, a row for each owner, zeros included. `self._row[owner]` says which row.",
-            "A NumPy array takes a list of row numbers as its index and copies those rows at once: "
-            "`self._tables[[2, 0]]`.",
-        ),
-        answer=_gathered, explain=_explain_tables,
-    ),
-}
-# fmt: on

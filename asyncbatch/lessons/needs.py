@@ -1,6 +1,6 @@
-"""What the notebooks need, and how a notebook gets it: only what is missing is installed, and torch stays as it is.
+"""For all notebooks: the packages that they need, and how a notebook installs those that are missing.
 
-Nothing but the standard library is imported here, since it must work where nothing is installed yet.
+torch is never touched. Nothing but the standard library is imported here, since nothing else may be installed yet.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-# The lowest versions, as in pyproject.toml, which a bare clone has no metadata of (a test compares them).
+# The lowest versions, as in pyproject.toml (a test compares them). A bare clone has no metadata to read them from.
 NEEDS = {
     "torch": "2.11",
     "transformers": "5.17",
@@ -33,19 +33,20 @@ ESSENTIAL = ("torch", "transformers", "numpy", "matplotlib")  # without these no
 
 
 def provide() -> None:
-    """Install what the notebooks need and this Python lacks. Says what; says nothing where all is there.
+    """Install the packages that the notebooks need and this Python lacks, and print which. If all are there, print
+    nothing. Outside a notebook nothing is installed.
 
-    Outside a notebook nothing is installed. RuntimeError, with the line to type, where an essential package stays away,
-    where torch is missing or too old (torch is never installed from here), or where the kernel has to be restarted."""
+    Raises RuntimeError, with the line to type, if an essential package is still missing, if torch is missing or too old
+    (it is never installed from here), or if the kernel has to be restarted."""
     lacks = lacking()
     if "torch" in lacks:
-        raise RuntimeError(f"{_told({'torch': lacks['torch']})}; {_line(['torch'])}")
+        raise RuntimeError(f"{_sentence({'torch': lacks['torch']})}; {_line(['torch'])}")
     if not lacks:
         return
     in_use = [name for name, version in lacks.items() if version and name in sys.modules]
     trouble = _install(lacks) if _in_notebook() else "not in a notebook, so nothing was installed"
     if left := lacking():
-        sentence = f"{_told(left)} ({trouble or 'pip changed nothing'}); {_line(left)}"
+        sentence = f"{_sentence(left)} ({trouble or 'pip changed nothing'}); {_line(left)}"
         if any(name in ESSENTIAL for name in left):
             raise RuntimeError(sentence)
         print(f"{sentence}. The notebook goes on without.")
@@ -56,43 +57,42 @@ def provide() -> None:
 
 
 def lacking() -> dict[str, str | None]:
-    """Every package of NEEDS that is too old (-> its version) or missing (-> None)."""
-    found: dict[str, str | None] = {}
+    """The packages of NEEDS that are too old, with their version, or missing, with None."""
+    lacks: dict[str, str | None] = {}
     for name, lowest in NEEDS.items():
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = None
+            lacks[name] = None
             continue
         if _numbers(version) < _numbers(lowest):
-            found[name] = version
-    return found
+            lacks[name] = version
+    return lacks
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """(5, 17, 0) of "5.17": release numbers, filled up to three; what follows them ("rc1", "+cu130") is left out."""
+    """The three numbers of a release: (5, 17, 0) for "5.17". What follows them ("rc1", "+cu130") is left out."""
     release = re.match(r"[\d.]*\d", version)
     numbers = [int(part) for part in release[0].split(".")] if release else []
     return tuple((numbers + [0, 0, 0])[:3])
 
 
 def _install(lacks: dict[str, str | None]) -> str:
-    """Let pip install these for this Python, with torch held at the version it has; return what went wrong, or ""."""
+    """Let pip install these packages, while torch stays at its version. Returns what went wrong, or ""."""
     torch = importlib.metadata.version("torch")
-    wanted = [f"{name}>={NEEDS[name]}" for name in lacks]
-    print(f"Installing with pip: {', '.join(wanted)}. torch stays at {torch}.", flush=True)
+    requirements = [f"{name}>={NEEDS[name]}" for name in lacks]
+    print(f"Installing with pip: {', '.join(requirements)}. torch stays at {torch}.", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        held = Path(folder) / "constraints.txt"
-        held.write_text(f"torch=={torch}\n", encoding="utf-8")
-        options = ["--quiet", "--disable-pip-version-check", "--no-input", "--retries", "1", "--constraint", str(held)]
-        done = subprocess.run(
-            [sys.executable, "-m", "pip", "install", *options, *wanted], capture_output=True, text=True
-        )
+        constraints = Path(folder) / "constraints.txt"
+        constraints.write_text(f"torch=={torch}\n", encoding="utf-8")
+        options = ["--quiet", "--disable-pip-version-check", "--no-input", "--retries", "1"]
+        command = [sys.executable, "-m", "pip", "install", *options, "--constraint", str(constraints), *requirements]
+        done = subprocess.run(command, capture_output=True, text=True)
     importlib.invalidate_caches()
     if done.returncode == 0:
         return ""
-    said = (done.stderr or done.stdout).strip().splitlines()
-    return f"pip: {said[-1]}" if said else f"pip ended with status {done.returncode}"
+    output = (done.stderr or done.stdout).strip().splitlines()
+    return f"pip: {output[-1]}" if output else f"pip ended with status {done.returncode}"
 
 
 def _in_notebook() -> bool:
@@ -100,12 +100,12 @@ def _in_notebook() -> bool:
     return shell is not None and shell.get_ipython() is not None
 
 
-def _told(lacks: dict[str, str | None]) -> str:
+def _sentence(lacks: dict[str, str | None]) -> str:
     return ", ".join(
         f"{name} {version} is too old" if version else f"{name} is missing" for name, version in lacks.items()
     )
 
 
 def _line(names: Iterable[str]) -> str:
-    wanted = " ".join(f"'{name}>={NEEDS[name]}'" for name in names)
-    return f"type: pip install {wanted}; then restart the kernel"
+    requirements = " ".join(f"'{name}>={NEEDS[name]}'" for name in names)
+    return f"type: pip install {requirements}; then restart the kernel"

@@ -1,4 +1,4 @@
-"""What the exercises and pictures of all notebooks are made of."""
+"""For all notebooks: what their exercises and pictures are made of."""
 
 from __future__ import annotations
 
@@ -8,21 +8,26 @@ from typing import Any, NamedTuple
 
 
 class Case(NamedTuple):
-    """One input of an exercise, and what to say of a function that fails on it."""
+    """One input of an exercise, and what to say about a function that fails on it.
+
+    lesson: what such a function has missed. slips: wrong answers with a known cause, as (answer, what to say instead).
+    """
 
     args: tuple[Any, ...]
-    lesson: str  # what a function that fails here has not seen
-    slips: tuple[tuple[Any, str], ...] = ()  # wrong answers whose cause can be told: (answer, what to say instead)
+    lesson: str
+    slips: tuple[tuple[Any, str], ...] = ()
 
 
 class Exercise(NamedTuple):
     """A function for the learner to write. The solution is `reference`, a function of this package.
 
-    given: the case in the learner's terms; {0}, {1}, ... are the arguments. verb: "your function <verb> <its answer>".
-    cases: in the order in which a learner meets the difficulties. hints: two, the second one nearly the answer.
-    answer: called with the function and the case's arguments, gives what is compared; None calls function(*args).
-    explain: called with (args, got, want) for a wrong answer that is no slip, gives what to say of it, or None for the
-        case's lesson. picture: called with the same, gives a Picture of what the learner's function did.
+    given: the case in the learner's terms; {0}, {1}, ... are its arguments.
+    verb: as in "your function <verb> <answer>".
+    cases: in the order in which a learner meets the difficulties. hints: two, of which the second is nearly the answer.
+    answer: called with the function and the arguments of a case; returns what is compared. None calls function(*args).
+    explain: called with (args, got, want) if an answer is wrong and no slip; returns what to say about it, or None for
+        the lesson of the case.
+    picture: called with the same arguments; returns a Picture of what the learner's function did.
     """
 
     reference: Callable[..., Any]
@@ -36,21 +41,22 @@ class Exercise(NamedTuple):
 
 
 def with_widget(thing: Any, bundle: dict[str, Any]) -> dict[str, Any]:
-    """`bundle` with `thing.widget` added where ipywidgets is installed."""
+    """The MIME bundle of a thing: `bundle`, and its `widget` too if ipywidgets is installed."""
     with contextlib.suppress(ImportError):
         return thing.widget._repr_mimebundle_() | bundle
     return bundle
 
 
 def slider(label: str, value: float, lowest: float, highest: float, moved: Callable[[float], None], step: float = 0.1):
-    """A slider with a box to type into (Notebook 7's sliders ignore arrow keys). `moved` is called with each new value.
-    Whole numbers where `step` is an int."""
+    """A slider with a box to type into (sliders of Jupyter Notebook 7 ignore the arrow keys).
+
+    moved: called with each new value. step: an int allows whole numbers only."""
     import ipywidgets
 
-    whole = isinstance(step, int)
+    integers = isinstance(step, int)
     slide, box = (
         (ipywidgets.IntSlider, ipywidgets.BoundedIntText)
-        if whole
+        if integers
         else (ipywidgets.FloatSlider, ipywidgets.BoundedFloatText)
     )
     limits = {"value": value, "min": lowest, "max": highest, "step": step}

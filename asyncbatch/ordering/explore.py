@@ -1,7 +1,7 @@
-"""Every order in which a small program of streams and events can run, and what each leaves behind.
+"""Every order in which a small program of streams and events can run, and what each of them leaves behind.
 
-A program is a function that is given a `Program`. It makes streams and events, and says line by line what the host
-does, as ten lines of real stream code would:
+A program is a function that takes a `Program`. It makes streams and events, and says line by line what the host does,
+as real code with streams would:
 
     def program(p):
         p.cells.update(inputs=0, device=0, result=0)
@@ -14,11 +14,11 @@ does, as ten lines of real stream code would:
 
     print(explore(program))     # 1 outcome; without compute.wait(ready) there are 2
 
-Each `do` happens at one moment. On a real device two operations that race can also mix with each other; a program shows
-that by splitting an operation into several.
+Each `do` happens in one moment. On a real device two operations that race can also run at the same time, with their
+reads and writes mixed. To show that, split an operation into several.
 
-How all orders are tried: not one by one. Where two orders have done the same operations and left the same cells, they
-go on in the same way, so from there on they are followed together, and only counted.
+The orders are not tried one by one. If two orders have so far done the same operations and left the same cells, what
+can follow is the same for both. From there on they are followed together, and only counted.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ MOST_SHOWN = 20  # outcomes in a printed table
 
 
 class _Operation(NamedTuple):
-    """`before`: the operations that have surely ended when this one starts, one bit each (bit i: operation i)."""
+    """One `do`. before: the operations that have surely ended when this one starts, as a bit set (bit i: operation
+    i)."""
 
     name: str
     effect: Callable[[_Cells], Any]
@@ -42,19 +43,21 @@ class _Operation(NamedTuple):
     before: int
 
 
-class Event:
-    """A mark in a stream. Recording it again moves the mark; a wait means the newest mark at the time of the call."""
+class ProgramEvent:
+    """A mark in a stream. Recording the event again moves the mark. A wait is for the newest mark at the time of the
+    call."""
 
     def __init__(self, program: Program, name: str):
         self.program, self.name, self.mark = program, name, program._checker.mark(name)
-        self.after = 0  # the operations that have ended when the mark is reached, one bit each
+        self.after = 0  # the operations that have ended when the mark is reached, as a bit set
 
     def synchronize(self) -> None:
+        """The host waits for the mark."""
         self.program.host.synchronize(self)
 
 
 class _Lane:
-    """The host or a stream: `done` are the operations that its next one comes after, one bit each."""
+    """The host or a stream. done: the operations that come before its next one, as a bit set."""
 
     def __init__(self, program: Program, name: str):
         self.program, self.name, self.done = program, name, 0
@@ -69,41 +72,43 @@ class _Lane:
     ) -> None:
         """Launch an operation on a stream, or do it on the host.
 
-        effect: called with the cells, to read `cells["x"]` and to set `cells["y"] = ...` or `cells.update(y=...)`. It
-            may depend on nothing but the cells. reads, writes: the names of the cells that it reads and writes.
-
-        ValueError for a name that another operation has.
+        name: different for each operation of the program (ValueError for one that is taken).
+        effect: a function of the cells. It reads `cells["x"]` and sets `cells["y"] = ...` or `cells.update(y=...)`,
+            and may depend on nothing else.
+        reads, writes: the names of the cells that it reads and writes.
         """
         reads, writes = _names(reads), _names(writes)
         self.program._add(self, name, effect, reads, writes)
 
 
-class Stream(_Lane):
-    """Operations in order. `record` and `wait` are also there under their names of `torch.cuda`, and the host's
-    `synchronize` is also a method of streams and events, as it is there."""
+class ProgramStream(_Lane):
+    """Operations that run in order. As in `torch.cuda`, `record` and `wait` also go by the names `record_event` and
+    `wait_event`, and streams and events have a method `synchronize`."""
 
-    def record(self, event: Event) -> None:
+    def record(self, event: ProgramEvent) -> None:
+        """Put the event's mark after all that was launched here so far."""
         event.after = self.done
         self.program._checker.record(self.name, event.mark)
 
-    def wait(self, event: Event) -> None:
-        """What is launched here later comes after the event's mark. An event that was never recorded waits for
-        nothing."""
+    def wait(self, event: ProgramEvent) -> None:
+        """What is launched here from now on comes after the event's mark. If the event was never recorded, this waits
+        for nothing."""
         self.done |= event.after
         self.program._checker.wait(self.name, event.mark)
 
     def synchronize(self) -> None:
+        """The host waits for all that was launched here so far."""
         self.program.host.synchronize(self)
 
     record_event, wait_event = record, wait
 
 
-class Host(_Lane):
+class ProgramHost(_Lane):
     """The host goes through the program line by line. Only `synchronize` makes it wait."""
 
-    def synchronize(self, awaited: Event | Stream) -> None:
-        """Wait for an event's mark, or for all that a stream has been given so far."""
-        if isinstance(awaited, Event):
+    def synchronize(self, awaited: ProgramEvent | ProgramStream) -> None:
+        """Wait for an event's mark, or for all that was launched on a stream so far."""
+        if isinstance(awaited, ProgramEvent):
             self.done |= awaited.after
             self.program._checker.wait(HOST, awaited.mark)
         else:
@@ -112,26 +117,27 @@ class Host(_Lane):
 
 
 class Program:
-    """Writes down what a program function says. `cells`: set values here that are there at the start."""
+    """Takes down what a program function says. cells: the values at the start, set by the program function."""
 
     def __init__(self) -> None:
         self.cells: dict[str, Hashable] = {}
         self.operations: list[_Operation] = []
-        self._streams: dict[str, Stream] = {}
+        self._streams: dict[str, ProgramStream] = {}
         self._checker = RaceChecker([], collect=True)
-        self.host = Host(self, HOST)
+        self.host = ProgramHost(self, HOST)
 
-    def stream(self, name: str) -> Stream:
-        """The stream of that name: a new one at the first call."""
+    def stream(self, name: str) -> ProgramStream:
+        """The stream of that name; the first call makes it. ValueError for the host's own name."""
         if name == HOST:
             raise ValueError(f"a stream cannot be called {HOST!r}: that is the host's own name")
         if name not in self._streams:
             self._checker.add_lane(name)
-            self._streams[name] = Stream(self, name)
+            self._streams[name] = ProgramStream(self, name)
         return self._streams[name]
 
-    def event(self, name: str = "event") -> Event:
-        return Event(self, name)
+    def event(self, name: str = "event") -> ProgramEvent:
+        """A new event. The name is for messages."""
+        return ProgramEvent(self, name)
 
     def _add(self, lane: _Lane, name: str, effect: Callable, reads: tuple[str, ...], writes: tuple[str, ...]) -> None:
         if any(operation.name == name for operation in self.operations):
@@ -143,7 +149,8 @@ class Program:
 
 
 class Outcome(NamedTuple):
-    """What is in the cells at the end, how many `orders` lead to it, and the operations' names in one of them."""
+    """One way to end. cells: their values at the end. orders: how many orders lead to it. order: the names of the
+    operations in one of these orders."""
 
     cells: dict[str, Hashable]
     orders: int
@@ -151,23 +158,18 @@ class Outcome(NamedTuple):
 
 
 class Outcomes:
-    """What `explore` found.
+    """All ends that `explore` found; `len` and `for` work on it, and printing it gives a table.
 
-    outcomes: the different ends, the most frequent first.
-    complete: whether all orders were tried. If not, there may be more outcomes than these.
+    outcomes: the most frequent first.
+    complete: whether all orders were tried. If not, there may be more outcomes.
     orders: how many orders were tried.
-    races: pairs of operations that nothing orders, as RaceError. Without any, there is only one outcome.
+    races: pairs of operations that nothing puts in order, as RaceError. Without a race there is only one outcome.
     """
 
     def __init__(self, outcomes: list[Outcome], complete: bool, races: list[RaceError]):
         self.outcomes = sorted(outcomes, key=lambda outcome: (-outcome.orders, outcome.order))
         self.complete, self.races = complete, races
         self.orders = sum(outcome.orders for outcome in outcomes)
-
-    @property
-    def several(self) -> bool:
-        """Whether more than one outcome is possible."""
-        return len(self.outcomes) > 1
 
     def __len__(self) -> int:
         return len(self.outcomes)
@@ -177,20 +179,18 @@ class Outcomes:
 
     def __str__(self) -> str:
         cells = sorted({cell for outcome in self.outcomes for cell in outcome.cells})
-        table = [["orders", *cells, "for example"]]
+        rows = [["orders", *cells, "for example"]]
         for outcome in self.outcomes[:MOST_SHOWN]:
             values = [str(outcome.cells.get(cell, "-")) for cell in cells]
-            table.append([str(outcome.orders), *values, ", ".join(outcome.order)])
-        widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-        lines = [
-            "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in table
-        ]
+            rows.append([str(outcome.orders), *values, ", ".join(outcome.order)])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         outcomes, orders = (
             f"{number} {word}{'s' * (number != 1)}"
             for number, word in ((len(self), "outcome"), (self.orders, "order" if self.complete else "random order"))
         )
-        missing = "all that there are" if self.complete else "there may be more"
-        lines.insert(0, f"{outcomes} in {orders}: {missing}")
+        rest = "all that there are" if self.complete else "there may be more"
+        lines.insert(0, f"{outcomes} in {orders}: {rest}")
         if len(self) > MOST_SHOWN:
             lines.append(f"... and {len(self) - MOST_SHOWN} more outcomes")
         if not self.races:
@@ -203,40 +203,41 @@ class Outcomes:
 def explore(program: Callable[[Program], Any], *, bound: int = 10_000, seed: int | None = None) -> Outcomes:
     """Run a program in every order that its streams and events allow.
 
-    bound: the most orders. A program of no more than that is always tried in all of them, and many larger ones are
-        too: what counts is how many different situations there are after any number of operations. Beyond it, so many
-        random orders are tried instead.
-    seed: try `bound` random orders anyway, those of this seed.
+    bound: how much to try at most. A program with no more than `bound` orders is always tried in all of them. So are
+        many larger programs, because what counts is the number of different situations (operations done, values of the
+        cells) after any number of operations. If that is more than `bound`, `bound` random orders are tried instead.
+    seed: if given, `bound` random orders are tried in any case, drawn from this seed.
 
-    ValueError for a program that makes no sense: an operation uses a cell that it does not name, reads one that has no
-    value at the start, or puts something into a cell that is not hashable (take numbers, strings, tuples).
+    Raises ValueError for a program that makes no sense: an operation uses a cell that it does not name, or reads one
+    that has no value at the start, or puts into a cell something that is not hashable (numbers, strings and tuples
+    are). Also for a `bound` below 1.
     """
     if not isinstance(bound, int) or bound < 1:
         raise ValueError(f"bound is {bound!r}: allowed are whole numbers from 1")
-    written = Program()
-    program(written)
-    start = dict(written.cells)
+    script = Program()
+    program(script)
+    start = dict(script.cells)
     for name, value in start.items():
         _check_value("program.cells", name, value)
-    operations = written.operations
+    operations = script.operations
     for operation in operations:
         for cell in operation.reads:
             if cell not in start:
                 raise ValueError(_no_value(operation, cell))
-    found = _all_orders(operations, start, bound) if seed is None else None
-    complete = found is not None
-    if found is None:
-        found = _random_orders(operations, start, bound, random.Random(seed or 0))
-    return Outcomes(found, complete, written._checker.races)
+    outcomes = _all_orders(operations, start, bound) if seed is None else None
+    complete = outcomes is not None
+    if outcomes is None:
+        outcomes = _random_orders(operations, start, bound, random.Random(seed or 0))
+    return Outcomes(outcomes, complete, script._checker.races)
 
 
-# A situation: the operations done so far (one bit each), and the cells.
+# A situation: the operations done so far (as a bit set), and the cells.
 _Situation = tuple[int, frozenset[tuple[str, Hashable]]]
 
 
 def _all_orders(operations: list[_Operation], start: dict[str, Hashable], bound: int) -> list[Outcome] | None:
-    """All outcomes, or None if after some number of operations there are more than `bound` situations. There are never
-    more situations than orders."""
+    """All outcomes, or None if after some number of operations there are more than `bound` situations. (There are
+    never more situations than orders.)"""
     level: dict[_Situation, tuple[int, tuple[str, ...]]] = {(0, frozenset(start.items())): (1, ())}
     for _ in operations:
         following: dict[_Situation, tuple[int, tuple[str, ...]]] = {}
@@ -255,8 +256,8 @@ def _all_orders(operations: list[_Operation], start: dict[str, Hashable], bound:
 def _random_orders(
     operations: list[_Operation], start: dict[str, Hashable], count: int, numbers: random.Random
 ) -> list[Outcome]:
-    """At each point any operation that may come next is equally likely."""
-    found: dict[frozenset, tuple[int, tuple[str, ...]]] = {}
+    """The outcomes of `count` random orders. At each point, all operations that may come next are equally likely."""
+    ends: dict[frozenset, tuple[int, tuple[str, ...]]] = {}
     for _ in range(count):
         done, cells, order = 0, start, []
         for _ in operations:
@@ -264,13 +265,13 @@ def _random_orders(
             done |= 1 << number
             cells = _run(operations[number], cells)
             order.append(operations[number].name)
-        orders, example = found.get(frozenset(cells.items()), (0, tuple(order)))
-        found[frozenset(cells.items())] = orders + 1, example
-    return [Outcome(dict(cells), orders, example) for cells, (orders, example) in found.items()]
+        orders, example = ends.get(frozenset(cells.items()), (0, tuple(order)))
+        ends[frozenset(cells.items())] = orders + 1, example
+    return [Outcome(dict(cells), orders, example) for cells, (orders, example) in ends.items()]
 
 
 def _ready(operations: list[_Operation], done: int) -> list[int]:
-    """The operations that may come next."""
+    """The numbers of the operations that may come next."""
     return [
         number
         for number, operation in enumerate(operations)
@@ -279,8 +280,8 @@ def _ready(operations: list[_Operation], done: int) -> list[int]:
 
 
 class _Cells(MutableMapping[str, Any]):
-    """The cells as an operation sees them: those that it names, and no others. Otherwise the checker's verdict would
-    be about another program."""
+    """The cells as an operation sees them: only those that it names. If it could use others, the race checker would
+    judge another program than the one that runs."""
 
     def __init__(self, operation: _Operation, values: dict[str, Hashable]):
         self._operation, self._values = operation, values

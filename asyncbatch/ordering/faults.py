@@ -1,118 +1,30 @@
-"""Faults on purpose: take one thing away from the asynchronous loop, and see how that shows.
+"""The faults: what can be taken away from the asynchronous loop, one thing at a time.
 
-    python -m asyncbatch.faults              # the table: each fault, and how it is found
-    python -m asyncbatch.faults --explain    # and in two sentences what happens
-
-Each fault is one that an engine really had, or nearly (the classes are from the trackers of transformers, SGLang, vLLM
-and TensorRT-LLM). It is put into a batcher on the virtual clock, where times are chosen and every run is the same, and
-must be found in one of three ways: the race checker proves that an order is missing, whatever the times; or the tokens
-are wrong; or the books of the KV cache are. A toy model takes the real one's place: its next token is a checksum of the
-whole context, read through the block table, so that no damage is without effect.
+Each fault is one that an engine really had, or nearly had: their kinds are from the issue trackers of transformers,
+SGLang, vLLM and TensorRT-LLM. `FAULTS` lists them all; `trials` puts each into a batcher and sees how it is found.
 """
 
 from __future__ import annotations
 
-import argparse
 import types
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from ..base import BatcherBase, host_span
-from ..batcher import AsyncBatcher
-from ..devices.virtual import Costs
-from ..request import Request, SamplingParams
-from ..runner import Runner
 from ..sampling import uniforms
-from ..scheduler import StepKind
-from .races import RaceError
+from .toy import program_of
 
-VOCABULARY = 251
-PLACEHOLDER = 0
-
-# ---- the toy model ---------------------------------------------------------------------------------------------------
-
-
-def next_token(context: Sequence[int], uniform: float | None) -> int:
-    """A checksum of the context, order and length included; `uniform` (0 to 1) moves it where a token is sampled."""
-    total = 0
-    for token in context:
-        total = (total * 31 + int(token) + 1) % 1_000_003
-    return (total + (0 if uniform is None else int(uniform * VOCABULARY))) % VOCABULARY
-
-
-def toy_tokens(request: Request) -> list[int]:
-    """What the toy model answers to a request, without any batcher."""
-    context = list(request.token_ids)
-    params = request.sampling
-    for _ in range(request.max_new_tokens):
-        number = None
-        if params.temperature > 0:
-            number = float(uniforms(np.array([params.seed], np.uint64), np.array([len(context)]))[0])
-        context.append(next_token(context, number))
-        if context[-1] in (request.stop_token_ids or ()):
-            break
-    return context[len(request.token_ids) :]
-
-
-class ToyRunner(Runner):
-    """A runner whose model is `next_token`. Its KV cache holds the tokens themselves: [num_blocks + 1, block_size]."""
-
-    def __init__(self, shape, host):
-        self.shape, self.host = shape, host
-        self.inputs = [torch.zeros(shape.num_inputs, dtype=torch.int32) for _ in host]
-        self.outputs = torch.zeros(shape.num_slots, shape.max_batch_size, dtype=torch.int32)
-        self.cache = np.zeros((shape.num_blocks + 1, shape.block_size), np.int64)
-
-    def _step(self, slot: int, kind: StepKind) -> None:
-        rows = kind.rows
-        fields = {name: part.numpy() for name, part in self.shape.fields(self.inputs[slot], rows).items()}
-        carried = self._input_ids(self.shape.fields(self.inputs[slot], rows)).numpy()
-        answers = np.zeros(rows, np.int32)
-        for row in range(rows):
-            start, count = int(fields["position"][row]), int(fields["prefill_count"][row])
-            first = int(fields["prefill_start"][row])
-            tokens = [carried[row]] if fields["decodes"][row] else fields["prefill_id"][first : first + count]
-            if not len(tokens):
-                continue
-            places = np.arange(start + len(tokens))
-            blocks = fields["tables"][row][places // self.shape.block_size]
-            self.cache[blocks[start:], places[start:] % self.shape.block_size] = tokens
-            context = self.cache[blocks, places % self.shape.block_size]
-            answers[row] = next_token(context, fields["uniform"][row] if fields["temperature"][row] > 0 else None)
-        self.outputs[slot, :rows] = torch.from_numpy(answers)
-
-
-def carrier() -> LlamaForCausalLM:
-    """A batcher wants a model: the smallest there is. It computes nothing here."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
-        num_key_value_heads=1, max_position_embeddings=256, eos_token_id=None, bos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
-
-
-def program_of(batcher: BatcherBase) -> Any:
-    """The program on a batcher's virtual device."""
-    device: Any = batcher.device
-    return device.program
-
-
-def use_toy_model(batcher: BatcherBase) -> None:
-    """Have a batcher on the virtual clock serve the toy model, whatever model it was made for."""
-    device: Any = getattr(batcher.device, "device", batcher.device)  # within a CheckedDevice
-    device.program = ToyRunner(batcher.shape, device.program.host)
-
-
-# ---- the faults ------------------------------------------------------------------------------------------------------
+PLACEHOLDER = 0  # what stands for a token that the host does not know yet
 
 
 class Fault(NamedTuple):
-    """`name` as a learner would meet it; `what` is taken away; `symptom`: what comes of it; `seen_in`: which engines'
-    trackers tell of its kind; `apply` puts it into a batcher."""
+    """One thing that is missing or wrong in a batcher.
+
+    name: the fault in a few words. what: what was taken away. symptom: what comes of it. seen_in: the engines whose
+    issue trackers have faults of this kind. apply: puts the fault into a batcher that has not yet run.
+    """
 
     name: str
     what: str
@@ -120,20 +32,28 @@ class Fault(NamedTuple):
     seen_in: str
     apply: Callable[[BatcherBase], None]
 
+    def explain(self) -> str:
+        """The fault in two sentences."""
+        return f"Taken away: {self.what}. So {self.symptom}; engines with faults of this kind: {self.seen_in}."
+
+
+# ---- how a fault is put in -------------------------------------------------------------------------------------------
+
 
 def _put(owner: Any, name: str, damaged: Callable) -> None:
-    """Put a damaged function in the place of a method of one object."""
+    """Replace the method `name` of one object by a damaged one."""
     setattr(owner, name, damaged)
 
 
 def _replace(batcher: BatcherBase, name: str, function: Callable) -> None:
-    """Put `function(self, slot)` in the place of one of the five parts of a step."""
+    """Replace one of the five parts of a step (plan, fill, launch, wait, commit) by `function(self, ...)`."""
     function.__name__ = name
     setattr(batcher, name, types.MethodType(host_span(function), batcher))
 
 
 def launching(edit: Callable[[dict[str, Callable], object, BatcherBase], Sequence[str] | None]):
-    """A fault in `launch`: its eight calls by name, in order; `edit` changes them or returns another order."""
+    """A fault in `launch`, which is eight calls. `edit(calls, slot, batcher)` is given them by name, in order. It
+    changes some of them, or returns the names in another order."""
 
     def apply(batcher: BatcherBase) -> None:
         def launch(self, slot) -> None:
@@ -157,11 +77,12 @@ def launching(edit: Callable[[dict[str, Callable], object, BatcherBase], Sequenc
 
 
 def without(call: str):
+    """A launch in which one of the eight calls is missing."""
     return launching(lambda calls, *_: [name for name in calls if name != call])
 
 
 def earlier(call: str, than: str):
-    """Do `call` just before `than`."""
+    """A launch in which `call` comes just before the call `than`."""
 
     def edit(calls, *_):
         names = [name for name in calls if name != call]
@@ -172,6 +93,8 @@ def earlier(call: str, than: str):
 
 
 def recorded_on(event: str, lane: int):
+    """A launch that records the slot's event on another stream: 0 is H2D, 1 compute, 2 D2H."""
+
     def edit(calls, slot, batcher):
         calls[f"record {event}"] = lambda: batcher.device.streams[lane].record_event(getattr(slot, event))
 
@@ -179,7 +102,7 @@ def recorded_on(event: str, lane: int):
 
 
 def filling(change: Callable):
-    """A fault in what `fill` writes: `change(slot, plan, batcher)` after it."""
+    """A fault in what `fill` writes: after it, `change(slot, plan, batcher)` damages the slot's inputs."""
 
     def apply(batcher: BatcherBase) -> None:
         def fill(self, plan):
@@ -190,6 +113,9 @@ def filling(change: Callable):
         _replace(batcher, "fill", fill)
 
     return apply
+
+
+# ---- a wait that is missing, or for the wrong event ------------------------------------------------------------------
 
 
 def no_wait(batcher: BatcherBase) -> None:
@@ -209,6 +135,9 @@ def no_wait_without_samples(batcher: BatcherBase) -> None:
             slot.outputs_ready.synchronize()
 
     _replace(batcher, "wait", wait)
+
+
+# ---- buffers and carry-over ------------------------------------------------------------------------------------------
 
 
 def one_host_buffer(batcher: BatcherBase) -> None:
@@ -247,8 +176,11 @@ def numbers_a_step_behind(slot, plan, batcher) -> None:
         slot.fields["uniform"][: len(plan.rows)] = uniforms(seeds, np.array([r.state.num_known for r in plan.rows]))
 
 
+# ---- the books: tokens, blocks, finished requests --------------------------------------------------------------------
+
+
 def placeholder_left(batcher: BatcherBase) -> None:
-    """What the host does not know yet when it plans is noted as a placeholder, and one of them is not replaced."""
+    """A token that the host does not know yet is noted as a placeholder. One of them is never replaced."""
     commit = batcher.scheduler.commit
 
     def damaged(plan, token_ids):
@@ -271,17 +203,17 @@ def pruned_before_the_fill(batcher: BatcherBase) -> None:
 
 
 def given_back_too_early(batcher: BatcherBase) -> None:
-    """A request's blocks go back once its prompt is computed, as if nothing would read them any more."""
+    """A request's first block goes back as soon as it is planned, though every later step reads it."""
     plan = batcher.scheduler.plan
     kv = batcher.kv
 
     def damaged():
-        made = plan()
-        for row in made.rows if made else ():
+        step = plan()
+        for row in step.rows if step else ():
             for block in kv.table(row.state.number)[:1]:
                 if block not in kv.free:
                     kv.free.append(block)
-        return made
+        return step
 
     _put(batcher.scheduler, "plan", damaged)
 
@@ -291,21 +223,21 @@ def freed_twice(batcher: BatcherBase) -> None:
 
     def damaged(owner: int) -> int:
         blocks = batcher.kv.table(owner)
-        given = prune(owner)
+        count = prune(owner)
         batcher.kv.free.extend(blocks)
-        return given
+        return count
 
     _put(batcher.kv, "prune", damaged)
 
 
 def stop_not_discarded(batcher: BatcherBase) -> None:
-    """The token that a step computed for a request that had already stopped is appended all the same."""
+    """A step in flight computes one token too many for a request that has stopped. It is appended all the same."""
     commit = batcher.scheduler.commit
 
     def damaged(plan, token_ids):
-        ended = [row.state.finish_reason for row in plan.rows]
+        reasons = [row.state.finish_reason for row in plan.rows]
         result = commit(plan, token_ids)
-        for row, reason, token in zip(plan.rows, ended, token_ids, strict=False):
+        for row, reason, token in zip(plan.rows, reasons, token_ids, strict=False):
             if reason and row.samples:
                 row.state.generated.append(token)
         return result
@@ -314,7 +246,7 @@ def stop_not_discarded(batcher: BatcherBase) -> None:
 
 
 def stop_seen_a_step_early(batcher: BatcherBase) -> None:
-    """The host takes what lies in the output buffer of the other slot: the results of another step."""
+    """The host reads the output buffer of the other slot, which holds the results of another step."""
     commit = batcher.scheduler.commit
 
     def damaged(plan, token_ids):
@@ -371,105 +303,3 @@ FAULTS = (
     Fault("results are taken from the other slot", "the slot in commit",
           "every request gets tokens of another step", "transformers", stop_seen_a_step_early),
 )  # fmt: skip
-
-
-# ---- finding them ----------------------------------------------------------------------------------------------------
-
-
-def workload(seed: int) -> list[Request]:
-    """Requests of different lengths, more than the batch holds, some that sample, some that stop early."""
-    generator = np.random.default_rng(seed)
-    requests = []
-    for number in range(int(generator.integers(9, 14))):
-        # The first prompts are cut into pieces, and while nobody else runs their steps have no output at all.
-        length = int(generator.integers(33, 40) if number < 2 else generator.integers(1, 30))
-        prompt = generator.integers(1, VOCABULARY, length).tolist()
-        sampling = SamplingParams(temperature=1.0, seed=number) if number % 3 == 1 else SamplingParams()
-        plain = Request(prompt, int(generator.integers(6, 14)), sampling, stop_token_ids=())
-        stop = toy_tokens(plain)[int(generator.integers(2, 5))]
-        requests.append(Request(prompt, plain.max_new_tokens, sampling, stop_token_ids=(stop,) if number % 2 else ()))
-    return requests
-
-
-def costs_for(seed: int) -> Costs:
-    """Times with which every missing order shows: copies take long, and the device is slower than the host."""
-    generator = np.random.default_rng(seed)
-    scale = lambda low, high: float(generator.uniform(low, high)) * 1e-3  # noqa: E731
-    return Costs(
-        plan=scale(0.05, 0.2), fill=scale(0.05, 0.2), launch=scale(0.01, 0.1), commit=scale(0.05, 0.2),
-        copy_in=scale(0.5, 1.0), step=scale(2.0, 4.0), copy_out=scale(0.5, 1.0),
-    )  # fmt: skip
-
-
-class Finding(NamedTuple):
-    """How one run ended: "checker", "tokens", "books", "error", or "" where all was well; and what was seen."""
-
-    by: str
-    detail: str
-
-
-def trial(fault: Fault | None, seed: int, check_races: bool = True, slots: int = 2, model=None) -> Finding:
-    """Run the asynchronous batcher with a fault, or without one, and see whether and how it is found."""
-    requests = workload(seed)
-    batcher = AsyncBatcher(
-        carrier() if model is None else model, clock=costs_for(seed), step_s=0.0, check_races=check_races,
-        max_batch_size=4, num_slots=slots, block_size=4, num_blocks=30, max_length=64, prefill_tokens=16,
-    )  # fmt: skip
-    with batcher:
-        use_toy_model(batcher)
-        if fault is not None:
-            fault.apply(batcher)
-        try:
-            completions = batcher.run(requests)
-        except RaceError as race:
-            return Finding("checker", str(race))
-        except (AssertionError, RuntimeError, ValueError, IndexError, KeyError) as error:
-            return Finding("error", f"{type(error).__name__}: {error}")
-        for number, (request, completion) in enumerate(zip(requests, completions, strict=True)):
-            expected = toy_tokens(request)
-            if completion.error is not None:
-                return Finding("error", str(completion.error))
-            if completion.token_ids != expected:
-                return Finding("tokens", f"request {number}: {completion.token_ids}, expected {expected}")
-        free = batcher.kv.num_free
-        if free != batcher.kv.num_blocks or len(set(batcher.kv.free)) != free:
-            return Finding("books", f"{free} of {batcher.kv.num_blocks} blocks are free at the end")
-    return Finding("", "all tokens are right")
-
-
-def explain(fault: Fault) -> str:
-    """What happened, in two sentences."""
-    return f"Taken away: {fault.what}. So {fault.symptom}; engines with faults of this kind: {fault.seen_in}."
-
-
-def table(seeds: int) -> tuple[str, bool]:
-    """The table as Markdown, and whether every fault was found with every seed."""
-    lines, complete, model = [], True, carrier()
-    lines.append("| fault | what comes of it | checker | tokens, books | kind seen in |")
-    lines.append("| --- | --- | --- | --- | --- |")
-    for fault in FAULTS:
-        proved = [trial(fault, seed, model=model).by for seed in range(seeds)]
-        shown = [trial(fault, seed, check_races=False, model=model).by for seed in range(seeds)]
-        complete &= all(a or b for a, b in zip(proved, shown, strict=True))
-        by_checker, by_tokens = proved.count("checker"), sum(map(bool, shown))
-        cells = (fault.name, fault.symptom, f"{by_checker} of {seeds}", f"{by_tokens} of {seeds}", fault.seen_in)
-        lines.append("| " + " | ".join(cells) + " |")
-    clean = [trial(None, seed, model=model).by for seed in range(seeds)]
-    lines.append(f"| (no fault) | | {clean.count('checker')} of {seeds} | {sum(map(bool, clean))} of {seeds} | |")
-    return "\n".join(lines), complete and not any(clean)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="asyncbatch.faults", description="Put faults into the asynchronous loop.")
-    parser.add_argument("--seeds", type=int, default=10, help="runs of each fault (default 10)")
-    parser.add_argument("--explain", action="store_true", help="say of each what happens")
-    options = parser.parse_args(arguments)
-    if options.seeds < 1:
-        parser.error(f"--seeds {options.seeds}: allowed are whole numbers from 1")
-    text, complete = table(options.seeds)
-    print(text)
-    if options.explain:
-        for fault in FAULTS:
-            print(f"\n{fault.name}\n  {explain(fault)}\n  For example: {trial(fault, 0).detail}")
-    print("\nEvery fault was found in every run." if complete else "\nNOT every fault was found in every run.")
-    return 0 if complete else 1

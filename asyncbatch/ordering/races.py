@@ -1,7 +1,8 @@
-"""A checker for missing waits: two accesses of the same memory that nothing puts in order.
+"""A checker for missing waits. It finds two accesses of the same memory that nothing puts in order.
 
-Right tokens do not show that the waits are right: without one, the device is still often quick enough. The checker does
-not look at times. It looks at what is ordered *whatever* the times are, and there are only five reasons for that:
+Right tokens do not prove that the waits are right: if one is missing, the device is still quick enough most of the
+time. So the checker does not look at times. It looks at what is in order *whatever* the times are. There are only five
+reasons for that:
 
 - the work of one stream runs in order, and so does the host;
 - work starts after the host has launched it;
@@ -9,10 +10,10 @@ not look at times. It looks at what is ordered *whatever* the times are, and the
 - `event.synchronize()`, or `event.query()` that said True: the host goes on after the event's mark;
 - `stream.synchronize()`, or `stream.query()` that said True: the host goes on after all work of the stream.
 
-Each lane (host, H2D, compute, D2H) has a *vector clock*: for every lane, how many of its operations are surely done
-(Fidge 1988, Mattern 1989). Two accesses of one resource, at least one of them a write, are a *race* if the second one's
-clock does not count the first one. For each resource only the last write and each lane's newest read since are kept
-(Pozniansky and Schuster 2003), so memory does not grow with the number of steps.
+Each lane (host, H2D, compute, D2H) has a *vector clock*, which says for every lane how many of its operations are
+surely done (Fidge 1988, Mattern 1989). Two accesses of one resource, of which at least one is a write, are a *race* if
+the clock of the second does not count the first. For each resource the checker keeps only the last write and, from each
+lane, the newest read since then (Pozniansky and Schuster 2003). So its memory does not grow with the number of steps.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ NAMES = {
 
 
 class Access(NamedTuple):
-    """`lane` is the host or a stream; `name` is the command, or the host's phase; `step` is None where there is none;
-    `kind` is "reads" or "writes"."""
+    """Who touched a resource, and how. lane: "host" or the name of a stream. name: the command, or what the host was
+    doing. step: the number of the step, None if there is none. kind: "reads" or "writes"."""
 
     lane: str
     name: str | StepKind
@@ -53,8 +54,8 @@ class Access(NamedTuple):
 
 
 class RaceError(RuntimeError):
-    """Two accesses without an order: `first` and `second` (Access, as the host came to them), the `resource`, and what
-    would `mend` it."""
+    """Two accesses that nothing puts in order. first, second: the two, as Access, in the order in which the host came
+    to them. resource: what they both touch. mend: the call that is missing, in words."""
 
     def __init__(self, first: Access, second: Access, resource: Hashable, mend: str):
         self.first, self.second, self.resource, self.mend = first, second, resource, mend
@@ -73,9 +74,12 @@ def resource_name(resource: Hashable) -> str:
 
 
 class Mark:
-    """What the checker knows of an event. `clock` is what is surely done when the newest mark is reached (empty: never
-    recorded), `lane` the stream of that mark, `waited` who has waited for it. `meant_for`: the (lane, slot) whose end
-    the event is meant to mark, if it is one of a slot's."""
+    """What the checker knows of an event.
+
+    clock: what is surely done when the newest mark is reached; empty if the event was never recorded. lane: the stream
+    of that mark. waited: the lanes that have waited for it. meant_for: the (lane, slot) whose end the event is meant to
+    mark, if it is one of the three events of a slot.
+    """
 
     def __init__(self, name: str = "an event"):
         self.name = name
@@ -86,7 +90,7 @@ class Mark:
 
 
 class Use(NamedTuple):
-    """An access, its number in its lane (the lane's first operation is number 1), and its slot if it has one."""
+    """An access, its number in its lane (the first operation there is number 1), and its slot, None if it has none."""
 
     access: Access
     number: int
@@ -105,7 +109,8 @@ class Use(NamedTuple):
 
 
 def racing(clock: Mapping[str, int], kind: str, earlier: Iterable[Use]) -> list[Use]:
-    """Which of the `earlier` uses of a resource race with a new one: nothing orders the two, and one of them writes.
+    """The uses among `earlier` that race with a new use of the same resource: nothing puts the two in order, and at
+    least one of them writes.
 
     clock: for each lane, how many of its operations are surely done when the new one starts. kind: what the new one
     does, "reads" or "writes"."""
@@ -113,7 +118,7 @@ def racing(clock: Mapping[str, int], kind: str, earlier: Iterable[Use]) -> list[
 
 
 class _Uses:
-    """The newest uses of one resource: its last write, and each lane's newest read since."""
+    """The newest uses of one resource: the last write, and from each lane the newest read since then."""
 
     def __init__(self) -> None:
         self.write: Use | None = None
@@ -127,8 +132,9 @@ class _Uses:
 class RaceChecker:
     """Follows the calls of one host thread, in the order in which it makes them, and finds races.
 
-    lanes: names of the streams. The host is a lane besides.
-    collect: go on after a race and put it in `races` (each pair of commands once for a resource) instead of raising.
+    lanes: the names of the streams. The host is one more lane.
+    collect: do not raise a race, but put it into `races` and go on. For each resource, the same pair of commands is put
+        there only once.
     """
 
     def __init__(self, lanes: Sequence[str], *, collect: bool = False):
@@ -142,7 +148,7 @@ class RaceChecker:
             self.add_lane(lane)
 
     def add_lane(self, lane: str) -> None:
-        """One more stream. Nothing of it is done yet, and nobody has seen anything of it."""
+        """One more stream. Nothing has run on it yet, so no clock counts anything of it."""
         for clock in self._clocks.values():
             clock[lane] = 0
         self._clocks[lane] = dict.fromkeys([*self._clocks, lane], 0)
@@ -167,8 +173,8 @@ class RaceChecker:
         writes: Iterable[Hashable] = (),
         slot: int | None = None,
     ) -> None:
-        """The host does something (lane "host"), or launches a command on a stream. RaceError, before it counts as
-        launched, if it races with an earlier one."""
+        """The host does something (lane "host"), or launches a command on a stream. If that races with an earlier
+        access, RaceError is raised, and it does not count as launched."""
         clock = self.clock(lane)
         written = dict.fromkeys(writes)
         read = [resource for resource in dict.fromkeys(reads) if resource not in written]
@@ -187,11 +193,13 @@ class RaceChecker:
             uses.write, uses.reads = Use(Access(lane, name, step, "writes"), clock[lane], slot), {}
 
     def record(self, lane: str, mark: Mark) -> None:
+        """The event is recorded on this lane: its mark comes after all that was launched there so far."""
         mark.clock, mark.lane = dict(self._clocks[lane]), lane
         mark.waited.clear()
 
     def wait(self, lane: str, mark: Mark) -> None:
-        """What comes on this lane from now on comes after the mark. For the host: it has seen the mark reached."""
+        """What is launched on this lane from now on comes after the mark. For the host it means that it has seen the
+        mark reached."""
         _join(self._clocks[lane], mark.clock)
         mark.waited.add(lane)
 
@@ -210,8 +218,8 @@ class RaceChecker:
         self.races.append(race)
 
     def _mend(self, use: Use, second: Access) -> str:
-        """The call that would order the two: a wait for an event that is recorded after the first one, or, if there is
-        no such event, the record and the wait."""
+        """The call that would put the two in order: a wait for an event that is recorded after the first one. If there
+        is no such event: the record and the wait."""
 
         def waiting(name: str) -> str:
             call = f"{name}.synchronize()" if second.lane == HOST else f"{second.lane}.wait_event({name})"

@@ -1,6 +1,7 @@
-"""Pictures: timelines as a PNG everywhere, and in a notebook to zoom, drag and hover over. Needs matplotlib.
+"""Pictures, made with matplotlib. A timeline is a PNG everywhere; in a notebook it can be zoomed and dragged.
 
 from asyncbatch.pictures import plot
+
 plot(sync.timeline, async_.timeline)
 """
 

@@ -1,7 +1,7 @@
-"""What every picture is: a matplotlib Figure that shows itself as a PNG, in one style.
+"""`Picture`: a matplotlib Figure that shows itself as a PNG, and the style that all pictures share.
 
-Colours are the Okabe-Ito palette, which colour-blind readers can tell apart; a word or a hatch always says the same.
-Labels are drawn as plain text, never as markup.
+The colours are the Okabe-Ito palette, which colour-blind readers can tell apart. What a colour says, a word or a hatch
+says too. Labels are drawn as plain text, never as markup.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ COLORS = {
     "purple": "#CC79A7",
 }
 TEXT, GRID = "#222222", "#BBBBBB"
-DPI = 120  # pixels an inch
+DPI = 120  # pixels per inch
 
 
 class Picture:
-    """A matplotlib Figure that a notebook shows as a PNG, with a text that is the same at every run.
+    """A matplotlib Figure that a notebook shows as a PNG, with a text that is the same in every run.
 
-    `figure` and `axes` are matplotlib's own; draw on them."""
+    figure, axes: matplotlib's own, to draw on. title: the text."""
 
     def __init__(self, figure: Figure, title: str, axes: Axes | None = None):
         self.figure = figure
@@ -41,14 +41,14 @@ class Picture:
         return f"<{type(self).__name__}: {self.title}>"
 
     def savefig(self, path, **options) -> None:
-        """As matplotlib's `Figure.savefig`; `dpi=120` unless told."""
+        """matplotlib's `Figure.savefig`, with `dpi=120` as the default."""
         self.figure.savefig(path, **{"dpi": DPI, **options})
 
     def png(self, dpi: int = DPI) -> bytes:
         """The picture as the bytes of a PNG file."""
         buffer, small = io.BytesIO(), io.BytesIO()
         self.savefig(buffer, dpi=dpi, format="png")
-        # A palette makes the file a third of the size (notebooks carry these bytes) and shifts no colour visibly.
+        # With a palette the file has a third of the size (it is stored in notebooks), and no colour changes visibly.
         image = Image.open(buffer).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
         image.save(small, "png", optimize=True)
         return small.getvalue()
@@ -67,11 +67,12 @@ def figure(width: float = 8, height: float = 3, title: str = "") -> Picture:
 
 
 def drawable(text: str) -> str:
-    """The text with "?" for lone surrogates, as in names of files that are no UTF-8: matplotlib refuses them."""
+    """The text with "?" in place of lone surrogates (from file names that are not UTF-8), which matplotlib refuses."""
     return text.encode("utf-8", "replace").decode()
 
 
 def plain_axes(axes: Axes) -> None:
+    """Give axes the style of this project: no box, grey lines, small numbers."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GRID)
     axes.tick_params(colors=TEXT, labelsize=8, color=GRID)

@@ -1,8 +1,8 @@
-"""Timelines as a picture everywhere, and in a notebook one to zoom, drag and hover over.
+"""Timelines as a picture; in a notebook one that can be zoomed and dragged, and that explains what is under the mouse.
 
-`plot(sync, async_)` draws timelines above each other on one time axis; every timeline begins at 0. Where spans are too
-small to draw one by one, each pixel column is filled to the share of its time that was busy, so that the filled area of
-a lane is its busy time at any zoom.
+`plot(sync, async_)` draws timelines above each other on one time axis, where each begins at 0. If spans are too small
+to draw one by one, each pixel column is filled up to the share of its time that was busy. So the filled area of a lane
+is its busy time, whatever the zoom.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WORDS = {"host": "host", "H2D": "H2D (copy in)", "compute": "compute", "D2H": "D
 WIDGET = Path(__file__).with_name("static") / "timeline.js"
 HEIGHTS = {"host": 1.0, "H2D": 0.5, "compute": 1.0, "D2H": 0.5}  # of a lane, in rows
 HEADING, PAUSE = 0.95, 0.3  # rows above a timeline's lanes for its caption, and between two lanes
-# Layers of a lane, stacked in this order: key -> (lane, face colour, text colour, hatch, legend).
+# The layers of the lanes, in the order of stacking: (lane, face colour, text colour, hatch, legend).
 LAYERS = {
     "work": ("host", COLORS["orange"], "black", "", "host works"),
     "wait": ("host", "#EEEEEE", "#444444", "....", "host waits"),
@@ -41,21 +41,21 @@ WIDTH, LEFT, RIGHT = 10.0, 1.15, 0.2  # inches
 
 
 def plot(*timelines: Timeline, title: str | None = None, window: tuple[float, float] | None = None) -> TimelineFigure:
-    """The timelines above each other on one time axis, each beginning at 0.
+    """The timelines above each other on one time axis, where each begins at 0.
 
-    `window` is the (start, end) to zoom in on, in seconds; None takes a few decode steps in the middle of the run.
-    Spans on lanes other than host, H2D, compute and D2H are not drawn. ValueError without a timeline or for an empty
+    window: the (start, end) in seconds to zoom in on; None takes a few decode steps in the middle of the run.
+    Only spans on the lanes host, H2D, compute and D2H are drawn. Raises ValueError without a timeline, and for an empty
     window."""
     if not timelines or not all(isinstance(timeline, Timeline) for timeline in timelines):
-        found = ", ".join(type(timeline).__name__ for timeline in timelines) or "nothing"
-        raise ValueError(f"plot() wants one or more Timelines, as in plot(sync, async_), and was given: {found}")
+        types = ", ".join(type(timeline).__name__ for timeline in timelines) or "nothing"
+        raise ValueError(f"plot() wants one or more Timelines, as in plot(sync, async_), and was given: {types}")
     if window is not None and not (len(window) == 2 and window[0] < window[1]):
         raise ValueError(f"window is (start, end) in seconds with start < end, not {window!r}")
     return TimelineFigure(timelines, title, window)
 
 
 class TimelineFigure(Picture):
-    """What `plot` returns. In a notebook it is interactive where anywidget is installed; elsewhere it is a PNG."""
+    """What `plot` returns: a PNG, and in a notebook with anywidget an interactive view."""
 
     def __init__(self, timelines: tuple[Timeline, ...], title: str | None, window: tuple[float, float] | None):
         names = [_one_line(timeline.label, 40) or f"run {i}" for i, timeline in enumerate(timelines, 1)]
@@ -72,13 +72,15 @@ class TimelineFigure(Picture):
 
     @property
     def num_spans(self) -> int:
-        """How many spans there are on the lanes that are drawn."""
+        """How many spans the lanes have."""
         return sum(len(steps) for track in self.tracks for _, steps, _, _ in track.layers.values())
 
     def packed(self, most: int | None = None) -> tuple[dict[str, Any], bytes]:
-        """What static/timeline.js draws, in the notebook and in the report's page: a dict, and the spans as bytes, 24 a
-        span. With `most`, no more spans than that: `about["lanes"]` says of each lane from when to when its spans are
-        there ("kept", seconds; None where all are), and the rest is drawn as left out."""
+        """What static/timeline.js draws, in a notebook and on the page of a report: a dict, and the spans as bytes, 24
+        for each.
+
+        most: how many spans there are at most (None: all). `about["lanes"]` then says for each lane from when to when
+        its spans are included ("kept", in seconds; None if all are). The rest is drawn as left out."""
         middle = sum(self.window) / 2
         reach = _reach(self.tracks, middle, self.num_spans if most is None else most)
         spans, names = _pack(self.tracks, middle, reach)
@@ -90,8 +92,8 @@ class TimelineFigure(Picture):
         lanes = []
         for lane in LANES:
             stretch = [max(0.0, middle - reach[lane]), min(self.end, middle + reach[lane])]
-            kept = None if math.isinf(reach[lane]) else stretch
-            lanes.append({"words": WORDS[lane], "height": HEIGHTS[lane], "kept": kept})
+            limits = None if math.isinf(reach[lane]) else stretch
+            lanes.append({"words": WORDS[lane], "height": HEIGHTS[lane], "kept": limits})
         about = {
             "title": self.title,
             "tracks": tracks,
@@ -106,7 +108,7 @@ class TimelineFigure(Picture):
 
     @cached_property
     def widget(self):
-        """The interactive view (an anywidget), or None where anywidget or ipywidgets is not installed."""
+        """The interactive view (an anywidget), or None if anywidget or ipywidgets is not installed."""
         if not (find_spec("anywidget") and find_spec("ipywidgets")):
             return None
         about, spans = self.packed()
@@ -139,12 +141,13 @@ def _one_line(text: str, longest: int) -> str:
 
 
 def _unit(seconds: float) -> tuple[float, str]:
-    """The factor and the name of the unit to write a time range of so many seconds in."""
+    """The unit in which to write times of a range this long, as (factor from seconds, name)."""
     return next(((f, name) for f, name in ((1.0, "s"), (1e3, "ms")) if seconds * f >= 2), (1e6, "µs"))
 
 
 class _Track:
-    """One timeline ready to draw: for each layer the names, steps, starts and ends (seconds from its first start)."""
+    """One timeline, ready to draw. layers: for each layer (names, steps, starts, ends), in seconds from the timeline's
+    own beginning."""
 
     def __init__(self, timeline: Timeline, name: str):
         self.timeline, self.name = timeline, name
@@ -162,7 +165,7 @@ class _Track:
             names = np.array(names, object)[mask]
             self.layers[key] = (names, steps[mask], starts[mask] - origin, ends[mask] - origin)
         self.steps = lanes["compute"][2] - origin, lanes["compute"][3] - origin
-        factor, unit = _unit(2 * self.end)  # one number reads well in seconds from 1 s on
+        factor, unit = _unit(2 * self.end)  # seconds from 1 s on: a single number needs less room than an axis
         parts = [f"{self.end * factor:.4g} {unit} in all", _one_line(f"{timeline.clock} clock", 60)]
         if not math.isnan(summary.idle):
             parts = [f"device active {100 * summary.device_active:.1f} %", f"idle {100 * summary.idle:.1f} %", *parts]
@@ -170,15 +173,16 @@ class _Track:
 
 
 def _away(starts: np.ndarray, ends: np.ndarray, time: float) -> np.ndarray:
-    """How far (seconds) each span lies from a point in time; 0 for one that it lies in."""
+    """How far (seconds) each span is from a point in time: 0 if the point is inside it."""
     return np.maximum(0, np.maximum(starts - time, time - ends))
 
 
 def _reach(tracks: list[_Track], middle: float, most: int) -> dict[str, float]:
-    """How far from `middle` (seconds) the spans of each lane are kept so that they are no more than `most`; inf: all.
+    """For each lane, how far from `middle` (seconds) its spans can be included if there may be `most` spans in all; inf
+    means that all of them are.
 
-    Steps of the device come first, and all of them where they are no more than four fifths: between them are the idle
-    gaps, which a timeline is looked at for."""
+    All steps of the device are included if these are no more than four fifths of `most`: between them are the idle
+    gaps, which are the reason to look at a timeline."""
     parts: dict[str, list[np.ndarray]] = {lane: [] for lane in LANES}
     for track in tracks:
         for key, (_, _, starts, ends) in track.layers.items():
@@ -194,8 +198,8 @@ def _reach(tracks: list[_Track], middle: float, most: int) -> dict[str, float]:
 
 
 def _pack(tracks: list[_Track], middle: float, reach: dict[str, float]) -> tuple[bytes, list[str]]:
-    """The spans nearer to `middle` than the `reach` of their lane, as bytes, 24 a span, and the table of their names
-    that they point into."""
+    """The spans nearer to `middle` than the `reach` of their lane, as bytes, 24 for each, and the list of names that
+    they point into."""
     layout = np.dtype([("start", "<f8"), ("end", "<f8"), ("step", "<i4"), ("name", "<u2"), ("layer", "<u2")])
     parts, number = [], {}
     for i, track in enumerate(tracks):
@@ -211,7 +215,8 @@ def _pack(tracks: list[_Track], middle: float, reach: dict[str, float]) -> tuple
 
 
 def _default_window(tracks: list[_Track], end: float) -> tuple[float, float]:
-    """About seven steps in the middle of the shortest run, from the beginning of a step; all of a short run."""
+    """About seven steps in the middle of the shortest run, from the beginning of a step on. A short run is shown
+    whole."""
     starts, ends = tracks[0].steps
     if len(ends) < 12:
         return 0.0, end
@@ -270,7 +275,7 @@ def _draw(tracks: list[_Track], title: str, window: tuple[float, float], end: fl
 
 
 class _Pane:
-    """Axes on which lanes are drawn: x is time (given in seconds, written in `unit`), y is rows from the top."""
+    """Axes with lanes. x is time: methods take seconds, and the axis is labelled in `unit`. y is rows, from the top."""
 
     def __init__(self, fig: Figure, bottom: float, tall: float, window: tuple[float, float], rows: float):
         height = fig.get_figheight()
@@ -284,37 +289,38 @@ class _Pane:
         self.axes.tick_params(axis="y", length=0)
 
     def text(self, x: float, y: float, text: str, rim: str = "white", **options):
-        """Plain text, in the middle of (x, y) unless told, with a thin rim to be read on a hatch."""
+        """Plain text, centred at (x, y) unless `options` say otherwise. A thin rim makes it readable on a hatch."""
         options = {"size": 7.5, "color": TEXT, "ha": "center", "va": "center"} | options
         effects = [withStroke(linewidth=2, foreground=rim)]
         return self.axes.text(x * self.factor, y, drawable(text), parse_math=False, path_effects=effects, **options)
 
     def bars(self, starts, ends, y: float, tall: float, face: str, edge=None, hatch: str = "", lw: float = 0.0) -> None:
-        """Rectangles from starts to ends (seconds), cut off at the window."""
+        """Rectangles from starts to ends (seconds), cut off at the edges of the window."""
         starts, ends = np.clip(starts, *self.window), np.clip(ends, *self.window)
         bars = np.column_stack([starts, ends - starts]) * self.factor
         self.axes.broken_barh(bars, (y, tall), facecolor=face, edgecolor=edge, hatch=hatch, lw=lw)
 
     def idle(self, track: _Track, y: float, tall: float) -> None:
-        """The band behind the compute lane, from its first step to its last: what stays visible of it is idle time."""
+        """The band behind the compute lane, from its first step to its last. Where steps do not cover it, the device is
+        idle."""
         starts, ends = track.steps
         if len(starts):
             self.bars(starts[:1], ends.max(keepdims=True), y, tall, *IDLE)
 
     def fill(self, track: _Track, keys: Iterable[str], y: float, tall: float) -> None:
-        """Fill each pixel column, from the bottom, to the share of its time that each layer was busy."""
+        """Fill each pixel column from the bottom: each layer takes the share of the column's time that it was busy."""
         edges = np.linspace(*self.window, self.pixels + 1)
         low = np.full(self.pixels, y + tall)
         for key in keys:
             busy = np.interp(edges, *busy_curve(*track.layers[key][2:]))
             high = low - tall * np.diff(busy) / np.diff(edges)
             look = {"facecolor": LAYERS[key][1], "edgecolor": HATCH.get(key), "hatch": LAYERS[key][3], "lw": 0}
-            # axes.stairs would measure every column, which takes most of a second
+            # not axes.stairs, which measures every column: that takes most of a second
             self.axes.add_artist(StepPatch(high, edges * self.factor, baseline=low, fill=True, **look))
             low = high
 
     def lane(self, track: _Track, lane: str, y: float) -> None:
-        """A lane: span by span where that can be seen, and by columns where it cannot."""
+        """A lane: span by span if they are large enough to see, else by pixel columns."""
         tall, compute = HEIGHTS[lane], lane == "compute"
         keys = [key for key in LAYERS if LAYERS[key][0] == lane]
         if compute:
@@ -326,10 +332,10 @@ class _Pane:
         if sum(mask.sum() for mask in seen.values()) > self.pixels / 8:
             self.fill(track, keys, y, tall)
             return
-        for key in reversed(keys):  # work over waits, for waits are never the short ones
+        for key in reversed(keys):  # work on top of waits, since it is work that can be very short
             _, face, ink, hatch, _ = LAYERS[key]
             names, steps, starts, ends = (column[seen[key]] for column in track.layers[key])
-            # Steps have no edge, for it would hide or widen a gap; the rest have one, to keep short copies in sight.
+            # Steps have no edge, which would hide or widen a gap. Others have one, so that short copies can be seen.
             self.bars(starts, ends, y, tall, face, HATCH.get(key, face), hatch, 0.0 if compute else 0.5)
             starts, ends = np.clip(starts, start, end), np.clip(ends, start, end)
             rooms = (ends - starts) * self.pixels / (end - start) if tall > 0.6 else np.zeros(len(ends))
@@ -342,7 +348,8 @@ class _Pane:
             self.gaps(track, y, tall)
 
     def gaps(self, track: _Track, y: float, tall: float) -> None:
-        """Between steps drawn one by one: the word "idle" where it fits, a line where not even the hatch does."""
+        """The gaps between steps that are drawn one by one: with the word "idle" if there is room, as a white line if
+        there is not even room for the hatch."""
         begins, stops = track.steps[1][:-1], track.steps[0][1:]
         seen = (stops > self.window[0]) & (begins < self.window[1])
         begins, stops = np.clip(begins[seen], *self.window), np.clip(stops[seen], *self.window)

@@ -8,7 +8,8 @@ import torch
 
 from asyncbatch import AsyncBatcher, Request, SamplingParams
 from asyncbatch.devices.virtual import Costs
-from asyncbatch.ordering.faults import VOCABULARY, carrier, toy_tokens, use_toy_model
+from asyncbatch.models.toy import VOCABULARY, toy_llama
+from asyncbatch.ordering.toy import toy_tokens, use_toy_model
 from asyncbatch.request import RequestError
 
 GOOD = Request([1, 2, 3], 5, stop_token_ids=())
@@ -64,7 +65,7 @@ CASES = {
 @pytest.fixture
 def batcher():
     sizes = dict(max_batch_size=4, block_size=4, max_length=64, prefill_tokens=16)
-    with AsyncBatcher(carrier(), clock=Costs(), step_s=0.0, **sizes) as made:
+    with AsyncBatcher(toy_llama(), clock=Costs(), step_s=0.0, **sizes) as made:
         use_toy_model(made)
         yield made
 
@@ -90,7 +91,7 @@ def test_a_bad_request_is_refused_before_it_is_queued_and_the_good_one_beside_it
 
 def test_handles_that_are_unknown_or_another_batchers_are_refused_and_a_second_cancel_says_so(batcher):
     sizes = dict(max_batch_size=4, block_size=4, max_length=64, prefill_tokens=16)
-    with AsyncBatcher(carrier(), clock=Costs(), step_s=0.0, **sizes) as other:
+    with AsyncBatcher(toy_llama(), clock=Costs(), step_s=0.0, **sizes) as other:
         foreign = other.submit(GOOD)
         for wrong, given in ((foreign, "another batcher"), (7, "int 7"), (None, "None")):
             with pytest.raises(RequestError, match=given):

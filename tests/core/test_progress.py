@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.timelines import runs
 from support.tiny import tiny_model
-from test_timeline import runs
 
 from asyncbatch import AsyncBatcher, Request, SyncBatcher
 from asyncbatch.serving import _IdleSoFar

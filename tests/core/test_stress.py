@@ -1,6 +1,7 @@
 """The batchers under stress: whatever arrives, stops, is cancelled or preempted, every request gets its own tokens.
 
-On the virtual clock with the toy model of `faults.py`, which reads its whole context through the block tables, and with
+On the virtual clock with the toy model of `ordering/toy.py`, which reads its whole context through the block tables,
+and with
 the race checker on: a run takes milliseconds, so there are many."""
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import pytest
 
 from asyncbatch import AsyncBatcher, Request, SyncBatcher
 from asyncbatch.devices.virtual import Costs
-from asyncbatch.ordering.faults import carrier, toy_tokens, use_toy_model, workload
+from asyncbatch.models.toy import toy_llama
+from asyncbatch.ordering.toy import toy_tokens, use_toy_model
+from asyncbatch.ordering.trials import workload
 
-MODEL = carrier()
+MODEL = toy_llama()
 SIZES = dict(max_batch_size=4, block_size=4, max_length=64, prefill_tokens=16)
 
 

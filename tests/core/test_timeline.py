@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.timelines import runs
 from support.tiny import tiny_model
 
 from asyncbatch import AsyncBatcher, Request
@@ -24,22 +25,6 @@ from asyncbatch.timeline import (
 )
 
 times = st.floats(0, 1e6, allow_nan=False)
-
-
-@st.composite
-def runs(draw) -> Timeline:
-    """A timeline of device steps that do not overlap, with host work that does as it likes."""
-    timeline = Timeline(draw(st.text()), draw(st.sampled_from(["host", "cuda", "virtual"])))
-    now = draw(st.floats(0, 1e9))
-    for number in range(draw(st.integers(0, 12))):
-        idle, busy, host = (draw(st.floats(0, 10)) for _ in range(3))
-        timeline.add("host", draw(st.sampled_from(["plan", "wait"])), number, now, now + host)
-        timeline.add("compute", "step", number, now + idle, now + idle + busy)
-        kind = draw(st.sampled_from(["decode", "prefill"]))
-        counts = [draw(st.integers(0, 9)) for _ in range(draw(st.sampled_from([2, 4])))]
-        timeline.add_step(number, kind, *counts)
-        now += idle + busy
-    return timeline
 
 
 def worked_example() -> Timeline:

@@ -16,7 +16,8 @@ from asyncbatch import AsyncBatcher, Request, SyncBatcher
 from asyncbatch.devices.virtual import Costs
 from asyncbatch.kv_cache import NOBODY, KVCache
 from asyncbatch.lessons import blocks, cache, teach
-from asyncbatch.ordering import faults
+from asyncbatch.lessons.exercises import EXERCISES
+from asyncbatch.ordering.toy import toy_tokens
 
 # ---- exercises -------------------------------------------------------------------------------------------------------
 
@@ -25,7 +26,7 @@ CASES = [(name, wrong) for name, answers in WRONG.items() for wrong in answers]
 
 @pytest.mark.parametrize(("name", "wrong"), CASES, ids=[wrong.__name__ for _, wrong in CASES])
 def test_a_wrong_answer_gets_the_message_that_helps(name, wrong, capsys):
-    reference = teach.EXERCISES[name].reference
+    reference = EXERCISES[name].reference
     assert teach.check(name, wrong) is reference
     message = capsys.readouterr().out.replace("\n", " ")
     assert f"{name}: not yet" in message
@@ -49,7 +50,7 @@ def test_entry_and_block_are_told_apart(capsys):
 
 @pytest.mark.parametrize("name", WRONG)
 def test_reference_and_untouched_stub(name, capsys):
-    reference = teach.EXERCISES[name].reference
+    reference = EXERCISES[name].reference
 
     def learners(*args):
         return reference(*args)
@@ -63,7 +64,7 @@ def test_reference_and_untouched_stub(name, capsys):
 @pytest.mark.parametrize(("name", "wrong"), [case for case in CASES if case[0] != "kv_bytes"])
 def test_pictures_of_answers_can_be_drawn(name, wrong):
     """And show what is wrong in words, not by colour alone."""
-    exercise = teach.EXERCISES[name]
+    exercise = EXERCISES[name]
     answer = exercise.answer or (lambda function, *args: function(*args))
     for args, *_ in exercise.cases:
         want = answer(exercise.reference, *args)
@@ -116,7 +117,7 @@ def test_the_film_has_a_frame_a_step_and_every_change_of_the_books(film):
     assert {block for _, block, owner in film.changes if owner != NOBODY} == blocks_used
     times = [when for when, _, _ in film.changes]
     assert times == sorted(times)
-    assert [c.token_ids for c in film.completions] == [faults.toy_tokens(request) for request in requests()]
+    assert [c.token_ids for c in film.completions] == [toy_tokens(request) for request in requests()]
 
 
 def test_the_frames_say_what_happened(film):
@@ -225,7 +226,7 @@ def test_pictures_say_what_they_count():
 def handover(damage, prefill_s, slots=2):
     """One row: A stops by itself, and B waits for the row."""
     first = Request([5, 6, 7], 20, stop_token_ids=())
-    first = Request([5, 6, 7], 20, stop_token_ids=faults.toy_tokens(first)[3:4])
+    first = Request([5, 6, 7], 20, stop_token_ids=toy_tokens(first)[3:4])
     pair = [first, Request(list(range(10, 18)), 4, stop_token_ids=())]
     costs = Costs(step=lambda work: prefill_s if work.kind == "prefill" else 3e-3)
     options = {"clock": costs, "check_races": True, "max_batch_size": 1, "num_blocks": 6, "num_slots": slots}
@@ -233,7 +234,7 @@ def handover(damage, prefill_s, slots=2):
         if damage:
             cache.give_prompts_a_stream(batcher)
         film = blocks.watch(batcher, pair)
-        right = [c.token_ids == faults.toy_tokens(request) for c, request in zip(film.completions, pair, strict=True)]
+        right = [c.token_ids == toy_tokens(request) for c, request in zip(film.completions, pair, strict=True)]
         return film, right, batcher.device.races
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from asyncbatch import timeline
 from asyncbatch.lessons import idle
+from asyncbatch.lessons.exercises import idle as exercises
 from asyncbatch.measure import simulate
 
 SECONDS = st.integers(0, 50)
@@ -113,5 +114,5 @@ def test_pictures_say_what_they_show():
 )
 def test_what_is_wrong_with_gaps_is_told_in_terms_of_the_steps(got, told):
     args = ([0, 5, 12], [5, 10, 15])
-    said = idle.explain_gaps(args, got, timeline.idle_gaps(*args))
+    said = exercises.explain_gaps(args, got, timeline.idle_gaps(*args))
     assert said is told is None or told in said

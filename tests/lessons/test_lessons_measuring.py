@@ -10,6 +10,7 @@ from support.wrong import measuring as answers
 
 from asyncbatch import kv_cache, streams
 from asyncbatch.lessons import measuring, teach
+from asyncbatch.lessons.exercises import measuring as exercises
 from asyncbatch.measure import attribution, simulate
 
 
@@ -43,14 +44,14 @@ def test_instructions_are_counted_and_the_tracer_is_put_back():
             pass
 
     before = sys.gettrace()
-    once, again, twice = (measuring.instructions(loop, count) for count in (100, 100, 200))
+    once, again, twice = (exercises.instructions(loop, count) for count in (100, 100, 200))
     assert once == again
     assert 1.8 < twice / once < 2.1
     assert sys.gettrace() is before
 
 
 def test_the_books_of_the_exercise_are_those_that_the_learner_reads():
-    kv = measuring._books({0: (2,), 1: (1, 3, 5), 2: (4,)}, 3)
+    kv = exercises._books({0: (2,), 1: (1, 3, 5), 2: (4,)}, 3)
     assert [kv.table(owner) for owner in (0, 1, 2)] == [[2], [1, 3, 5], [4]]
     assert kv_cache.KVCache.tables(kv, [2, 1]).tolist() == [[4, 0, 0], [1, 3, 5]]
 
@@ -139,7 +140,7 @@ def test_pictures_draw_what_they_are_given():
     union = measuring.draw_union((0, 3), (5, 8), ((0,), (8,)))
     assert repr(union) == "<Picture: 2 intervals, 1 stretches, 8 ms busy>"
     assert len(union.axes.patches) == 3
-    gaps = measuring.draw_gaps([300, 0, 322000, 300])
+    gaps = measuring.draw_gap_lengths([300, 0, 322000, 300])
     assert [text.get_text() for text in gaps.axes.texts] == ["  the longest: 322 ms", "median 0.30 ms"]
     assert measuring.draw_launch(0.03, 20.1).png().startswith(b"\x89PNG")
 

@@ -10,7 +10,7 @@ from support.tiny import tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from asyncbatch.measure import bandwidth as floor
-from asyncbatch.models.load import SHAPES
+from asyncbatch.models.shapes import SHAPES
 
 sizes = st.floats(1, 1e12)
 

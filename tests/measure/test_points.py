@@ -26,10 +26,12 @@ from asyncbatch.measure.points import (
     host_segments,
 )
 from asyncbatch.measure.simulate import costs_of, simulate, what_if
-from asyncbatch.ordering.faults import carrier, toy_tokens, use_toy_model, workload
+from asyncbatch.models.toy import toy_llama
+from asyncbatch.ordering.toy import toy_tokens, use_toy_model
+from asyncbatch.ordering.trials import workload
 from asyncbatch.profile.workload import serve
 
-MODEL = carrier()
+MODEL = toy_llama()
 SIZES = dict(max_batch_size=4, block_size=4, max_length=64, prefill_tokens=16)
 LOOPS = pytest.mark.parametrize("loop", [SyncBatcher, AsyncBatcher])
 

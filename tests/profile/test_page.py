@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from support.hostile import HOSTILE, hostile
 from support.reports import EMULATED, REAL, measured
-from test_pictures import run as made_run
+from support.timelines import steady_run as made_run
 
 from asyncbatch.pictures import plot
 from asyncbatch.profile import document

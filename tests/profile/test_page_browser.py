@@ -15,7 +15,7 @@ import pytest
 from support.browser import browse, need_browser, until, wait
 from support.hostile import hostile
 from support.reports import EMULATED, measured
-from test_pictures import run as made_run
+from support.timelines import steady_run as made_run
 
 from asyncbatch.profile import document
 from asyncbatch.profile.page import write_page

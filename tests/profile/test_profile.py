@@ -18,7 +18,7 @@ from support.reports import call_script
 from asyncbatch import AsyncBatcher, SyncBatcher, Timeline, load_model
 from asyncbatch.measure.recording import Recording
 from asyncbatch.measure.steps import steps_of
-from asyncbatch.models.load import ModelError
+from asyncbatch.models import ModelError
 from asyncbatch.profile import cli, diagnosis, turns
 from asyncbatch.profile import session as profile
 from asyncbatch.profile.diagnosis import Place, floor_numbers, make_report

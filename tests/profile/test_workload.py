@@ -21,7 +21,8 @@ from support.tiny import tiny_model
 
 from asyncbatch import AsyncBatcher, Completion, Request, SyncBatcher, load_model
 from asyncbatch.devices.virtual import Costs
-from asyncbatch.ordering.faults import carrier, toy_tokens, use_toy_model
+from asyncbatch.models.toy import toy_llama
+from asyncbatch.ordering.toy import toy_tokens, use_toy_model
 from asyncbatch.profile import session as profile
 from asyncbatch.profile import turns
 from asyncbatch.profile.draws import Arrivals, Lengths, arrival_times
@@ -411,7 +412,7 @@ def test_a_prompts_file_of_the_embedded_model(tmp_path):
 @contextlib.contextmanager
 def toy(kind, times=None, **options):
     """A batcher on the virtual clock that serves the toy model: its tokens cost nothing and depend on all before."""
-    with kind(carrier(), clock=times or COSTS, **{**OPTIONS, **options}) as batcher:
+    with kind(toy_llama(), clock=times or COSTS, **{**OPTIONS, **options}) as batcher:
         use_toy_model(batcher)
         yield batcher
 

@@ -16,7 +16,9 @@ from typing import Any
 
 from asyncbatch import AsyncBatcher, SyncBatcher
 from asyncbatch.devices.virtual import Costs, StepWork
-from asyncbatch.ordering.faults import carrier, use_toy_model, workload
+from asyncbatch.models.toy import toy_llama
+from asyncbatch.ordering.toy import use_toy_model
+from asyncbatch.ordering.trials import workload
 
 
 def step_s(work: StepWork) -> float:
@@ -40,7 +42,7 @@ def example(name: str, mode: str) -> dict[str, Any]:
     """What one case gives: tokens, reasons and times of the completions, spans and steps of the timeline."""
     options = {"clock": Costs(step=2e-3), "max_batch_size": 4, "block_size": 4, "num_blocks": 40, "max_length": 64}
     options |= {"prefill_tokens": 16, **CASES[name]}
-    with LOOPS[mode](carrier(), **options) as batcher:
+    with LOOPS[mode](toy_llama(), **options) as batcher:
         use_toy_model(batcher)
         completions = batcher.run(workload(len(name)))
         spans = [list(span) for span in batcher.timeline.spans]

@@ -1,28 +1,24 @@
-"""A model of milliseconds for the tests, made once: its device process is then shared by all of them."""
+"""A model that computes a step in milliseconds. It is made once, so that all tests share its device process."""
 
 from __future__ import annotations
 
 import functools
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
+
+from asyncbatch.models.toy import toy_llama
 
 
 @functools.lru_cache
 def tiny_model(device: str = "cpu") -> LlamaForCausalLM:
     """Random weights wide enough apart that greedy tokens vary and depend on every token before them."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97,
+    model = toy_llama(
+        97,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.4,
-        eos_token_id=None,
-        bos_token_id=None,
-        pad_token_id=None,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        spread=0.4,
     )
-    return LlamaForCausalLM(config).eval().requires_grad_(False).to(device)
+    return model.to(device)

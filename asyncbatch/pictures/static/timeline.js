@@ -1,7 +1,7 @@
-// The interactive timeline of plot.py: one canvas, drawn like the static picture, to zoom, drag, hover over and read out.
-// It fetches nothing. Spans come as bytes, 24 a span: start and end (float64, seconds), step (int32), name and layer
-// (uint16). Where spans are too small to draw one by one, each pixel column is filled to the share of its time that was busy.
-// A lane may have spans for a part of the run only ("kept", from when to when): the rest of it is drawn as left out.
+// The interactive timeline of pictures/timelines.py: one canvas, drawn like the still picture, to zoom, drag, point at and
+// read out. It fetches nothing. Spans come as bytes, 24 for each: start and end (float64, seconds), step (int32), name and
+// layer (uint16). If spans are too small to draw one by one, each pixel column is filled up to the share of its time that
+// was busy. A lane may have spans for only a part of the run ("kept", from when to when): the rest is drawn as left out.
 
 const RIGHT = 10, ROW = 30, HEAD = 26, LINE = 15, PAUSE = 8, STRIP = 14, GAP = 26, FONT = "12px system-ui, sans-serif";
 const NAME_FONT = "bold 14px system-ui, sans-serif";

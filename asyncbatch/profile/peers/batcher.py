@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from ...attention import kv_heads_and_dim
 from ...kv_cache import blocks_for
-from ...models.load import check_model
+from ...models.checks import check_model
 from ...request import Completion, Request, RequestError, check_request, finish_reason
 from ...timeline import Timeline
 from ..workload import NO_REQUEST, arrival_order

@@ -1,6 +1,6 @@
 """How the traces of this folder were made, on one NVIDIA H200, 2026-11-25, with torch 2.11.0 and transformers 5.23.0:
 
-    PYTHONPATH=. python tests/traces/record.py FOLDER
+    PYTHONPATH=. python tests/profile/traces/record.py FOLDER
 
 Each is torch.profiler's own file of one warm run: 4 requests of 16 prompt and 10 new tokens, the 0.6B shape with random
 weights, bfloat16. `events.json` holds the same runs' steps as the events around them timed them, in microseconds from
