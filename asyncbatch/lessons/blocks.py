@@ -233,10 +233,8 @@ class Film(NamedTuple):
 
 
 def watch(batcher: Any, requests: Sequence[Request], prune: Callable[[KVCache, int], int] = KVCache.prune) -> Film:
-    """Let a new batcher serve the requests, and note what its scheduler and its books do. Nothing else of the batcher
-    is touched.
-
-    prune: called in place of `KVCache.prune`."""
+    """Let a new batcher serve the requests, and note what its scheduler and its books do. prune: called in place of
+    `KVCache.prune`."""
     kv, scheduler = batcher.kv, batcher.scheduler
     film = Film([], [], {}, None, [])
     placed: dict[int, Any] = {}  # the RunState of each owner

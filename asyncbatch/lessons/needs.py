@@ -25,6 +25,7 @@ NEEDS = {
     "gguf": "0.17",
     "tqdm": "4.66",
     "ijson": "3.3",
+    "jinja2": "3.1",
     "rich": "13",
     "ipywidgets": "8.1.5",
     "anywidget": "0.9.18",

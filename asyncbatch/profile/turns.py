@@ -21,8 +21,7 @@ from .draws import arrival_times
 from .measurement import Measurement
 from .options import Settings
 from .report import OWN, Failure, Overhead
-from .workload import Sizes, Workload
-from .workload import serve as serve_requests
+from .workload import Sizes, Workload, serve
 
 BATCHERS: dict[str, type[BatcherBase]] = {"sync": SyncBatcher, "async": AsyncBatcher}
 PROBE_TOKENS = 32  # another engine first generates so many: would all of it take too long?
@@ -92,7 +91,7 @@ class Turns:
         tell(f"{self._who(key)}: warm-up")
         batcher, requests = self._open[key][0], self.job.requests
         few = [Request(r.token_ids, min(2, r.max_new_tokens)) for r in requests[: self.job.workload.batch_size]]
-        serve(batcher, few)
+        run_once(batcher, few)
         if key[0] != OWN:
             check_speed(batcher, requests, self.settings.peer_limit_s)
 
@@ -102,7 +101,7 @@ class Turns:
         arrivals_s = arrival_times(workload.arrivals, len(requests), workload.seed)
         points = not (self.settings.preset or self.settings.record)  # others build on those runs: nothing slows them
         with self._keeping_what_ran(batcher, measurement):
-            run = serve(batcher, requests, arrivals_s, sys.stderr.isatty(), points)
+            run = run_once(batcher, requests, arrivals_s, sys.stderr.isatty(), points)
         steps_from(run[0])  # a ValueError now is better than a report that cannot be made
         measurement.runs.append(run)
         count, wall_s = f"run {repeat + 1} of {self.settings.repeats}", run[0].summary().wall_s
@@ -123,7 +122,7 @@ class Turns:
     def _overhead(self, batcher, mode: str) -> Overhead | None:
         """What measuring with `batcher` costs, beside a batcher that measures nothing, and on CUDA times no parts."""
         with open_batcher(OWN, mode, self.settings, self.job, parts=False) as plain:
-            serve(plain, self.job.requests)  # warm-up
+            run_once(plain, self.job.requests)  # warm-up
             return overhead(batcher, plain, self.job.requests)
 
     # ---- what goes wrong -------------------------------------------------------------------------------------------
@@ -181,7 +180,7 @@ def open_batcher(engine: str, mode: str, settings: Settings, job: Job, parts: bo
     return BATCHERS[mode](job.model, num_slots=slots, host_work_s=host_work_s, step_s=job.step_s, **limits)
 
 
-def serve(
+def run_once(
     batcher,
     requests: list[Request],
     arrivals_s: Sequence[float] | None = None,
@@ -190,7 +189,7 @@ def serve(
 ) -> tuple[Timeline, list[Completion]]:
     """One run: its timeline and its completions. `points`: with its latency points. Raises a completion's error."""
     with record_points(batcher) if points else contextlib.nullcontext():
-        completions = serve_requests(batcher, requests, arrivals_s, progress)
+        completions = serve(batcher, requests, arrivals_s, progress)
     for completion in completions:
         if completion.error is not None:
             raise completion.error
@@ -203,7 +202,7 @@ def check_speed(batcher, requests: list[Request], limit_s: int) -> None:
         return
     short = [replace(r, max_new_tokens=min(PROBE_TOKENS, r.max_new_tokens)) for r in requests]
     whole, probed = (sum(r.max_new_tokens for r in each) for each in (requests, short))
-    expected_s = serve(batcher, short)[0].summary().wall_s * whole / probed
+    expected_s = run_once(batcher, short)[0].summary().wall_s * whole / probed
     if expected_s > limit_s:
         setting, about_s = getattr(batcher, "setting", None) or "its setting", math.ceil(expected_s)
         raise RuntimeError(f"it would take about {about_s} s, and --peer-limit-s is {limit_s} ({setting})")

@@ -23,8 +23,7 @@ import numpy as np
 
 from ..base import BatcherBase
 from ..measure.percentile import p99
-from ..measure.points import LANE
-from ..measure.points import NO_REQUEST as NO_REQUEST_NAME
+from ..measure.points import LANE, NO_REQUEST
 from ..request import Completion, Request, shown
 from .draws import NEW_LENGTHS, PROMPT_LENGTHS, Lengths
 from .prompts import PromptFile, token_ids_of
@@ -34,7 +33,7 @@ TOPICS = (
     "the sea", "a library", "rain", "old trains", "bread", "a lost key", "the moon", "two cats", "music", "winter",
     "a lighthouse", "gravity", "a market", "prime numbers", "the desert", "a letter",
 )  # fmt: skip
-NO_REQUEST = (LANE, NO_REQUEST_NAME, -1)  # lane, name and step of the time in which there was nothing to serve
+NO_REQUEST_SPAN = (LANE, NO_REQUEST, -1)  # lane, name and step of the time in which there was nothing to serve
 
 
 @dataclass(frozen=True)
@@ -166,7 +165,7 @@ def serve(batcher, requests: Sequence[Request], arrivals_s: Sequence[float] | No
 
     arrivals_s: when each request arrives, in seconds from the beginning; None for all at once. A completion's
     `submitted_s` is the moment of arrival, even if the loop was in the middle of a turn and took the request a little
-    later. Time in which there was no request stands on the timeline as NO_REQUEST: idle because nothing was asked."""
+    later. Time without any request stands on the timeline as NO_REQUEST_SPAN: idle because nothing was asked."""
     requests = list(requests)
     if arrivals_s is None or not any(arrivals_s):
         return batcher.run(requests, progress)
@@ -200,7 +199,7 @@ def _wait(batcher: BatcherBase, moment: float) -> None:
     device, start = batcher.device, batcher.device.now()
     if start < moment:
         device.wait_until(moment)
-        batcher.timeline.add(*NO_REQUEST, start, device.now())
+        batcher.timeline.add(*NO_REQUEST_SPAN, start, device.now())
 
 
 def _bar(total: int, progress: bool):

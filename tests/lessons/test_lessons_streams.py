@@ -185,7 +185,9 @@ def test_the_launch_of_the_batchers_makes_the_calls_that_the_faults_take_away():
     slot = SimpleNamespace(index=1, command="decode", inputs_ready="in", step_done="done", outputs_ready="out")
     launch_step(lanes, slot)
     package_calls, calls[:] = list(calls), []
-    batcher = SimpleNamespace(device=SimpleNamespace(streams=lanes, now=lambda: 0.0, charge=lambda *_: None))
+    batcher = SimpleNamespace(kv=None)
+    nothing = lambda *_: None  # noqa: E731
+    batcher.device = SimpleNamespace(streams=lanes, now=lambda: 0.0, host_begins=nothing, host_ends=nothing)
     batcher.timeline = SimpleNamespace(add=lambda *_: None)
     slot.plan, slot.step = SimpleNamespace(step=0), 0
     launching(lambda *_: None)(batcher)

@@ -73,9 +73,16 @@ def test_the_batchers_load_no_wing_but_devices_and_models():
         ("scheduler.py", "from .lessons import teach"),
         ("devices/host.py", "def late():\n    from ..measure import points"),
         ("request.py", "from .serving import Handle"),
+        ("measure/text.py", "from .simulate import main"),
         ("new.py", ""),
     ],
-    ids=["the core imports lessons", "a device imports measuring", "a circle in the core", "a file on no floor"],
+    ids=[
+        "the core imports lessons",
+        "a device imports measuring",
+        "a circle in the core",
+        "a circle in a wing",
+        "a file on no floor",
+    ],
 )
 def test_the_contract_fails_for(file, planted, tmp_path):
     pytest.importorskip("importlinter")

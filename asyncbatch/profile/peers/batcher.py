@@ -32,7 +32,7 @@ from ...kv_cache import blocks_for
 from ...models.checks import check_model
 from ...request import Completion, Request, RequestError, check_request, finish_reason
 from ...timeline import Timeline
-from ..workload import NO_REQUEST, arrival_order
+from ..workload import NO_REQUEST_SPAN, arrival_order
 from .attention_choice import choose_attention, paged_name
 from .parts import part, unknown_version
 from .recorder import StepRecorder
@@ -343,7 +343,7 @@ class _Session:
                 self.collect(due_s - now)
             else:
                 time.sleep(due_s - now)
-                self.recorder.timeline.add(*NO_REQUEST, now, time.perf_counter())
+                self.recorder.timeline.add(*NO_REQUEST_SPAN, now, time.perf_counter())
 
     def completion(self, index: int, request: Request, stop: frozenset[int]) -> Completion:
         """The answer to a request whose output is there."""
