@@ -2,7 +2,8 @@
 
 `SyncBatcher` and `AsyncBatcher` serve a language model in turns or overlapped, with the same tokens; their `timeline`
 shows what the host and the device did. The files of this folder, in reading order: request, kv_cache, scheduler, slot,
-streams, attention, sampling, runner, base, batcher, timeline. Everything else stands in a folder that says what for.
+streams, attention, sampling, runner, config, serving, base, batcher, timeline. Everything else stands in a folder whose
+name says what for; faults.py and simulate.py are command lines.
 """
 
 from importlib import import_module

@@ -11,11 +11,12 @@ from typing import Any
 
 from .config import Config
 from .devices import open_device
+from .devices.buffers import host_buffers
 from .kv_cache import KVCache
 from .models.checks import check_model
 from .scheduler import BatchPlan, Committed, Scheduler
 from .serving import Serving
-from .slot import Slot, host_buffers
+from .slot import Slot
 from .streams import DeviceError, launch_step
 from .timeline import LANES, Timeline
 
@@ -73,7 +74,7 @@ class BatcherBase(Serving):
     def _new_books(self) -> None:
         """An empty pool, and a scheduler without requests that goes on counting the steps."""
         shape, before = self.shape, getattr(self, "scheduler", None)
-        # More owners than rows: a request whose last token is under way keeps its blocks while its row is given on.
+        # More owners than rows: while its last token is under way, a request keeps its blocks and no row.
         owners = shape.max_batch_size * (shape.num_slots + 1)
         self.kv = KVCache(shape.num_blocks, shape.block_size, shape.max_blocks, owners)
         self.scheduler = Scheduler(self.kv, shape.max_batch_size, shape.prefill_tokens)
@@ -101,7 +102,7 @@ class BatcherBase(Serving):
 
     @host_span
     def wait(self, slot: Slot) -> None:
-        """Until the slot's output ids have arrived. The only place where the host waits for the device."""
+        """Wait until the slot's output ids have arrived. It is the only place where the host waits for the device."""
         slot.outputs_ready.synchronize()
 
     @host_span

@@ -33,7 +33,7 @@ class SyncBatcher(BatcherBase):
 
 
 class AsyncBatcher(BatcherBase):
-    """Prepares step N+1 while the device computes step N. With `num_slots` slots, so many steps are under way.
+    """Prepares step N+1 while the device computes step N. With `num_slots` slots, that many steps are in flight.
 
     The plan of step N+1 is made without the results of step N: tokens go from one step to the next on the device
     (carry-over), and a request that step N turns out to end costs one wasted token.

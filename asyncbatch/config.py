@@ -35,9 +35,9 @@ class Config:
     host_work_s: burn this many seconds of Python in each step's plan. It stands for a busier host.
     step_s: the device waits this long instead of computing, a number of seconds or the times of a recorded GPU
         (`Recording.step_times`). The tokens are then no language.
-    clock: None measures times as they are. `Costs(...)` (`devices/virtual.py`) says them: the device is then on the
-        virtual clock, in this process, every run has the same exact timeline, and host_work_s is counted and not burnt.
-        With step_s too nothing is computed; the times are the clock's all the same.
+    clock: None measures real times. With `Costs(...)` (`devices/virtual.py`) the device is on the virtual clock and
+        takes the times that it is given: every run has the same exact timeline, and host_work_s is not burnt but
+        counted. If step_s is given too, nothing is computed.
     check_races: raise RaceError (`ordering/races.py`) where two accesses of one buffer or block have no order, though
         the tokens may be right. It costs the host time.
 
@@ -71,6 +71,7 @@ class Config:
     def __post_init__(self) -> None:
         self._default("max_length", min(self.model_length, 2048))
         self._default("prefill_tokens", 256 if self.on_cuda else 64)
+        object.__setattr__(self, "batch_sizes", tuple(self.batch_sizes))  # what is frozen must not change under us
         self._check_sizes()
         self._check_times()
         self._check_device()
@@ -99,7 +100,8 @@ class Config:
         for name, seconds in (("host_work_s", self.host_work_s), ("step_s", constant_s)):
             if not 0 <= seconds < float("inf"):
                 raise ValueError(f"{name} is {seconds!r}: allowed are seconds from 0")
-        if self.clock is not None and not callable(getattr(self.clock, "seconds", None)):
+        is_model = callable(getattr(self.clock, "seconds", None)) and not isinstance(self.clock, type)
+        if self.clock is not None and not is_model:
             raise ValueError(f"clock is {self.clock!r}: allowed are None and Costs(...), the virtual clock")
 
     def _check_device(self) -> None:

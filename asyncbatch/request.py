@@ -6,11 +6,13 @@ Nothing here knows about batches or devices. A request is checked once, when it 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Sequence, Set
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 
 import numpy as np
+
+NO_TOKEN = -1  # what a step gives for a row whose logits are not finite: no token can be chosen from them
 
 
 class RequestError(ValueError):
@@ -88,15 +90,34 @@ def finish_reason(token_ids: Sequence[int], max_new_tokens: int, stop_token_ids:
     return "length" if len(token_ids) >= max_new_tokens else None
 
 
-def contains_stop_string(token_ids: Sequence[int], stop_strings: Sequence[str], tokenizer) -> bool:
-    """Whether the newest of the generated tokens completes one of `stop_strings`.
+def token_numbers(name: str, ids) -> tuple[int, ...]:
+    """A token number, or any nesting of lists of them, or None for none, as a tuple. RequestError for anything else."""
+    if ids is None:
+        return ()
+    if _is_whole(ids):
+        return (int(ids),)
+    if isinstance(ids, (Sequence, Set, np.ndarray)) and not isinstance(ids, (str, bytes)):
+        return tuple(number for item in ids for number in token_numbers(name, item))
+    raise RequestError(f"{name} has {shown(ids)}: allowed are a token number, a list of them, and None")
 
-    Only as many tokens are decoded as a stop string can span. A token is at least one byte of text, so a string of n
-    bytes spans at most n tokens. Two more are decoded, because some tokenizers drop the space before the first word.
+
+def contains_stop_string(token_ids: Sequence[int], stop_strings: Sequence[str], tokenizer) -> bool:
+    """True if the newest of the generated tokens completes one of `stop_strings`.
+
+    Only a tail of the tokens is decoded: as many as the longest stop string has bytes, and two more for tokenizers that
+    trim the first word's space. Some tokens have no text (numbers beyond a tokenizer, in a padded vocabulary), so while
+    the tail's text is shorter than what a stop string and the newest token can fill, the tail is doubled.
     """
+    longest = max(map(len, stop_strings)) + 2 + len(tokenizer.decode(token_ids[-1:]))
     tail = max(len(text.encode()) for text in stop_strings) + 2
-    text = tokenizer.decode(token_ids[-tail:])
-    return any(stop in text for stop in stop_strings)
+    while True:
+        text = tokenizer.decode(token_ids[-tail:])
+        if any(stop in text for stop in stop_strings):
+            return True
+        # (A character whose first bytes are cut off shows as U+FFFD: it says nothing about the length.)
+        if tail >= len(token_ids) or len(text.replace("\ufffd", "")) >= longest:
+            return False
+        tail *= 2
 
 
 def shown(value, longest: int = 60) -> str:

@@ -39,7 +39,7 @@ class Runner:
     def __init__(self, model, *, shape: StepShape, host: list[tuple[torch.Tensor, torch.Tensor]]):
         register()
         shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-        self.model = copy.deepcopy(model, shared)
+        self.model = copy.deepcopy(model, shared).eval()  # the copy: the caller's flags stay
         self.model.set_attn_implementation(NAME)
         self.shape, self.host = shape, host
         self.device = next(model.parameters()).device
@@ -47,6 +47,7 @@ class Runner:
         self.inputs = [torch.zeros(shape.num_inputs, dtype=torch.int32, device=self.device) for _ in host]
         self.outputs = torch.zeros(shape.num_slots, shape.max_batch_size, dtype=torch.int32, device=self.device)
         self.first = torch.arange(shape.max_batch_size, dtype=torch.int32, device=self.device)
+        self.greedy = greedy  # where it is compiled, another one
         self._make_pools()
 
     def _make_pools(self) -> None:
@@ -69,10 +70,11 @@ class Runner:
             self.inputs[slot].copy_(self.host[slot][0], non_blocking=True)
         elif command == "copy_out":
             self.host[slot][1].copy_(self.outputs[slot], non_blocking=True)
-        elif isinstance(command, StepKind):
-            self._step(slot, command)
+        elif command in self.shape.kinds:
+            self._step(slot, command)  # type: ignore[arg-type]
         else:
-            raise ValueError(f"command {command!r}: a runner knows copy_in, copy_out and StepKinds")
+            kinds = ", ".join(map(str, self.shape.kinds))
+            raise ValueError(f"command {str(command)!r}: a runner knows copy_in, copy_out, {kinds}")
 
     def _step(self, slot: int, kind: StepKind) -> None:
         self._mark(slot, 0)
@@ -110,7 +112,8 @@ class Runner:
     def _input_ids(self, fields) -> torch.Tensor:
         """Carry-over: a row's input token is an output of a step before, or the host has written it. int32 [rows]."""
         carry = fields["carry"]
-        return torch.where(carry >= 0, self.outputs.view(-1)[carry.clamp(min=0)], fields["input_id"])
+        carried = self.outputs.view(-1)[carry.clamp(min=0)].clamp(min=0)  # NO_TOKEN is no row of the embedding
+        return torch.where(carry >= 0, carried, fields["input_id"])
 
     def _prefill(self, fields) -> torch.Tensor:
         """Chunks of prompts, packed. Returns the logits after each row's last token, [rows, vocabulary]."""
@@ -124,9 +127,6 @@ class Runner:
         ids = fields["prefill_id"][None]
         output = self.model(ids, position_ids=positions[None], use_cache=False, logits_to_keep=last, paged=batch)
         return output.logits[0]
-
-    def greedy(self, logits: torch.Tensor) -> torch.Tensor:
-        return greedy(logits)
 
     def _batch(self, fields, places, first, count, decode: bool) -> Batch:
         """What attention has to know of a forward pass."""

@@ -2,8 +2,7 @@
 
 Plain Python, no tensors. `plan` picks the rows of the next step *without knowing the results of steps still in
 flight*; `commit` takes the results of one step, in the order of the steps. The synchronous loop commits step N before
-it plans N+1, the asynchronous loop plans N+1 (or further) first. That this makes no difference to the tokens rests on
-three rules:
+it plans N+1, the asynchronous loop plans N+1 (or further) first. Three rules see to it that the tokens are the same:
 
 - A row whose input token is still on the device names the step and row that sampled it (its *carry-over*).
 - A request is computed in the same pieces every time: its prompt in chunks cut at multiples of `prefill_tokens`, each
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
-from .request import Request, RequestError, finish_reason
+from .request import NO_TOKEN, Request, RequestError, finish_reason
 
 
 def fit_budget(chunk_sizes: Sequence[int], free_rows: int, budget: int) -> int:
@@ -84,7 +83,7 @@ class RunState:
         try:
             return ("stop" if self.stops_on_text(self) else reason), None
         except RequestError as error:
-            return "error", error
+            return "error", error.with_traceback(None)  # it would keep the frames alive
 
     @property
     def fully_launched(self) -> bool:
@@ -221,7 +220,7 @@ class Scheduler:
     def _preempt(self, state: RunState) -> None:
         self.running.remove(state)
         self.kv.prune(state.number)
-        if state.fully_launched:  # it only waits for its last result: no need of its blocks, nothing to compute again
+        if state.fully_launched:  # it only waits for its last result: it needs no blocks, and nothing is computed again
             self.running.insert(0, state)
             return
         state.placed = 0
@@ -273,6 +272,11 @@ class Scheduler:
                 continue
             if row.position + row.num_tokens != state.num_known:
                 continue  # a replayed token: it was committed before
+            if token == NO_TOKEN:
+                bad = FloatingPointError(f"the model's logits after {state.num_known} tokens are nan or infinite")
+                if self.finish(state, "error", bad):
+                    ended.append(state)
+                continue
             state.generated.append(token)
             new.append((state, token))
             reason, error = state.end()

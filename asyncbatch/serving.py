@@ -6,18 +6,19 @@ everybody else's requests with it. What a turn does is `step`, in `batcher.py`.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
-from .config import Config
 from .kv_cache import KVCache
-from .request import Completion, Request, RequestError, check_request, contains_stop_string, shown
+from .request import Completion, Request, RequestError, check_request, contains_stop_string, shown, token_numbers
 from .scheduler import Committed, RunState, Scheduler
 from .slot import Slot, StepShape
-from .streams import Device, DeviceError
+from .streams import Device, DeviceError, check_process
 from .timeline import Timeline
 
 
@@ -35,10 +36,13 @@ class Handle:
     def token_ids(self) -> list[int]:
         return list(self._state.generated)
 
+    def has_ended(self) -> bool:
+        return self.completion is not None
+
     def result(self) -> Completion:
         """Serve until this request has ended."""
-        while self.completion is None:
-            self._batcher._turn()
+        self._batcher._serve_until(self.has_ended)
+        assert self.completion is not None
         return self.completion
 
 
@@ -51,23 +55,27 @@ class TokenStream(Iterator[int]):
 
     def __next__(self) -> int:
         handle = self._handle
-        while not self._closed:
-            # Asked before the tokens are looked at: another thread's turn may add the last ones in between.
-            ended = handle.completion is not None
-            if self._taken < len(handle._state.generated):
-                self._taken += 1
-                return handle._state.generated[self._taken - 1]
-            if ended:
-                self._closed = True
-                if handle.completion is not None and handle.completion.error is not None:
-                    raise handle.completion.error
-                break
-            try:
-                self._batcher._turn()
-            except BaseException:
-                self.close()
-                raise
+        try:
+            while not self._closed:
+                # Asked before the tokens are looked at: another thread's turn may add the last ones in between.
+                completion = handle.completion
+                if self._taken < len(handle._state.generated):
+                    token = handle._state.generated[self._taken]
+                    self._taken += 1
+                    return token
+                if completion is not None:
+                    self._closed = True
+                    if completion.error is not None:
+                        raise completion.error
+                    break
+                self._batcher._serve_until(self._has_news)
+        except BaseException:
+            self.close()
+            raise
         raise StopIteration
+
+    def _has_news(self) -> bool:
+        return self._taken < len(self._handle._state.generated) or self._handle.completion is not None
 
     def close(self) -> None:
         """Cancel the request, if it has not ended."""
@@ -77,23 +85,24 @@ class TokenStream(Iterator[int]):
                 self._batcher.cancel(self._handle)
 
     def __del__(self) -> None:
-        self.close()
+        # Without locks, which a thread may hold where the garbage collector finds this. The next turn sees to it.
+        if not self._closed and self._handle.completion is None:
+            self._handle._cancelled = True
+            self._batcher._inbox.append(("cancel", self._handle._state))
 
 
 class Serving:
-    """The requests of a batcher. Any thread may submit one; whoever turns the loop serves them all; each is answered
-    exactly once.
+    """The requests of a batcher. Any thread may submit one, whoever turns the loop serves all, and each is answered
+    exactly once. A subclass sets `device`, `shape` and `slots` before it calls `__init__`."""
 
-    A subclass sets `config`, `device`, `shape` and `slots` before it calls `__init__`, and defines `step`, `_new_books`
-    and `_new_timeline`."""
-
-    config: Config
     device: Device
     shape: StepShape
     slots: list[Slot]
     kv: KVCache
     scheduler: Scheduler
     timeline: Timeline
+    _new_books: Callable[[], None]  # makes `kv` and `scheduler` anew, without requests
+    _new_timeline: Callable[[], Timeline]
 
     def __init__(self, model, tokenizer=None):
         self.model, self.tokenizer = model, tokenizer
@@ -103,19 +112,15 @@ class Serving:
         self._inbox: deque[tuple[str, RunState]] = deque()  # from any thread; emptied before each step
         self._lock = threading.RLock()  # held by whoever turns the loop
         self._door = threading.RLock()  # held, never for long, while a request is entered or its end is asked for
-        self._closed = ""
+        self._news = threading.Condition()  # told after each turn, to those who wait while another thread turns
+        self._closed = ""  # why it takes no more requests
+        self._freed = False  # the device is closed, or lost
+        self._pid = os.getpid()
         self._new_books()
         self.timeline = self._new_timeline()
 
     def step(self) -> bool:
         """One turn of the loop: launch and commit at most one step each. False if there was nothing to do."""
-        raise NotImplementedError
-
-    def _new_books(self) -> None:
-        """Make `kv` and `scheduler` anew, without requests."""
-        raise NotImplementedError
-
-    def _new_timeline(self) -> Timeline:
         raise NotImplementedError
 
     # ---- what callers use -----------------------------------------------------------------------------------------
@@ -137,9 +142,10 @@ class Serving:
         stop = self._model_stop_tokens() if request.stop_token_ids is None else request.stop_token_ids
         stops_on_text = self._stops_on_text if len(request.stop_strings) else None
         state = RunState(next(self._numbers), request, frozenset(int(token) for token in stop), stops_on_text)
+        handle = Handle(self, state)
         with self._door:  # closed meanwhile by another thread: then it must not be entered any more
             self._check_open()
-            handle = self._handles[state.number] = Handle(self, state)
+            self._handles[state.number] = handle
             self._inbox.append(("add", state))
         return handle
 
@@ -153,6 +159,7 @@ class Serving:
             of_another = isinstance(handle, Handle)
             argument = "the handle of another batcher" if of_another else f"{type(handle).__name__} {shown(handle)}"
             raise RequestError(f"cancel takes a handle that this batcher's submit gave, not {argument}")
+        check_process(self._pid)
         with self._door:
             if handle.completion is not None or handle._cancelled:
                 return False
@@ -187,7 +194,7 @@ class Serving:
             with _progress_bar(pending, self.timeline, progress) as update:
                 for handle in pending:
                     while handle.completion is None:
-                        self._turn()
+                        self._serve_until(handle.has_ended, most_turns=1)
                         update()
         except BaseException as error:
             self._give_up(answers, error)
@@ -208,19 +215,25 @@ class Serving:
         return False
 
     def stream(self, request: Request) -> TokenStream:
-        """Serve one request and give its tokens as they are committed. Who leaves the loop early cancels the request.
+        """Serve one request and give its tokens as they are committed. Leaving the loop early cancels the request.
 
         RequestError, at once, for a request that cannot be served. If serving it fails, the error is raised after the
         last good token."""
         return TokenStream(self, self.submit(request))
 
     def close(self) -> None:
-        """Cancel what is under way and free the device's memory. A closed batcher takes no more requests."""
+        """Cancel what is under way and free the device's memory. A closed batcher takes no more requests. After an
+        interrupt it can be called again. In a forked process it does nothing: the batcher is its owner's."""
+        if os.getpid() != self._pid:
+            return
         with self._lock:
-            if not self._closed:
-                self._closed = "the batcher is closed"
+            if not self._freed:
+                self._closed = self._closed or "the batcher is closed"
                 self._abort("cancelled", None)
                 self.device.close()
+                self._freed = True
+        with self._news:
+            self._news.notify_all()
 
     def __enter__(self):
         return self
@@ -229,6 +242,27 @@ class Serving:
         self.close()
 
     # ---- inside -----------------------------------------------------------------------------------------
+
+    def _serve_until(self, done: Callable[[], bool], most_turns: int | None = None) -> None:
+        """Turn the loop until something is done, or so many turns were taken. While another thread turns it, wait for
+        the news that it tells after each turn: whoever turns, everybody learns at once of what concerns them."""
+        turns = 0
+        while not done() and (most_turns is None or turns < most_turns):
+            check_process(self._pid)
+            mine = False
+            try:
+                with self._news:
+                    mine = self._lock.acquire(blocking=False)
+                    if not mine:
+                        self._news.wait(1.0)  # (a thread that was killed tells nobody)
+                if mine and not done():
+                    self._turn()
+            finally:
+                if mine:
+                    self._lock.release()
+                    with self._news:
+                        self._news.notify_all()
+            turns += 1
 
     def _turn(self) -> None:
         with self._lock:
@@ -253,7 +287,7 @@ class Serving:
 
     def _lose(self, error: DeviceError) -> None:
         if not self._closed:
-            self._closed = f"the batcher lost its device: {error}"
+            self._closed, self._freed = f"the batcher lost its device: {error}", True
             self.device.abandon(self.slots)
 
     def _drain(self) -> None:
@@ -299,10 +333,14 @@ class Serving:
             if not isinstance(error, Exception):
                 self._abort("cancelled", None)
                 return
-            for answer in answers:
-                if isinstance(answer, Handle):
-                    self.cancel(answer)
-            self._take_inbox()
+            try:
+                for answer in answers:
+                    if isinstance(answer, Handle):
+                        self.cancel(answer)
+                self._take_inbox()
+            except BaseException:
+                self._abort("cancelled", None)
+                raise
 
     def _abort(self, reason: str, error: Exception | None) -> None:
         """End every request, empty every slot and begin new books, because an exception may have left the old ones half
@@ -328,13 +366,13 @@ class Serving:
             slot.plan = None
 
     def _check_open(self) -> None:
+        check_process(self._pid)
         if self._closed:
             raise RequestError(self._closed)
 
-    def _model_stop_tokens(self) -> tuple[int, ...]:
+    def _model_stop_tokens(self) -> Iterable[int]:
         config = getattr(self.model, "generation_config", None) or self.model.config
-        ids = config.eos_token_id
-        return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
+        return token_numbers("the model's eos_token_id", config.eos_token_id)
 
     def _stops_on_text(self, state: RunState) -> bool:
         """Whether the newest token of a request completes one of its stop strings. Given to each request that has some,
@@ -347,39 +385,29 @@ class Serving:
             ) from error
 
 
-class _progress_bar:
-    """A tqdm bar on standard error that counts generated tokens and says how idle the device was; or no bar at all."""
+@contextlib.contextmanager
+def _progress_bar(handles: list[Handle], timeline: Timeline, wanted: bool) -> Iterator[Callable[[], None]]:
+    """A tqdm bar on standard error that counts generated tokens and says how idle the device was; or no bar at all.
+    Gives the function that brings it up to date."""
+    if not wanted:
+        yield lambda: None
+        return
+    from tqdm import tqdm
 
-    def __init__(self, handles: list[Handle], timeline: Timeline, wanted: bool):
-        self.handles, self.wanted = handles, wanted
-        self.idle, self.looked = _IdleSoFar(timeline), time.monotonic()
-
-    def __enter__(self):
-        if not self.wanted:
-            return lambda: None
-        from tqdm import tqdm
-
-        total = sum(handle._state.request.max_new_tokens for handle in self.handles)
-        self.bar = tqdm(total=total, unit=" tokens", leave=False)
+    idle, looked = _IdleSoFar(timeline), time.monotonic()
+    total = sum(handle._state.request.max_new_tokens for handle in handles)
+    with contextlib.closing(tqdm(total=total, unit=" tokens", leave=False)) as bar:
 
         def update() -> None:
-            done = sum(len(handle._state.generated) for handle in self.handles)
+            nonlocal looked
             now = time.monotonic()
-            if now - self.looked >= 1:
-                self.looked = now
-                self.say_idle()
-            self.bar.update(done - self.bar.n)
+            if now - looked >= 1:
+                looked = now
+                if (share := idle()) is not None:
+                    bar.set_postfix_str(f"idle {100 * share:.1f} %", refresh=False)
+            bar.update(sum(len(handle._state.generated) for handle in handles) - bar.n)
 
-        return update
-
-    def say_idle(self) -> None:
-        idle = self.idle()
-        if idle is not None:
-            self.bar.set_postfix_str(f"idle {100 * idle:.1f} %", refresh=False)
-
-    def __exit__(self, *_) -> None:
-        if self.wanted:
-            self.bar.close()
+        yield update
 
 
 class _IdleSoFar:

@@ -55,10 +55,10 @@ class StepShape:
         return blocks_for(self.max_length, self.block_size)
 
     def fields(self, buffer, rows: int | None = None):
-        """Name to part of `buffer`, an int32 array or tensor of `num_inputs` elements. Rows beyond the batch are 0.
-        `rows`: give only the first so many rows (B) of what has one element a row.
+        """The parts of `buffer` by name, as views: buffer is an int32 array or tensor of `num_inputs` elements. Rows
+        beyond the batch are 0. rows: how many rows (B) to give of what has one element for each row; None gives all.
 
-        input_id, position: [B], the token and its place (decode), or the place of the chunk's first token (prefill).
+        input_id: [B], the token of a decode row. position: [B], its place, or that of the first token of a chunk.
         carry: [B], -1, or slot * B + row of the output that is the input token.
         decodes: [B], 1 for a decode row. prefill_start, prefill_count: [B], the row's chunk within the prefill tokens.
         temperature, top_p, uniform: [B] float32 in the same bits. top_k: [B].
@@ -81,19 +81,6 @@ class StepShape:
     def num_inputs(self) -> int:
         rows = len(ROW_FIELDS) + len(FLOAT_FIELDS) + self.max_blocks
         return rows * self.max_batch_size + len(PREFILL_FIELDS) * self.prefill_tokens
-
-
-def host_buffers(shape: StepShape, on_cuda: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(inputs, output ids) of each slot on the host: int32 [num_inputs] and int32 [max_batch_size]. For CUDA they are
-    pinned, because a copy from pageable memory makes the host wait; for a worker process they are shared memory."""
-    pairs = []
-    for _ in range(shape.num_slots):
-        pair = (
-            torch.zeros(shape.num_inputs, dtype=torch.int32, pin_memory=on_cuda),
-            torch.zeros(shape.max_batch_size, dtype=torch.int32, pin_memory=on_cuda),
-        )
-        pairs.append(pair if on_cuda else tuple(tensor.share_memory_() for tensor in pair))
-    return pairs
 
 
 class Slot:

@@ -8,8 +8,7 @@ with `run(command, slot)`; `runner.py` has the one that serves a model.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+import os
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +19,15 @@ EVENTS = ("inputs_ready", "step_done", "outputs_ready")  # of a slot, one record
 
 class DeviceError(RuntimeError):
     """A command failed on the device, or the device is gone. The message says what happened there."""
+
+
+def check_process(owner: int) -> None:
+    """DeviceError in any process but number `owner`: a forked copy of a batcher must not use what is not its own."""
+    if os.getpid() != owner:
+        raise DeviceError(
+            f"the batcher belongs to process {owner}, and this is process {os.getpid()}, made from it by fork: open a "
+            "batcher of your own here, or start processes by spawn"
+        )
 
 
 class Event(Protocol):
@@ -107,40 +115,3 @@ def launch_step(streams: tuple[Stream, Stream, Stream], slot: Any) -> None:
     order(compute, d2h, slot.step_done)
     d2h.launch("copy_out", slot.index)
     d2h.record_event(slot.outputs_ready)
-
-
-def time_work(work: Callable[[], Any], synchronize: Callable[[], Any], now: Callable[[], float] = time.perf_counter):
-    """(back, done): how long after its call `work` gave the host back, and how long after it the device was done.
-
-    `synchronize` waits for all that the device was given; `now` is the clock, and its unit that of the answer."""
-    synchronize()  # what was launched earlier is not to be measured
-    start = now()
-    work()
-    back = now()
-    synchronize()
-    return back - start, now() - start
-
-
-class RealTime:
-    """What the devices have in common on whose clock time passes by itself: seconds of `time.perf_counter`.
-
-    host_work_s: seconds of Python that are burnt with each plan, for lessons."""
-
-    host_work_s = 0.0
-    shape: Any = None
-    now = staticmethod(time.perf_counter)
-
-    def wait_until(self, moment: float) -> None:
-        time.sleep(max(0.0, moment - self.now()))
-
-    def host_begins(self, phase: str, plan: Any, kv: Any) -> None:
-        pass
-
-    def host_ends(self, phase: str, plan: Any) -> None:
-        if self.host_work_s and phase == "plan" and plan is not None:
-            end = self.now() + self.host_work_s
-            while self.now() < end:
-                pass
-
-    def abandon(self, slots: Any) -> None:
-        pass

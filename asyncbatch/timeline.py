@@ -104,21 +104,6 @@ class Summary:
         return "\n".join(f"{name:<20} {value:>14}" for name, value in rows)
 
 
-def idle_share(host_s: float, device_s: float) -> float:
-    """The idle share of the device in the synchronous loop, where it idles while the host works.
-
-    host_s, device_s: the seconds that each takes for one step. ZeroDivisionError if both are 0."""
-    return host_s / (host_s + device_s)
-
-
-def overlap_gain(host_s: float, device_s: float) -> float:
-    """How many times as fast the asynchronous loop can be. In turns, a step takes the sum of both times. Overlapped, it
-    takes the longer one.
-
-    host_s, device_s: the seconds that each takes for one step. ZeroDivisionError if both are 0."""
-    return (host_s + device_s) / max(host_s, device_s)
-
-
 def idle_gaps(starts, ends) -> list[tuple[int, float]]:
     """The idle gaps between the steps of a device, as a list of (i, seconds): before step i, the device was idle for
     that long. A step that starts when the one before it ends has no gap before it.

@@ -32,10 +32,10 @@ from typing import NamedTuple
 import numpy as np
 
 from asyncbatch import AsyncBatcher, Request, SyncBatcher, Timeline, load_model
+from asyncbatch.measure.law import overlap_gain
 from asyncbatch.measure.text import table_line
 from asyncbatch.profile.compare import load
 from asyncbatch.profile.report import OWN, Comparison, ContextSteps, Report, Run
-from asyncbatch.timeline import overlap_gain
 
 ROUNDS = 5
 OVERLAP_ROUNDS = 9  # single rounds scatter by several per cent on 2 cores

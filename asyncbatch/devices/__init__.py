@@ -80,7 +80,8 @@ def open_program(model: torch.nn.Module, program: Callable[..., Any], num_slots:
 
         return CudaDevice(program(model, **arguments), num_slots, where)
     if where.type == "cpu":
-        from .host import DeviceProcess, HostDevice
+        from .host import HostDevice
+        from .process import DeviceProcess
 
         return HostDevice(DeviceProcess.of(model), program, num_slots, arguments)
     raise DeviceError(f"the model is on {where}: allowed are cpu and cuda")

@@ -1,4 +1,4 @@
-"""A device of any kind with a race checker around it: every call is forwarded, and every access is checked first."""
+"""A device of any kind with a race checker around it. Every call is forwarded, and every access is checked before."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..streams import EVENTS, STREAMS, Device
 
 
 class CheckedDevice:
-    """Any clock's device, with every call forwarded to it and every access checked first.
+    """A device around another one: it forwards every call, and checks every access first.
 
     The checker knows what "copy_in" and "copy_out" access. Every other command counts as the step of its slot; which
     blocks and carried outputs that one uses it learns when the host fills the slot. With `collect` races are kept in
@@ -32,8 +32,9 @@ class CheckedDevice:
 
     def event(self, name: str = "an event", slot: int | None = None) -> CheckedEvent:
         event = CheckedEvent(self, self.device.event(name, slot))
+        event.mark.name = name if slot is None else f"slot {slot}'s {name}"
         if slot is not None:
-            event.mark.name, event.mark.meant_for = f"slot {slot}'s {name}", (STREAMS[EVENTS.index(name)], slot)
+            event.mark.meant_for = STREAMS[EVENTS.index(name)], slot
         return event
 
     def __getattr__(self, name: str) -> Any:  # all else is the device's own

@@ -6,104 +6,17 @@ operations, so nothing would overlap.
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import os
 import pickle
-import shutil
-import sys
-import threading
-import types
 import weakref
 from collections.abc import Callable
-from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import numpy as np
 import torch
-import torch.multiprocessing as mp
 
-from ..streams import STREAMS, DeviceError, RealTime
-from .worker import device_main
-
-MAX_EVENTS = 1024
-
-
-class DeviceProcess:
-    """A worker process that holds one model and serves any number of `HostDevice`s, as one GPU serves many programs.
-
-    Owned by the model: started at the first use, stopped when the model is collected or this process ends.
-    `done[i]` is the ticket of the newest record of event i that the device has reached; only the device writes it.
-    `wake` is released at every record, so that the host can sleep until something has happened.
-    """
-
-    _of: weakref.WeakKeyDictionary[torch.nn.Module, DeviceProcess] = weakref.WeakKeyDictionary()
-
-    @classmethod
-    def of(cls, model: torch.nn.Module) -> DeviceProcess:
-        process = cls._of.get(model)
-        if process is None or not process.alive:
-            process = cls._of[model] = cls(model)
-            weakref.finalize(model, process.stop)
-        return process
-
-    def __init__(self, model: torch.nn.Module):
-        context = mp.get_context("spawn")
-        self.done = torch.zeros(MAX_EVENTS, dtype=torch.int64).share_memory_()
-        self.done_view = self.done.numpy()
-        self.wake = context.Semaphore(0)
-        self.free_events = list(range(MAX_EVENTS - 1, -1, -1))
-        self.sessions = itertools.count()
-        self.lock = threading.Lock()
-        self.control, control = context.Pipe()
-        self.pipes, pipes = [], []
-        for _ in STREAMS:
-            receive, send = context.Pipe(duplex=False)
-            self.pipes.append(send)
-            pipes.append(receive)
-        self.process = context.Process(
-            target=device_main, args=(control, pipes, self.done, self.wake), daemon=True, name="asyncbatch-device"
-        )
-        with _no_main_module():
-            self.process.start()
-        for end in (control, *pipes):
-            end.close()  # the worker has its own: with ours closed, a dead worker is an end of file and not a hang
-        self.ask("model", _pickle_model(model))
-
-    @property
-    def alive(self) -> bool:
-        return self.process.is_alive()
-
-    def ask(self, *message: Any) -> Any:
-        """Send a message to the worker's main thread and wait for the answer."""
-        with self.lock:
-            try:
-                self.control.send(message)
-                ok, answer = self.control.recv()
-            except (EOFError, OSError) as error:
-                raise DeviceError(f"the device process ended (exit code {self.process.exitcode})") from error
-        if not ok:
-            raise DeviceError(answer)
-        return answer
-
-    def send(self, stream: int, message: tuple) -> None:
-        try:
-            self.pipes[stream].send_bytes(pickle.dumps(message))
-        except OSError as error:
-            raise DeviceError(f"the device process ended (exit code {self.process.exitcode})") from error
-
-    def wait(self, index: int, ticket: int) -> None:
-        while self.done_view[index] < ticket:
-            # The timeout is for two cases only: the worker died, or another waiting thread took our wake-up.
-            if not self.wake.acquire(timeout=0.1) and not self.alive and self.done_view[index] < ticket:
-                raise DeviceError(f"the device process ended (exit code {self.process.exitcode})")
-
-    def stop(self) -> None:
-        for pipe in (*self.pipes, self.control):
-            pipe.close()
-        self.process.join(timeout=2)
-        if self.process.is_alive():
-            self.process.kill()
+from ..streams import STREAMS, DeviceError
+from .process import MAX_EVENTS, DeviceProcess
+from .real_time import RealTime
 
 
 class HostEvent:
@@ -127,16 +40,20 @@ class HostStream:
     def __init__(self, device: HostDevice, number: int):
         self.process, self.session, self.number, self.name = device.process, device.session, number, STREAMS[number]
         self._end, self._has_new = HostEvent(self.process), False
+        self._launches: dict[tuple[Any, int], bytes] = {}  # pickled once: the same few come in every step
 
     def launch(self, command: Any, slot: int) -> None:
-        self._send("launch", self.session, command, slot)
+        message = self._launches.get((command, slot))
+        if message is None:
+            message = self._launches[command, slot] = pickle.dumps(("launch", self.session, command, slot))
+        self._send(message)
 
     def wait_event(self, event: HostEvent) -> None:
-        self._send("wait", event.index, event.ticket)
+        self._send(pickle.dumps(("wait", event.index, event.ticket)))
 
     def record_event(self, event: HostEvent) -> None:
         event.ticket += 1
-        self._send("record", event.index, event.ticket)
+        self._send(pickle.dumps(("record", event.index, event.ticket)))
 
     def synchronize(self) -> None:
         self._mark_end()
@@ -146,7 +63,7 @@ class HostStream:
         self._mark_end()
         return self._end.query()
 
-    def _send(self, *message: Any) -> None:
+    def _send(self, message: bytes) -> None:
         self._has_new = True
         self.process.send(self.number, message)
 
@@ -163,6 +80,7 @@ class HostDevice(RealTime):
     clock = "host"
 
     def __init__(self, process: DeviceProcess, program: Callable[..., Any], num_slots: int, arguments: dict):
+        process.reclaim()
         self.process, self.session = process, next(process.sessions)
         self.times = torch.zeros(num_slots, len(STREAMS), 2, dtype=torch.float64).share_memory_()
         self.failed = torch.zeros(num_slots, dtype=torch.int32).share_memory_()
@@ -171,13 +89,16 @@ class HostDevice(RealTime):
         self._events: list[HostEvent] = []
         self.streams = (HostStream(self, 0), HostStream(self, 1), HostStream(self, 2))
         self._events += [stream._end for stream in self.streams]
+        # What `close` does; if nobody calls it, the next device of the process does.
+        self._drop = weakref.finalize(self, process.dropped.append, (self.session, self.streams, self._events))
+        self._drop.atexit = False
         try:
             process.ask("open", self.session, program, arguments, self.times, self.failed, self.moments)
         except DeviceError:
-            self._give_events_back()
+            self.close()
             raise
 
-    def event(self, name: str = "", slot: int | None = None) -> HostEvent:
+    def event(self, name: str = "an event", slot: int | None = None) -> HostEvent:
         self._events.append(HostEvent(self.process))
         return self._events[-1]
 
@@ -193,35 +114,5 @@ class HostDevice(RealTime):
 
     def close(self) -> None:
         """Free the program and its memory on the device. The process stays, for the model's next batcher."""
-        if self._events and self.process.alive:
-            for stream in self.streams:
-                stream.synchronize()
-            self.process.ask("close", self.session)
-            self._give_events_back()
-
-    def _give_events_back(self) -> None:
-        self.process.free_events += [event.index for event in self._events]
-        self._events = []
-
-
-@contextlib.contextmanager
-def _no_main_module():
-    """Hide the caller's `__main__` while a process is spawned. Otherwise the worker would import the script that
-    calls us, and a script without an `if __name__ == "__main__":` guard would start itself again. Our worker needs
-    none of it."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
-
-
-def _pickle_model(model: torch.nn.Module) -> bytes:
-    """The model as bytes: its weights as handles of shared memory, or by value where shared memory is too small for
-    them (a container's /dev/shm is often 64 MB; writing beyond it kills the process)."""
-    size = sum(t.numel() * t.element_size() for t in itertools.chain(model.parameters(), model.buffers()))
-    if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free < 1.1 * size:
-        return pickle.dumps(model)
-    model.share_memory()
-    return bytes(ForkingPickler.dumps(model))
+        self._drop()
+        self.process.reclaim()

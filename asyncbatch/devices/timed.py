@@ -40,7 +40,7 @@ class StepTimes:
 class TimedRunner(Runner):
     """A device whose steps take a given time and compute nothing, to see how the host does beside a faster device.
 
-    step_s: seconds of every step, or a `recording.StepTimes`: the times of a recorded GPU by context.
+    step_s: seconds of every step, or `StepTimes`: the times of a recorded GPU by context.
     The tokens are no language: each follows from the one before it and its place, so a lost carry-over still shows.
     """
 

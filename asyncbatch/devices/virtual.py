@@ -1,13 +1,14 @@
-"""The virtual clock: a device without threads, whose times are said beforehand and are the same in every run.
+"""The virtual clock: a device without threads, whose times are chosen beforehand and are the same in every run.
 
     costs = Costs(plan=1e-3, step=lambda work: 2e-3 + 1e-6 * work.context)
     AsyncBatcher(model, clock=costs)             # the loops are unchanged; `timeline` is exact
 
-Nothing here takes its time: the host's clock is a number, moved on by what each part of a step costs, and every command
-on a stream gets its start and end at its launch. It starts when the stream is free, the events that it was told to wait
-for are reached, and the host has launched it. It takes effect at its end: before the host does anything at a virtual
-time, all commands that end until then are run, in order of their ends (several at one time: in order of launch). So
-a copy that comes too early brings the old value and one that is not waited for has brought nothing yet, every time.
+No time passes here. The host's clock is a number, and each part of a step moves it on by what the part costs. Every
+command on a stream gets its start and end at its launch. It starts when the stream is free, the events that it was told
+to wait for are reached, and the host has launched it. It takes effect at its end: before the host does anything at a
+virtual time, all commands that have ended by then are run, in the order of their ends (of equal ones, in the order of
+launch). So a copy that comes too early brings the old value, and one that nobody waits for has brought nothing yet:
+every time.
 """
 
 from __future__ import annotations
@@ -207,7 +208,7 @@ class VirtualDevice:
 
     # ---- the device --------------------------------------------------------------------------------------------
 
-    def event(self, name: str = "", slot: int | None = None) -> VirtualEvent:
+    def event(self, name: str = "an event", slot: int | None = None) -> VirtualEvent:
         return VirtualEvent(self)
 
     def spans(self, slot: int) -> np.ndarray:

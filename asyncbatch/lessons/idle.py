@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.patches import Rectangle
 
-from .. import timeline
+from ..measure import law
 from ..pictures.picture import COLORS, TEXT, Picture, figure
 from .live import Sliders
 
@@ -188,7 +188,7 @@ class IdleLaw(Law):
             axes.plot(*self._law(ms), "--", color="#999999", linewidth=1)
             paper = {"facecolor": "white", "edgecolor": "none", "pad": 1}
             where = {"ha": "center", "va": "center", "zorder": 4, "bbox": paper}
-            axes.text(0.8, 100 * timeline.idle_share(ms, 0.8), f"host {ms:g} ms", fontsize=8, **where)
+            axes.text(0.8, 100 * law.idle_share(ms, 0.8), f"host {ms:g} ms", fontsize=8, **where)
         for letter, run in zip("ABCDE", RECORDED, strict=True):
             x, y = run.async_ms, 100 * run.idle
             axes.plot(x, y, "o", markersize=13, color=orange, label=f"{letter}  {run.label}", zorder=4)
@@ -203,11 +203,11 @@ class IdleLaw(Law):
     @property
     def idle(self) -> float:
         """The idle share of the server to play with, from 0 to 1."""
-        return timeline.idle_share(self.host_ms, self.device_ms)
+        return law.idle_share(self.host_ms, self.device_ms)
 
     def _law(self, host_ms: float) -> tuple[list[float], list[float]]:
         x = [0.5 * 200 ** (i / 100) for i in range(101)]  # 0.5 to 100 ms, evenly on a log axis
-        return x, [100 * timeline.idle_share(host_ms, device_ms) for device_ms in x]
+        return x, [100 * law.idle_share(host_ms, device_ms) for device_ms in x]
 
     def _update(self) -> None:
         self._curve.set_data(*self._law(self.host_ms))
@@ -228,7 +228,7 @@ class GainLaw(Law):
         axes: Any = picture.axes
         self._axes = axes
         ratios = [0.0005 * 100000 ** (i / 200) for i in range(201)]  # 0.0005 to 50, evenly on a log axis
-        axes.plot(ratios, [timeline.overlap_gain(ratio, 1) for ratio in ratios], color=COLORS["blue"], linewidth=2.5)
+        axes.plot(ratios, [law.overlap_gain(ratio, 1) for ratio in ratios], color=COLORS["blue"], linewidth=2.5)
         axes.axvline(1, color="#999999", linestyle="--", linewidth=1)
         for x, side, words in (
             (0.85, "right", "device slower:\nall host work hides"),
@@ -259,7 +259,7 @@ class GainLaw(Law):
     @property
     def gain(self) -> float:
         """What overlapping can bring the server to play with: 1 to 2."""
-        return timeline.overlap_gain(self.host_ms, self.device_ms)
+        return law.overlap_gain(self.host_ms, self.device_ms)
 
     def _update(self) -> None:
         self._star.set_data([self.host_ms / self.device_ms], [self.gain])

@@ -14,6 +14,7 @@ import torch
 
 from ..batcher import SyncBatcher
 from ..measure.attribution import Attribution
+from ..measure.law import idle_share
 from ..measure.recording import Recording
 from ..measure.simulate import WhatIf
 from ..measure.steps import steps_of
@@ -21,7 +22,7 @@ from ..models.toy import toy_llama
 from ..pictures.picture import COLORS, TEXT, Picture, figure
 from ..profile.cli import main
 from ..scheduler import StepKind
-from ..timeline import busy_curve, idle_share
+from ..timeline import busy_curve
 from .idle import Law
 from .lab import spend_on_gpu
 

@@ -16,6 +16,7 @@ import torch
 from matplotlib.patches import Rectangle
 
 from .. import streams
+from ..measure import timing
 from ..models.toy import toy_llama
 from ..ordering import races
 from ..ordering.faults import FAULTS
@@ -94,7 +95,7 @@ def measure_copies(mib: int = 256) -> tuple[CopyTime, ...]:
         here = torch.zeros(mib << 20, dtype=torch.uint8, pin_memory=kind == "pinned")
         for name, target, source in (("host to device", there, here), ("device to host", here, there)):
             copy = partial(target.copy_, source, non_blocking=True)
-            back_s, done_s = streams.time_work(copy, torch.cuda.synchronize)
+            back_s, done_s = timing.time_work(copy, torch.cuda.synchronize)
             copies.append(CopyTime(f"{kind}, {name}", 1e3 * back_s, 1e3 * done_s))
     return tuple(sorted(copies, key=lambda copy: [other.name for other in RECORDED_COPIES].index(copy.name)))
 

@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import inspect
 import re
+import threading
 from typing import Any, NamedTuple
 
 import torch
@@ -82,19 +83,23 @@ def _refusal_by_attention(model: Any) -> str | None:
     return None
 
 
+_of_thread = threading.local()  # `calls`: of the probe that runs in this thread
+
+
+def _note_attention(module: Any, query: Any, key: Any, value: Any, *_: Any, **options: Any) -> Any:
+    """In place of attention: note what was asked for, and give a result of the right shape."""
+    _of_thread.calls.append(_AttentionCall(module, key.shape, value.shape, options))
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+
+
 def _attention_calls(model: Any) -> tuple[list[_AttentionCall], bool]:
     """The calls of attention in one forward pass, and whether the pass got to its end.
 
     Everything is on the device "meta", so nothing is computed and no memory is used."""
     from transformers import AttentionInterface
 
-    calls: list[_AttentionCall] = []
-
-    def attention(module: Any, query: Any, key: Any, value: Any, *_: Any, **options: Any) -> Any:
-        calls.append(_AttentionCall(module, key.shape, value.shape, options))
-        return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
-
-    AttentionInterface.register("asyncbatch_probe", attention)
+    calls = _of_thread.calls = []
+    AttentionInterface.register("asyncbatch_probe", _note_attention)
     try:
         config = copy.deepcopy(model.config)
         config._attn_implementation = "asyncbatch_probe"

@@ -4,9 +4,8 @@
     python -m asyncbatch.faults --explain    # and for each, in two sentences, what happens
 
 A trial runs on the virtual clock, where times are chosen and every run is the same. A fault must be found in one of
-three
-ways: the race checker proves that an order is missing, whatever the times are; or the tokens are wrong; or the books of
-the KV cache are.
+three ways: the race checker proves that an order is missing, whatever the times are; or the tokens are wrong; or the
+books of the KV cache are.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ BEFORE = {"arrivals": "all"}  # how it was before reports had this field; where 
 def run(path_a: str, path_b: str, as_json: bool = False) -> str:
     """What the script prints. ValueError, of one line, for a file that is no report."""
     result = compared(path_a, load(path_a), path_b, load(path_b))
-    return json.dumps(result, indent=1, allow_nan=False) if as_json else table(result)
+    return json.dumps(result, indent=1, allow_nan=False) if as_json else comparison_table(result)
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ def _word(value: Any) -> str:
 # ---- as text ------------------------------------------------------------------------------------------------------
 
 
-def table(result: dict[str, Any]) -> str:
+def comparison_table(result: dict[str, Any]) -> str:
     """The comparison as text: two reports, warnings, a table for each pair of runs, runs without a partner."""
     lines = [f"{letter}: {one['path']}: {one['model']} on {one['device']}; {one['machine']}, {one['date']}"
              for letter, one in (("A", result["a"]), ("B", result["b"]))]  # fmt: skip

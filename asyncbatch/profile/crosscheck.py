@@ -17,7 +17,7 @@ from ..measure.point_recorder import record_points
 from ..request import Request
 from ..timeline import Timeline, device_activity
 from .report import Kineto, Overhead
-from .workload import serve
+from .workload import serve_over_time
 
 STRETCH = 10  # turns of the loop; some of them are not counted
 PAIRS, ENOUGH_S = 40, 30.0
@@ -109,7 +109,7 @@ def kineto(batcher, requests: list[Request]) -> Kineto:
 
     few = [replace(request, max_new_tokens=min(request.max_new_tokens, KINETO_TOKENS)) for request in requests]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        serve(batcher, few)
+        serve_over_time(batcher, few)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))

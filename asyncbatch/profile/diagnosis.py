@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 
 from ..measure.bandwidth import run_floor_s, step_floor_s
+from ..measure.law import idle_share
 from ..measure.points import MEANING
 from ..measure.recording import Recording
 from ..measure.steps import Steps, steps_from, steps_of
-from ..timeline import Timeline, idle_share
+from ..timeline import Timeline
 from .machine import machine_name, versions
 from .measurement import Measurement
 from .options import Settings

@@ -21,7 +21,7 @@ from .draws import arrival_times
 from .measurement import Measurement
 from .options import Settings
 from .report import OWN, Failure, Overhead
-from .workload import Sizes, Workload, serve
+from .workload import Sizes, Workload, serve_over_time
 
 BATCHERS: dict[str, type[BatcherBase]] = {"sync": SyncBatcher, "async": AsyncBatcher}
 PROBE_TOKENS = 32  # another engine first generates so many: would all of it take too long?
@@ -189,7 +189,7 @@ def run_once(
 ) -> tuple[Timeline, list[Completion]]:
     """One run: its timeline and its completions. `points`: with its latency points. Raises a completion's error."""
     with record_points(batcher) if points else contextlib.nullcontext():
-        completions = serve(batcher, requests, arrivals_s, progress)
+        completions = serve_over_time(batcher, requests, arrivals_s, progress)
     for completion in completions:
         if completion.error is not None:
             raise completion.error

@@ -3,7 +3,7 @@
     workload = Workload("smollm2", batch_size=8, requests=16, new_tokens=64)
     requests = make_requests(workload, model, tokenizer)        # random prompts, short questions, or a file's lines
     arrivals_s = arrival_times("poisson:50", len(requests), seed=0)
-    completions = serve(batcher, requests, arrivals_s)          # with either engine
+    completions = serve_over_time(batcher, requests, arrivals_s)          # with either engine
     latency(completions)
 
 How many tokens a request has, and when it arrives, can be drawn (`draws.py`); prompts can come from a file
@@ -158,8 +158,9 @@ def arrival_order(requests: Sequence[Request], arrivals_s: Sequence[float]) -> l
     return sorted(range(len(requests)), key=lambda index: arrivals_s[index])
 
 
-def serve(batcher, requests: Sequence[Request], arrivals_s: Sequence[float] | None = None, progress: bool = False
-          ) -> list[Completion]:  # fmt: skip
+def serve_over_time(
+    batcher, requests: Sequence[Request], arrivals_s: Sequence[float] | None = None, progress: bool = False
+) -> list[Completion]:
     """Serve requests with a batcher of this package or of `peers`. Completions come in the order of the requests, and
     errors and interrupts are those of the batcher's `run`.
 

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from support.tiny import tiny_model
 
 from asyncbatch.attention import Batch, attend_on_cpu, paged_attention
+from asyncbatch.devices.buffers import host_buffers
 from asyncbatch.devices.cuda.attention import attend_on_cuda
 from asyncbatch.devices.cuda.runner import CudaRunner
 from asyncbatch.runner import Runner
 from asyncbatch.scheduler import StepKind
-from asyncbatch.slot import StepShape, host_buffers
+from asyncbatch.slot import StepShape
 
 BLOCK, MAX_BLOCKS = 4, 6
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

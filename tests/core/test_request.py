@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncbatch import Request, SamplingParams
-from asyncbatch.request import RequestError, check_request, contains_stop_string, finish_reason
+from asyncbatch.request import RequestError, check_request, contains_stop_string, finish_reason, token_numbers
 from asyncbatch.sampling import uniforms
 
 
@@ -103,3 +103,46 @@ def test_good_requests_pass():
         check_request(request, vocab_size=10, max_length=66, limited_by="", tokenizer=object())
     with pytest.raises(RequestError, match="must be a Request, not list"):
         check_request([1, 2], vocab_size=10, max_length=32, limited_by="")
+
+
+class Padded:
+    """Token n is the character n; numbers from 1000 on are beyond the tokenizer and have no text."""
+
+    def decode(self, ids):
+        return "".join(chr(n) for n in ids if n < 1000)
+
+
+@given(st.lists(st.integers(0, 40), min_size=4, max_size=4), st.integers(0, 30))
+def test_a_stop_string_is_found_whatever_tokens_without_text_lie_between(gaps, before):
+    ids = [120] * before
+    for letter, gap in zip("STOP", gaps, strict=True):
+        assert not contains_stop_string([*ids, 1001], ["STOP"], Padded())
+        ids += [ord(letter), *[1000] * (gap if letter != "P" else 0)]
+    assert contains_stop_string(ids, ["no", "STOP"], Padded())
+    assert not contains_stop_string([*ids[:-1], ord("Q")], ["STOP"], Padded())
+
+
+def test_a_stop_string_inside_a_long_last_token_is_found():
+    class Words:
+        def decode(self, ids):
+            return "".join({0: "ST", 1: "OP, and so on for a long while", 2: ""}[n] for n in ids)
+
+    assert contains_stop_string([0, 2, 2, 2, 2, 2, 2, 2, 2, 1], ["STOP"], Words())
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        (None, ()), (3, (3,)), (np.int64(3), (3,)), ([3, 4], (3, 4)), ([[3], [4, 5]], (3, 4, 5)),
+        ((np.int32(3), [4]), (3, 4)), (np.array([[3, 4]]), (3, 4)), ([], ()), ({3}, (3,)),
+    ],
+)  # fmt: skip
+def test_token_numbers_come_in_every_shape_that_configs_have(ids, expected):
+    assert token_numbers("eos_token_id", ids) == expected
+    assert all(type(number) is int for number in token_numbers("eos_token_id", ids))
+
+
+@pytest.mark.parametrize("ids", ["</s>", 3.0, [None, 2.5], {"a": 1}, True])
+def test_what_is_no_token_number_is_refused_with_its_name(ids):
+    with pytest.raises(RequestError, match="eos_token_id has"):
+        token_numbers("eos_token_id", ids)

@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncbatch import Request, SamplingParams
+from asyncbatch.devices.buffers import host_buffers
 from asyncbatch.kv_cache import KVCache
 from asyncbatch.sampling import uniforms
 from asyncbatch.scheduler import RunState, Scheduler, StepKind
-from asyncbatch.slot import FLOAT_FIELDS, Slot, StepShape, host_buffers
+from asyncbatch.slot import FLOAT_FIELDS, Slot, StepShape
 
 SHAPE = StepShape(max_batch_size=4, num_slots=2, block_size=4, num_blocks=20, max_length=32, prefill_tokens=8)
 

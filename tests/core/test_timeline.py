@@ -13,13 +13,13 @@ from support.timelines import runs
 from support.tiny import tiny_model
 
 from asyncbatch import AsyncBatcher, Request
+from asyncbatch.measure.law import idle_share
 from asyncbatch.timeline import (
     LANES,
     Step,
     Timeline,
     busy_curve,
     device_activity,
-    idle_share,
     load_trace,
     save_trace,
 )

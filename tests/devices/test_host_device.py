@@ -20,7 +20,8 @@ from support.tiny import tiny_model
 from asyncbatch import AsyncBatcher
 from asyncbatch.devices import open_program
 from asyncbatch.devices.cuda.device import never_free
-from asyncbatch.devices.host import DeviceProcess, HostDevice
+from asyncbatch.devices.host import HostDevice
+from asyncbatch.devices.process import DeviceProcess
 from asyncbatch.streams import DeviceError
 
 
@@ -152,7 +153,8 @@ def test_too_many_events_are_a_clear_error_and_none_is_lost(shared):
 
 
 def test_a_device_that_dies_is_an_error_and_not_a_hang(shared):
-    process = DeviceProcess(tiny_model())
+    process = DeviceProcess()
+    process.send_model(tiny_model())
     device = HostDevice(process, Log, 1, shared)
     device.streams[1].launch("die", 0)
     with pytest.raises(DeviceError, match="device process ended"):

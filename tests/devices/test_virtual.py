@@ -20,9 +20,10 @@ from support.tiny import tiny_model
 from asyncbatch import AsyncBatcher, Request, SyncBatcher
 from asyncbatch.base import host_span
 from asyncbatch.devices.virtual import Costs, StepWork, VirtualDevice
+from asyncbatch.measure.law import idle_share
 from asyncbatch.measure.recording import Recording
 from asyncbatch.streams import DeviceError
-from asyncbatch.timeline import LANES, idle_share
+from asyncbatch.timeline import LANES
 
 WORKLOAD = [Request([n, n + 1], 9, stop_token_ids=()) for n in range(3)]
 NO_COPIES = Costs(copy_in=0.0, copy_out=0.0)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from asyncbatch import timeline
 from asyncbatch.lessons import idle
 from asyncbatch.lessons.exercises import idle as exercises
-from asyncbatch.measure import simulate
+from asyncbatch.measure import law, simulate
 
 SECONDS = st.integers(0, 50)
 
@@ -41,7 +41,7 @@ def test_the_sliders_move_the_star_and_say_the_idle_share():
 
 def test_recorded_servers_follow_the_law():
     for run in idle.RECORDED:
-        assert abs(timeline.idle_share(run.host_ms, run.async_ms) - run.idle) < 0.025
+        assert abs(law.idle_share(run.host_ms, run.async_ms) - run.idle) < 0.025
 
 
 def test_the_gain_slider_moves_the_star_and_says_the_gain():
@@ -73,13 +73,13 @@ def test_gaps_are_what_is_missing_from_the_active_time(waits_and_steps):
 
 @given(st.integers(0, 50), st.integers(1, 50))
 def test_the_gain_is_what_the_simulated_loops_have_and_undoes_the_idle_share(host, device):
-    gain = timeline.overlap_gain(host, device)
+    gain = law.overlap_gain(host, device)
     cost = simulate.StepCost(before=host, copy_in=0.0, step=device, copy_out=0.0, commit=0.0)
     sync, other = (simulate.simulate([cost] * 9, slots) for slots in (1, 2))
     assert gain == pytest.approx(sync.step_s / other.step_s)
     assert 1 <= gain <= 2
     if host <= device:
-        assert gain == pytest.approx(1 / (1 - timeline.idle_share(host, device)))
+        assert gain == pytest.approx(1 / (1 - law.idle_share(host, device)))
 
 
 def words(picture) -> list[str]:

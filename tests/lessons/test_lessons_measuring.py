@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.wrong import measuring as answers
 
-from asyncbatch import kv_cache, streams
+from asyncbatch import kv_cache
 from asyncbatch.lessons import measuring, teach
 from asyncbatch.lessons.exercises import measuring as exercises
-from asyncbatch.measure import attribution, simulate
+from asyncbatch.measure import attribution, simulate, timing
 
 
 def test_messages_name_the_fault(capsys):
@@ -64,14 +64,14 @@ def test_time_work_calls_in_order():
         calls.append("now")
         return next(clock)
 
-    times = streams.time_work(lambda: calls.append("work"), lambda: calls.append("wait"), now)
+    times = timing.time_work(lambda: calls.append("work"), lambda: calls.append("wait"), now)
     assert times == (1.0, 20.0)
     assert calls == ["wait", "now", "work", "now", "wait", "now"]
 
 
 def test_a_timed_step_comes_back_before_it_is_done():
     with measuring.timed_step("cpu", 30.0) as (launch, synchronize):
-        back_s, done_s = streams.time_work(launch, synchronize)
+        back_s, done_s = timing.time_work(launch, synchronize)
     assert back_s < done_s
     assert done_s >= 0.030
 

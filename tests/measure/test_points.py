@@ -29,7 +29,7 @@ from asyncbatch.measure.simulate import costs_of, simulate, what_if
 from asyncbatch.models.toy import toy_llama
 from asyncbatch.ordering.toy import toy_tokens, use_toy_model
 from asyncbatch.ordering.trials import workload
-from asyncbatch.profile.workload import serve
+from asyncbatch.profile.workload import serve_over_time
 
 MODEL = toy_llama()
 SIZES = dict(max_batch_size=4, block_size=4, max_length=64, prefill_tokens=16)
@@ -279,7 +279,7 @@ def test_on_a_real_clock_launches_fill_their_span_and_callbacks_the_time_between
     with loop(tiny_model(), max_batch_size=4) as batcher, record_points(batcher):
         timelines = []
         for arrivals_s in (None, [0.0, 0.3]):
-            serve(batcher, [request] * 2, arrivals_s)
+            serve_over_time(batcher, [request] * 2, arrivals_s)
             timelines.append(batcher.timeline)
         assert not [span for span in timelines[1].spans if span.name == CALLBACKS], "not yet: the run may go on"
     assert timelines[0] is not timelines[1]

@@ -30,7 +30,7 @@ from asyncbatch.profile.options import parse_arguments, settle
 from asyncbatch.profile.peers.batcher import TransformersBatcher
 from asyncbatch.profile.prompts import PromptFile
 from asyncbatch.profile.report import Latency, MedianAndP99
-from asyncbatch.profile.workload import TOPICS, Sizes, latency, make_requests, most_context, serve
+from asyncbatch.profile.workload import TOPICS, Sizes, latency, make_requests, most_context, serve_over_time
 from asyncbatch.request import RequestError
 from asyncbatch.streams import DeviceError
 
@@ -428,7 +428,7 @@ def test_tokens_and_order_are_those_of_each_alone_whenever_requests_arrive(workl
     num_blocks = max(-(-(len(r.token_ids) + r.max_new_tokens) // 4) for r in workload) + spare
     moments = moments[: len(workload)]
     with toy(kind[0], times, num_slots=kind[1], num_blocks=num_blocks, check_races=True) as batcher:
-        found = serve(batcher, workload, moments)
+        found = serve_over_time(batcher, workload, moments)
         assert batcher.kv.num_free == num_blocks
         timeline = batcher.timeline
     assert [c.error for c in found] == [None] * len(workload)
@@ -452,7 +452,7 @@ def test_sync_and_async_give_the_same_tokens_under_poisson_arrivals(workload, ti
     found = []
     for batcher_class in (SyncBatcher, AsyncBatcher):
         with batcher_class(tiny_model(), clock=times, **OPTIONS) as batcher:
-            found.append([c.token_ids for c in serve(batcher, workload, moments)])
+            found.append([c.token_ids for c in serve_over_time(batcher, workload, moments)])
     assert found[0] == found[1]
     assert all(found[0])
 
@@ -464,23 +464,23 @@ def spans_named(timeline, name):
 @pytest.mark.parametrize("kind", [SyncBatcher, AsyncBatcher])
 def test_without_a_request_the_loop_sleeps_until_the_next_and_notes_it(kind):
     with toy(kind) as batcher:
-        found = serve(batcher, ONE_EACH, [0.0, 0.1, 0.3])
+        found = serve_over_time(batcher, ONE_EACH, [0.0, 0.1, 0.3])
         assert spans_named(batcher.timeline, "no request") == [(0.009, 0.1), (0.109, 0.3)]
         assert [round(c.finished_s, 9) for c in found] == [0.008, 0.108, 0.308]
         assert spans_named(batcher.timeline, "step") == [(0.003, 0.008), (0.103, 0.108), (0.303, 0.308)]
         # The next run begins a timeline of its own, at the clock's time.
-        (late,) = serve(batcher, ONE_EACH[:1], [0.05])
+        (late,) = serve_over_time(batcher, ONE_EACH[:1], [0.05])
         assert spans_named(batcher.timeline, "no request") == [(0.309, 0.359)]
         assert round(late.submitted_s, 9) == 0.359
         # All at once is `run` itself.
-        assert [c.token_ids for c in serve(batcher, ONE_EACH)] == [c.token_ids for c in found]
+        assert [c.token_ids for c in serve_over_time(batcher, ONE_EACH)] == [c.token_ids for c in found]
         assert spans_named(batcher.timeline, "no request") == []
 
 
 def test_a_request_that_arrives_during_a_step_joins_the_next_one_and_waits_from_its_arrival():
     long = Request([1], 4, stop_token_ids=())
     with toy(SyncBatcher) as batcher:
-        first, second = serve(batcher, [long, long], [0.0, 0.004])
+        first, second = serve_over_time(batcher, [long, long], [0.0, 0.004])
     assert [step.rows for step in batcher.timeline.steps] == [1, 2, 2, 2, 1]
     assert second.submitted_s == 0.004
     assert [round(c.first_token_s, 9) for c in (first, second)] == [0.008, 0.017]
@@ -489,7 +489,7 @@ def test_a_request_that_arrives_during_a_step_joins_the_next_one_and_waits_from_
 
 def test_requests_are_answered_in_the_order_given_though_they_arrive_in_another():
     with toy(AsyncBatcher) as batcher:
-        found = serve(batcher, ONE_EACH, [0.3, 0.0, 0.1])
+        found = serve_over_time(batcher, ONE_EACH, [0.3, 0.0, 0.1])
     assert [round(c.finished_s, 9) for c in found] == [0.308, 0.008, 0.108]
     assert [c.token_ids for c in found] == [toy_tokens(request) for request in ONE_EACH]
 
@@ -497,7 +497,7 @@ def test_requests_are_answered_in_the_order_given_though_they_arrive_in_another(
 def test_a_step_in_flight_for_nobody_is_committed_before_the_loop_sleeps():
     stops = Request([1], 9, stop_token_ids=toy_tokens(ONE_EACH[0]))
     with toy(AsyncBatcher) as batcher:
-        serve(batcher, [stops, stops], [0.0, 0.5])
+        serve_over_time(batcher, [stops, stops], [0.0, 0.5])
         timeline = batcher.timeline
     assert [(step.tokens, step.wasted) for step in timeline.steps] == [(1, 0), (0, 1)] * 2
     ((begin, end),) = spans_named(timeline, "no request")
@@ -507,7 +507,7 @@ def test_a_step_in_flight_for_nobody_is_committed_before_the_loop_sleeps():
 
 def test_a_bad_request_fails_alone_when_it_arrives():
     with toy(AsyncBatcher) as batcher:
-        good, bad, after = serve(batcher, [ONE_EACH[0], Request([]), ONE_EACH[2]], [0.0, 0.1, 0.2])
+        good, bad, after = serve_over_time(batcher, [ONE_EACH[0], Request([]), ONE_EACH[2]], [0.0, 0.1, 0.2])
     assert isinstance(bad.error, RequestError)
     assert bad.submitted_s == 0.1
     assert [c.token_ids for c in (good, after)] == [toy_tokens(r) for r in (ONE_EACH[0], ONE_EACH[2])]
@@ -517,7 +517,7 @@ def test_a_bad_request_fails_alone_when_it_arrives():
 def test_bad_arrivals_are_refused_before_anything_is_served(moments):
     with toy(AsyncBatcher) as batcher:
         with pytest.raises(ValueError, match="arrivals_s has"):
-            serve(batcher, ONE_EACH[:2], moments)
+            serve_over_time(batcher, ONE_EACH[:2], moments)
         assert not batcher.timeline.spans
 
 
@@ -538,13 +538,15 @@ def test_an_interrupt_while_it_waits_or_serves_leaves_the_batcher_empty(kind, wh
 
         monkeypatch.setattr(owner, where, interrupted)
         with pytest.raises(KeyboardInterrupt):
-            serve(batcher, long, [0.0, 0.05, 9.0])
+            serve_over_time(batcher, long, [0.0, 0.05, 9.0])
         monkeypatch.undo()
         assert handle.completion.finish_reason == "cancelled"
         assert not batcher._handles
         assert batcher.kv.num_free == batcher.kv.num_blocks
         use_toy_model(batcher)
-        assert [c.token_ids for c in serve(batcher, ONE_EACH, [0.0, 0.1, 0.1])] == list(map(toy_tokens, ONE_EACH))
+        assert [c.token_ids for c in serve_over_time(batcher, ONE_EACH, [0.0, 0.1, 0.1])] == list(
+            map(toy_tokens, ONE_EACH)
+        )
 
 
 @pytest.mark.parametrize("kind", [SyncBatcher, AsyncBatcher])
@@ -556,7 +558,7 @@ def test_an_interrupted_sleep_on_the_host_clock_ends_everything(kind, monkeypatc
 
         monkeypatch.setattr("asyncbatch.streams.time.sleep", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            serve(batcher, ONE_EACH, [0.0, 100.0, 200.0])
+            serve_over_time(batcher, ONE_EACH, [0.0, 100.0, 200.0])
         monkeypatch.undo()
         assert not batcher._handles
         assert [c.token_ids for c in batcher.run(ONE_EACH)] == [alone(request).token_ids for request in ONE_EACH]
@@ -570,7 +572,7 @@ def test_a_lost_device_ends_the_wait_for_more_requests(monkeypatch):
 
         monkeypatch.setattr(batcher, "launch", lost)
         with pytest.raises(RequestError, match="lost its device: it is gone"):
-            serve(batcher, ONE_EACH, [0.0, 1e6, 2e6])
+            serve_over_time(batcher, ONE_EACH, [0.0, 1e6, 2e6])
         assert batcher.device.now() < 1e6
 
 
@@ -594,7 +596,7 @@ def test_on_the_host_clock_requests_come_at_their_times_and_give_the_same_tokens
     moments = [0.0, 0.02, 0.02, 0.25]
     workload = [*ONE_EACH, Request([5, 6], 9, stop_token_ids=())]
     with kind(tiny_model(), **OPTIONS) as batcher:
-        found = serve(batcher, workload, moments, progress=True)
+        found = serve_over_time(batcher, workload, moments, progress=True)
         assert "4/4" in capsys.readouterr().err
         assert [c.token_ids for c in found] == [alone(request).token_ids for request in workload]
         start = found[0].submitted_s
@@ -610,9 +612,9 @@ def test_transformers_gets_its_requests_at_their_times_too():
     moments = [0.02, 0.5, 0.0, 0.02]
     limits = dict(max_batch_size=3, max_length=64, block_size=8, attention="sdpa")
     with TransformersBatcher(tiny_model(), mode="sync", **limits) as batcher:
-        expected = [c.token_ids for c in serve(batcher, workload)]
+        expected = [c.token_ids for c in serve_over_time(batcher, workload)]
         assert "points" not in {span.lane for span in batcher.timeline.spans}
-        found = serve(batcher, workload, moments)
+        found = serve_over_time(batcher, workload, moments)
         assert [c.token_ids for c in found] == expected
         start = found[2].submitted_s
         assert [c.submitted_s - start for c in found] == pytest.approx(moments)

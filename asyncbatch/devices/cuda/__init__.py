@@ -1,1 +1,1 @@
-"""The device on CUDA, and what it is made fast with: graphs, kernels, compilation, and a plan of its memory."""
+"""The device on CUDA, and what makes it fast: graphs, kernels, compilation, and a plan of its memory."""

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...streams import STREAMS, DeviceError, RealTime
+from ...streams import STREAMS, DeviceError
+from ..real_time import RealTime
 
 ORIGIN_S = 0.25  # how long times are told from the same event
 
@@ -101,7 +102,7 @@ class CudaDevice(RealTime):
         self.origin_event.synchronize()
         self.origin = time.perf_counter()
 
-    def event(self, name: str = "", slot: int | None = None) -> CudaEvent:
+    def event(self, name: str = "an event", slot: int | None = None) -> CudaEvent:
         return CudaEvent()
 
     def spans(self, slot: int) -> np.ndarray:

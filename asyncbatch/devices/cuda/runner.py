@@ -52,6 +52,20 @@ def workspace_of_their_own() -> Iterator[None]:
         forget()
 
 
+@contextlib.contextmanager
+def memory_errors(shape: StepShape, where: torch.device) -> Iterator[None]:
+    """Within it, torch's lack of memory is a MemoryError that says what does not fit."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        free, total = (number / 2**30 for number in torch.cuda.mem_get_info(where))
+        raise MemoryError(
+            f"a step of {shape.max_batch_size} rows and {shape.prefill_tokens} prompt tokens does not fit: "
+            f"{torch.cuda.get_device_name(where)} has {total:.1f} GiB, and {free:.1f} of them are free. Take a smaller "
+            f"max_batch_size, prefill_tokens, num_blocks or model."
+        ) from error
+
+
 class CudaRunner(Runner):
     """The device side for one batcher, on CUDA.
 
@@ -75,7 +89,8 @@ class CudaRunner(Runner):
         compile: bool = False,
         parts: bool = False,
     ):
-        super().__init__(model, shape=replace(shape, num_blocks=0), host=host)
+        with memory_errors(shape, next(model.parameters()).device):
+            super().__init__(model, shape=replace(shape, num_blocks=0), host=host)
         programs = shape.max_batch_size * kv_heads_and_dim(self.model.config.get_text_config())[0]
         self.splits = splits_for(programs)
         self.arrived = torch.zeros(programs, dtype=torch.int32, device=self.device)
@@ -91,28 +106,20 @@ class CudaRunner(Runner):
         """Find out how much memory a step takes, give the pools what is left, and capture the steps as graphs."""
         if compile:
             compile_model(self.model)
-        try:
-            with torch.inference_mode(), torch.cuda.device(self.device):
-                memory = self._measure_memory()
-                least = self.shape.max_blocks
-                blocks = plan_blocks(wanted, least, asked, self._block_bytes(), memory)
-                self.shape = replace(self.shape, num_blocks=blocks)
-                self._make_pools()
-                if compile:
-                    self.decode_inputs = torch.compile(self.decode_inputs, dynamic=False)  # type: ignore[method-assign]
-                    self.greedy = torch.compile(greedy, dynamic=False)  # type: ignore[method-assign]
-                # Once before the capture: what is not compiled or loaded yet cannot be during it.
-                with torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=10_000):
-                    for kind in self.shape.kinds:
-                        self._step(0, kind)
-                torch.cuda.synchronize(self.device)
-        except torch.OutOfMemoryError as error:
-            free, total = (number / 2**30 for number in torch.cuda.mem_get_info(self.device))
-            raise MemoryError(
-                f"a step of {self.shape.max_batch_size} rows and {self.shape.prefill_tokens} prompt tokens does not "
-                f"fit: {torch.cuda.get_device_name(self.device)} has {total:.1f} GiB, and {free:.1f} of them are free. "
-                f"Take a smaller max_batch_size, prefill_tokens, num_blocks or model."
-            ) from error
+        with memory_errors(self.shape, self.device), torch.inference_mode(), torch.cuda.device(self.device):
+            memory = self._measure_memory()
+            least = self.shape.max_blocks
+            blocks = plan_blocks(wanted, least, asked, self._block_bytes(), memory)
+            self.shape = replace(self.shape, num_blocks=blocks)
+            self._make_pools()
+            if compile:
+                self.decode_inputs = torch.compile(self.decode_inputs, dynamic=False)  # type: ignore[method-assign]
+                self.greedy = torch.compile(greedy, dynamic=False)
+            # Once before the capture: what is not compiled or loaded yet cannot be during it.
+            with torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=10_000):
+                for kind in self.shape.kinds:
+                    self._step(0, kind)
+            torch.cuda.synchronize(self.device)
         self.graphs = self._capture()
 
     def _measure_memory(self) -> Memory:

@@ -9,7 +9,6 @@ import numpy as np
 
 from ... import kv_cache
 from ...kv_cache import NOBODY, KVCache
-from ...measure import bandwidth as floor
 from ...pictures.picture import Picture
 from ..blocks import RED, Pool, letter, listed, pool_picture
 from ..parts import Case, Exercise
@@ -172,7 +171,7 @@ def _books_picture(args: tuple[Any, ...], got: Any, want: Any) -> Picture:
 # fmt: off
 EXERCISES = {
     "kv_bytes": Exercise(
-        floor.kv_bytes, "With layers={0}, kv_heads={1}, head_size={2}, number_bytes={3}", "says",
+        kv_cache.kv_bytes, "With layers={0}, kv_heads={1}, head_size={2}, number_bytes={3}", "says",
         (
             Case((1, 1, 64, 4), "One layer, one head: a key of 64 numbers and a value of 64 numbers, 4 bytes each.", (
                 (256, "You count the keys only. Each token leaves a key and a value."),

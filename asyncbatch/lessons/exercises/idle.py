@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ... import request, scheduler, timeline
+from ...measure import law
 from ..idle import draw_budget, draw_gaps
 from ..parts import Case, Exercise
 
@@ -34,7 +35,7 @@ def explain_gaps(args: tuple[Any, ...], got: Any, want: list[tuple[int, float]])
 # fmt: off
 EXERCISES = {
     "idle_share": Exercise(
-        timeline.idle_share, "With {0:g} ms of host work and a device step of {1:g} ms", "says",
+        law.idle_share, "With {0:g} ms of host work and a device step of {1:g} ms", "says",
         (
             Case((4.0, 4.0), "The device works for 4 ms of every 8 ms, so it is idle for half of the time.", (
                 (1.0, "You divide the host's part by the device's. Divide it by the whole round."),
@@ -52,7 +53,7 @@ EXERCISES = {
         ),
     ),
     "overlap_gain": Exercise(
-        timeline.overlap_gain, "With {0:g} ms of host work and a device step of {1:g} ms", "says",
+        law.overlap_gain, "With {0:g} ms of host work and a device step of {1:g} ms", "says",
         (
             Case((2.0, 6.0), "Taking turns, a step costs 2 + 6 = 8 ms. Overlapped, the host's 2 ms fit beside the "
                  "device's 6, so a step costs 6: 8 / 6 times as fast.", (

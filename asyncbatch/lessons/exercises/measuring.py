@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from ... import kv_cache, streams, timeline
+from ... import kv_cache, timeline
 from ...kv_cache import KVCache
+from ...measure import timing
 from ...pictures.picture import Picture
 from ..measuring import draw_union
 from ..parts import Case, Exercise
@@ -147,7 +148,7 @@ def _explain_tables(args: tuple[Any, ...], got: Any, want: Any) -> str | None:
 # fmt: off
 EXERCISES = {
     "time_work": Exercise(
-        streams.time_work,
+        timing.time_work,
         "With {0:g} ms of earlier work under way, a launch that costs the host {1:g} ms and a step of {2:g} ms", "says",
         (
             Case((0.0, 0.25, 20.0), "The launch gives the host back after 0.25 ms; the device is done 20 ms later."),
