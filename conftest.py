@@ -8,19 +8,34 @@ A GPU machine may have torch, transformers and pytest, and nothing of Jupyter. I
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+collect_ignore = []
 try:
     import nbval.plugin
 except ImportError:
     nbval = None
-    collect_ignore = [
+    collect_ignore += [
         "notebooks",
         *(f"tests/lessons/test_{name}.py" for name in ("notebooks", "notebooks_browser", "nbval_guard")),
         "tests/pictures/test_timeline_browser.py",
     ]
+
+if find_spec("ijson") is None:  # nor does it have this: the tests of reading traces are left out too
+    readers = (
+        "crosscheck",
+        "page",
+        "page_browser",
+        "real_traces",
+        "trace_command",
+        "trace_files",
+        "trace_steps",
+        "traces",
+    )
+    collect_ignore += [f"tests/profile/test_{name}.py" for name in readers]
 
 pytest_plugins = ["support.nbval_guard"] if nbval else []
 SANITIZERS = Path(__file__).parent / "tests" / "support" / "nbval_sanitize.cfg"

@@ -69,22 +69,18 @@ class Config:
         return cls(on_cuda=next(model.parameters()).is_cuda, model_length=length, **options)
 
     def __post_init__(self) -> None:
-        self._default("max_length", min(self.model_length, 2048))
-        self._default("prefill_tokens", 256 if self.on_cuda else 64)
+        if self.max_length is None:
+            object.__setattr__(self, "max_length", min(self.model_length, 2048))
+        if self.prefill_tokens is None:
+            object.__setattr__(self, "prefill_tokens", 256 if self.on_cuda else 64)
         object.__setattr__(self, "batch_sizes", tuple(self.batch_sizes))  # what is frozen must not change under us
         self._check_sizes()
         self._check_times()
         self._check_device()
 
-    def _default(self, name: str, value: Any) -> None:
-        if getattr(self, name) is None:
-            object.__setattr__(self, name, value)
-
     def _check_sizes(self) -> None:
         for name in ("max_batch_size", "num_slots", "block_size", "num_blocks", "max_length", "prefill_tokens"):
-            value = getattr(self, name)
-            if name == "num_blocks" and value is None:
-                continue
+            value = 1 if name == "num_blocks" and self.num_blocks is None else getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}: allowed are whole numbers from 1")
         if self.max_length > self.model_length:  # type: ignore[operator]  # filled in by now
@@ -116,8 +112,7 @@ class Config:
     @property
     def shape(self) -> StepShape:
         """The fixed shape of every step. On CUDA the number of blocks is what is wanted: what fits may be less."""
-        assert self.max_length is not None
-        assert self.prefill_tokens is not None
+        assert self.max_length is not None and self.prefill_tokens is not None  # noqa: PT018
         full = self.max_batch_size * blocks_for(self.max_length, self.block_size)
         return StepShape(
             self.max_batch_size,

@@ -97,9 +97,15 @@ class Runner:
 
     def _decode(self, fields, ids, positions, places) -> torch.Tensor:
         """One token a row. Returns logits [rows, vocabulary]; those of rows that do not decode mean nothing."""
-        batch = self._batch(fields, places, self.first[: len(ids)], fields["decodes"], decode=True)
+        rows = len(ids)
+        ids, positions, places = (self._padded(each) for each in (ids, positions, places))
+        batch = self._batch(fields, places, self.first[:rows], fields["decodes"], decode=True)
         output = self.model(ids[:, None], position_ids=positions[:, None], use_cache=False, paged=batch)
-        return output.logits[:, 0]
+        return output.logits[:rows, 0]
+
+    def _padded(self, of_rows: torch.Tensor) -> torch.Tensor:
+        """The same, with zeros for rows of padding where matrix products need some (`devices/padding.py`)."""
+        return of_rows
 
     def decode_inputs(self, fields) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Each row's input token, its position and its place in a pool; 0 for rows that do not decode: block 0 belongs
@@ -122,11 +128,11 @@ class Runner:
         positions, rows = fields["prefill_position"].long(), fields["prefill_row"].long()
         used = torch.arange(len(positions), device=self.device) < count.sum()
         places = torch.where(used, place(tables, rows, positions, size), 0)  # padding goes to block 0
-        batch = self._batch(fields, places, first, count, decode=False)
-        last = (first + count - 1).clamp(min=0).long()
-        ids = fields["prefill_id"][None]
-        output = self.model(ids, position_ids=positions[None], use_cache=False, logits_to_keep=last, paged=batch)
-        return output.logits[0]
+        batch = self._batch(fields, self._padded(places), first, count, decode=False)
+        last = self._padded((first + count - 1).clamp(min=0).long())
+        ids, positions = self._padded(fields["prefill_id"])[None], self._padded(positions)[None]
+        output = self.model(ids, position_ids=positions, use_cache=False, logits_to_keep=last, paged=batch)
+        return output.logits[0, : len(first)]
 
     def _batch(self, fields, places, first, count, decode: bool) -> Batch:
         """What attention has to know of a forward pass."""

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from ..config import Config
-from ..runner import Runner
 from ..streams import Device, DeviceError
+from .padding import PaddedRunner
 
 
 def open_device(model: torch.nn.Module, config: Config, buffers: list[tuple[torch.Tensor, torch.Tensor]]) -> Device:
@@ -48,7 +48,7 @@ def _on_cuda(model, config: Config, buffers) -> Any:
 
 def _on_cpu(model, config: Config, buffers) -> Any:
     """A worker process, or this process where the clock is virtual; with `step_s` the program computes nothing."""
-    program: Callable[..., Any] = Runner
+    program: Callable[..., Any] = PaddedRunner
     arguments: dict[str, Any] = {"shape": config.shape, "host": buffers}
     if config.step_s is not None:
         from .timed import TimedRunner

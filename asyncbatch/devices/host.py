@@ -93,7 +93,8 @@ class HostDevice(RealTime):
         self._drop = weakref.finalize(self, process.dropped.append, (self.session, self.streams, self._events))
         self._drop.atexit = False
         try:
-            process.ask("open", self.session, program, arguments, self.times, self.failed, self.moments)
+            answer = process.ask("open", self.session, program, arguments, self.times, self.failed, self.moments)
+            self.padding: dict[int, int] = answer
         except DeviceError:
             self.close()
             raise

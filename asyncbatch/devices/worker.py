@@ -99,11 +99,13 @@ class _Worker:
         gc.collect()
         gc.freeze()  # the model's many objects never become garbage: no collection has to look at them
 
-    def open(self, session: int, program: Callable, arguments: dict, times, failed, moments) -> None:
+    def open(self, session: int, program: Callable, arguments: dict, times, failed, moments) -> dict[int, int]:
+        """Returns the program's `padding`, if it has any."""
         made = program(self._model, **arguments)
         if hasattr(made, "moments"):
             made.moments = moments.numpy()
         self._programs[session] = (made, times.numpy(), failed.numpy(), {})
+        return getattr(made, "padding", {})
 
     def failure(self, session: int, slot: int) -> str:
         return self._programs[session][3].get(slot, "")
@@ -121,10 +123,11 @@ class _Worker:
     def run_stream(self, number: int, pipe) -> None:
         while True:
             try:
-                operation, *arguments = pickle.loads(pipe.recv_bytes())
+                message = pipe.recv_bytes()
             except (EOFError, OSError):
                 return
             try:
+                operation, *arguments = pickle.loads(message)
                 if operation == "launch":
                     self._launch(number, *arguments)
                 elif operation == "wait":
