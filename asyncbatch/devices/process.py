@@ -158,8 +158,9 @@ class DeviceProcess:
                 stream.synchronize()
             self.ask("close", session)
             if self.dropped and self.dropped[0][0] == session:
-                self.free_events += [event.index for event in events]
                 del self.dropped[0]
+                self.free_events += [event.index for event in events]
+                events.clear()
 
     def _gone(self) -> DeviceError:
         return DeviceError(f"the device process ended (exit code {self.process.exitcode})")

@@ -13,6 +13,8 @@ from support.serving import OPTIONS, alone, requests
 from support.tiny import tiny_model
 
 from asyncbatch import AsyncBatcher, Request, SyncBatcher, load_model
+from asyncbatch.config import Config
+from asyncbatch.devices.virtual import Costs
 from asyncbatch.request import RequestError
 
 
@@ -281,11 +283,20 @@ def test_a_device_that_dies_ends_all_requests_with_the_error_and_the_next_batche
         (dict(prefill_tokens="x"), "prefill_tokens is 'x'"),
         (dict(host_work_s=-1), "host_work_s is -1"),
         (dict(step_s=float("nan")), "step_s is nan"),
+        (dict(clock=Costs), "clock is <class"),
+        (dict(batch_sizes=iter((1, 9))), r"batch_sizes is \(1, 9\)"),
     ],
 )
 def test_limits_that_make_no_sense_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         AsyncBatcher(tiny_model(), **options)
+
+
+def test_batch_sizes_may_come_one_by_one_and_are_kept_as_they_were():
+    sizes = [4, 1]
+    config = Config.of(tiny_model(), batch_sizes=sizes)
+    sizes.append(2)
+    assert Config.of(tiny_model(), batch_sizes=iter((4, 1))).shape.batch_sizes == config.shape.batch_sizes == (1, 4)
 
 
 # ---- the shape of the two loops --------------------------------------------------------------------------------------

@@ -68,16 +68,17 @@ def test_which_rows_have_no_token(width):
 
 
 def test_top_p_of_one_cuts_nothing_from_a_vocabulary_of_128256_tokens():
-    """Even the least likely tokens can be drawn. (Sums of float32 pass 1 long before.)"""
-    rng = np.random.default_rng(0)
-    logits = torch.tensor(rng.normal(size=(1, 128_256)).astype(np.float32) * 0.1)
-    order = logits[0].argsort(descending=True, stable=True)
-    for uniform in (0.9, 0.99, 0.9999, 1 - 2**-24):
+    """The token that the distribution function gives, its sums taken by NumPy in float64. (Those of float32 pass 1
+    while 10,188 of these tokens are still to come.)"""
+    logits = torch.tensor(3 * np.random.default_rng(0).normal(size=(1, 128_256)).astype(np.float32))
+    probabilities, order = logits.softmax(-1).sort(descending=True, stable=True)
+    sums = probabilities[0].numpy().astype(np.float64).cumsum()
+    for uniform in (0.5, 0.99, 1 - 2**-16, 1 - 2**-20, 1 - 2**-24):
         fields = {
-            "temperature": torch.ones(1), "top_k": torch.zeros(1, dtype=torch.int32), "top_p": torch.ones(1),
+            "temperature": torch.ones(1),
+            "top_k": torch.zeros(1, dtype=torch.int32),
+            "top_p": torch.ones(1),
             "uniform": torch.tensor([uniform], dtype=torch.float32),
-        }  # fmt: skip
-        probabilities = logits[0].double().softmax(-1)[order]
-        expected = int((probabilities.cumsum(0) <= fields["uniform"].double() * probabilities.sum()).sum())
-        rank = (order == sample(logits, fields)[0]).nonzero().item()
-        assert abs(rank - expected) <= 2
+        }
+        expected = order[0, np.searchsorted(sums, uniform * sums[-1], side="right")]
+        assert sample(logits, fields)[0] == expected

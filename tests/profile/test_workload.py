@@ -556,7 +556,7 @@ def test_an_interrupted_sleep_on_the_host_clock_ends_everything(kind, monkeypatc
         def interrupted(seconds):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("asyncbatch.streams.time.sleep", interrupted)
+        monkeypatch.setattr("asyncbatch.devices.real_time.time.sleep", interrupted)
         with pytest.raises(KeyboardInterrupt):
             serve_over_time(batcher, ONE_EACH, [0.0, 100.0, 200.0])
         monkeypatch.undo()
