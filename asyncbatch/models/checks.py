@@ -32,9 +32,22 @@ def _refusal(model: Any) -> str | None:
     """Why the model cannot be served, or None if it can, as in all functions below."""
     from transformers import PreTrainedModel
 
+    if reason := _refusal_of_wrapper(model):
+        return reason
     if not isinstance(model, PreTrainedModel):
         return "it is no transformers model; load_model(...) or AutoModelForCausalLM.from_pretrained(...) gives one"
     return _refusal_by_settings(model) or _refusal_by_attention(model) or _refusal_on_device(model)
+
+
+def _refusal_of_wrapper(model: Any) -> str | None:
+    """A model inside another object, and how to get it out."""
+    if hasattr(model, "_orig_mod"):
+        return "torch.compile has wrapped it; model._orig_mod is the model (on CUDA, compile=True compiles it)"
+    if isinstance(model, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):
+        return "it stands for copies of a model on several devices; model.module is the model"
+    if hasattr(model, "merge_and_unload"):
+        return "its adapters stand beside its weights; model.merge_and_unload() gives a model with both in one"
+    return None
 
 
 def _refusal_by_settings(model: Any) -> str | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from support.gpt2 import tiny_gpt2
 
 from asyncbatch.models import ModelError, check_model, embedded, load_model
 from asyncbatch.models.shapes import SHAPES
@@ -407,3 +408,29 @@ def test_import_brings_in_nothing_heavy():
 sys.modules['asyncbatch'] = p; {code}"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+class Adapted(torch.nn.Module):
+    """As PEFT's PeftModel: a module around the model, with a method that merges the two."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.base_model = model
+
+    def merge_and_unload(self):
+        return self.base_model
+
+
+@pytest.mark.parametrize(
+    ("wrap", "remedy"),
+    [
+        (torch.compile, lambda model: model._orig_mod),
+        (torch.nn.DataParallel, lambda model: model.module),
+        (Adapted, lambda model: model.merge_and_unload()),
+    ],
+)
+def test_a_model_inside_a_wrapper_is_refused_with_the_way_to_get_it_out(wrap, remedy):
+    model = wrap(tiny_gpt2())
+    with pytest.raises(ModelError, match=r"_orig_mod is|\.module is|merge_and_unload\(\) gives"):
+        check_model(model)
+    check_model(remedy(model))
