@@ -294,6 +294,7 @@ class Serving:
         """Once no request is left, commit the steps that are still in flight. Their tokens count as wasted."""
         with self._lock:
             try:
+                self._take_inbox()  # those who left count no more
                 while not self._handles and not self._closed and self._step_or_close():
                     pass
             except BaseException:

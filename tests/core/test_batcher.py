@@ -292,6 +292,26 @@ def test_limits_that_make_no_sense_are_refused(options, message):
         AsyncBatcher(tiny_model(), **options)
 
 
+@pytest.mark.parametrize("leave", ["close the stream", "drop the stream", "cancel the handle"])
+@pytest.mark.parametrize("kind", [SyncBatcher, AsyncBatcher])
+def test_a_run_after_somebody_left_begins_a_new_timeline(kind, leave):
+    request = Request([1, 2, 3], 12, stop_token_ids=())
+    with kind(tiny_model(), **OPTIONS) as batcher:
+        stream = batcher.stream(request)
+        next(stream)
+        before = batcher.timeline
+        if leave == "close the stream":
+            stream.close()
+        elif leave == "drop the stream":
+            del stream
+        else:
+            batcher.cancel(stream._handle)
+        assert batcher.run([request])[0].token_ids == alone(request).token_ids
+        assert batcher.timeline is not before
+        assert [step.step for step in batcher.timeline.steps][0] == 0
+        assert batcher.kv.num_free == batcher.kv.num_blocks
+
+
 def test_batch_sizes_may_come_one_by_one_and_are_kept_as_they_were():
     sizes = [4, 1]
     config = Config.of(tiny_model(), batch_sizes=sizes)
