@@ -16,7 +16,7 @@ from support.browser import PATIENCE, screenshot, until, wait
 from support.jupyterlab import ROOT, Lab, SilentKernel, assert_no_errors, open_lab, run_notebook, write_notebook
 from support.wrong_answers import cell_source, wrong_answers
 
-from asyncbatch.lessons import teach
+from asyncbatch.lessons.exercises import EXERCISES
 
 # nbval runs every notebook. Here CI takes three of them, to stay within its 20 minutes; with screenshots all are taken.
 TAKEN = ("*.ipynb",) if os.environ.get("ASYNCBATCH_SCREENSHOTS") else ("00_*.ipynb", "02_*.ipynb", "03_*.ipynb")
@@ -65,7 +65,7 @@ def test_a_notebook_as_its_reader_uses_it(path, lab, tmp_path):
         screenshot(lab.driver, f"{path.stem}-wrong", tmp_path)
         assert f"{name}: not yet." in wrong
         assert "is right." in wrong.replace("\n", " ")
-        right = answer(lab, name, cell_source(teach.EXERCISES[name].reference, name))
+        right = answer(lab, name, cell_source(EXERCISES[name].reference, name))
         screenshot(lab.driver, f"{path.stem}-right", tmp_path)
         assert f"{name}: right in all" in right
         assert "goes on with your function" in right.replace("\n", " ")
