@@ -29,6 +29,7 @@ class Config:
         their values and move: projections of the same input come to lie in one tensor.
     parts: on CUDA, have `record_points` tell a step's carry-over, model and sampling apart, by two more events in each
         graph. They cost 8 us a step (H200).
+
     The others choose another device than the one where the model lies. For lessons, tests and benchmarks:
 
     host_work_s: burn this many seconds of Python in each step's plan. It stands for a busier host.

@@ -75,8 +75,10 @@ class RunState:
             return self.prompt[start : start + count]
         return self.generated[start - self.num_prompt : start - self.num_prompt + count]
 
-    def end(self) -> tuple[str | None, RequestError | None]:
+    def end(self, token: int) -> tuple[str | None, Exception | None]:
         """Why the request ends with its newest token, and the error if there is one; (None, None) if it goes on."""
+        if token == NO_TOKEN:
+            return "error", FloatingPointError(f"the logits after {self.num_known} tokens are nan or infinite")
         reason = finish_reason(self.generated, self.request.max_new_tokens, self.stop_token_ids)
         if reason == "stop" or self.stops_on_text is None:
             return reason, None
@@ -272,14 +274,10 @@ class Scheduler:
                 continue
             if row.position + row.num_tokens != state.num_known:
                 continue  # a replayed token: it was committed before
-            if token == NO_TOKEN:
-                bad = FloatingPointError(f"the model's logits after {state.num_known} tokens are nan or infinite")
-                if self.finish(state, "error", bad):
-                    ended.append(state)
-                continue
-            state.generated.append(token)
-            new.append((state, token))
-            reason, error = state.end()
+            if token != NO_TOKEN:
+                state.generated.append(token)
+                new.append((state, token))
+            reason, error = state.end(token)
             if reason and self.finish(state, reason, error):
                 ended.append(state)
         return Committed(new, ended, wasted)

@@ -12,6 +12,7 @@ A step's inputs are many small arrays. They lie in one int32 buffer, so that one
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ class StepShape:
         """The number of rows, padding included, of a step with `count` requests."""
         return next(size for size in (*self.batch_sizes, self.max_batch_size) if size >= count)
 
-    @property
+    @cached_property  # a runner looks a command up in it
     def kinds(self) -> list[StepKind]:
         """All kinds of step."""
         sizes = sorted({*self.batch_sizes, self.max_batch_size}, reverse=True)

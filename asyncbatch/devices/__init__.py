@@ -3,7 +3,7 @@
 - host: a worker process, for a model on the CPU.
 - cuda: torch's own streams and events, for a model on CUDA.
 - timed: a worker process that computes nothing and takes as long as a recorded GPU.
-- virtual: no time passes; every time is said beforehand and is the same in every run.
+- virtual: no time passes; every time is chosen beforehand and is the same in every run.
 - checked: any of them, with a race checker around it.
 """
 
@@ -21,7 +21,7 @@ from .padding import PaddedRunner
 
 def open_device(model: torch.nn.Module, config: Config, buffers: list[tuple[torch.Tensor, torch.Tensor]]) -> Device:
     """The device of a batcher, with a program on it that serves `model`. buffers: (inputs, output ids) of each slot on
-    the host (`slot.host_buffers`). The device's `shape` is that of its steps: on CUDA the pool may have fewer blocks
+    the host (`buffers.host_buffers`). The device's `shape` is that of its steps: on CUDA the pool may have fewer blocks
     than were wanted.
 
     Raises DeviceError for a device that cannot be opened, MemoryError for what does not fit into the GPU."""

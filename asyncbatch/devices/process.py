@@ -23,7 +23,7 @@ import torch
 import torch.multiprocessing as mp
 
 from ..streams import STREAMS, DeviceError, check_process
-from .travel import Luggage, pack
+from .travel import PackedModel, pack, pickled
 from .worker import device_main
 
 MAX_EVENTS = 1024
@@ -71,8 +71,8 @@ class DeviceProcess:
         self.wake = context.Semaphore(0)
         self.free_events = list(range(MAX_EVENTS - 1, -1, -1))
         self.sessions, self.numbers = itertools.count(), itertools.count()
-        self.lock = threading.Lock()
-        self.luggage: Luggage | None = None
+        self.lock, self.reclaiming = threading.Lock(), threading.Lock()
+        self.sent: PackedModel | None = None  # what the worker has
         self.dropped: list[tuple[int, Any, list[Any]]] = []  # session, streams and events of devices that nobody has
         self.control, control = context.Pipe()
         self.pipes, pipes = [], []
@@ -94,11 +94,11 @@ class DeviceProcess:
 
     def send_model(self, model: torch.nn.Module) -> None:
         """Send the model, if it is not the same as when it was sent last."""
-        luggage = pack(model)
-        if self.luggage is None or not luggage.same_as(self.luggage):
-            self.luggage = None  # until the worker has it: an interrupt must not leave a model half sent
-            self.ask("model", luggage.description, luggage.tensors)
-            self.luggage = luggage
+        packed, tensors = pack(model)
+        if self.sent is None or not packed.same_as(self.sent):
+            self.sent = None  # until the worker has it: an interrupt must not leave a model half sent
+            self.ask("model", packed.description, pickled(tensors, by_value=packed.identity is None))
+            self.sent = packed
 
     def ask(self, *message: Any) -> Any:
         """Send a message to the worker's main thread and wait for the answer. DeviceError if the worker is gone, or
@@ -114,11 +114,6 @@ class DeviceProcess:
         if not good:
             raise DeviceError(answer)
         return answer
-
-    def tell(self, *message: Any) -> None:
-        """Send a message to the worker's main thread, whatever the answer, and if it is gone."""
-        with self.lock, contextlib.suppress(DeviceError):
-            self._whole(self.control.send, (next(self.numbers), *message))
 
     def _whole(self, transfer, *arguments: Any) -> Any:
         """Send or receive a message. If that is interrupted in the middle, nobody can read the pipe any more: then the
@@ -152,12 +147,12 @@ class DeviceProcess:
     def reclaim(self) -> None:
         """Free the programs and take back the events of all dropped devices, when they have done what they were given.
         Not where the garbage collector finds them: this thread may be in the middle of a question."""
-        while self.dropped and self.alive:
-            session, streams, events = self.dropped[0]
-            for stream in streams:
-                stream.synchronize()
-            self.ask("close", session)
-            if self.dropped and self.dropped[0][0] == session:
+        with self.reclaiming:
+            while self.dropped and self.alive:
+                session, streams, events = self.dropped[0]
+                for stream in streams:
+                    stream.synchronize()
+                self.ask("close", session)
                 del self.dropped[0]
                 self.free_events += [event.index for event in events]
                 events.clear()

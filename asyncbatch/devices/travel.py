@@ -7,11 +7,13 @@ setting makes another description, another storage another tensor.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
 import pickle
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -28,17 +30,16 @@ TOO_MANY_FILES = (
 
 
 @dataclass
-class Luggage:
-    """A model that is ready to travel. description: the pickled model, with numbers in place of its tensors. tensors:
-    those, pickled. identity: which memory each of them is, with its shape; None where they go by value. kept: what must
-    not be freed meanwhile, or other tensors could get the same addresses."""
+class PackedModel:
+    """What a model is at one moment. description: the pickled model, with numbers in place of its tensors. identity:
+    which memory each of those is, with its shape; None where they go by value. kept: their storages, which must not be
+    freed meanwhile, or other tensors could get the same addresses."""
 
     description: bytes
-    tensors: bytes
     identity: list[tuple[Any, ...]] | None
     kept: list[Any]
 
-    def same_as(self, other: Luggage) -> bool:
+    def same_as(self, other: PackedModel) -> bool:
         """Whether this is the same model, and not only an equal one. Weights that go by value are never the same."""
         known = self.identity is not None and self.identity == other.identity
         return known and self.description == other.description
@@ -74,9 +75,9 @@ class _Unpacker(pickle.Unpickler):
         self.persistent_load = tensors.__getitem__  # type: ignore[method-assign, assignment]
 
 
-def pack(model: torch.nn.Module) -> Luggage:
-    """The model as it is now. Its weights move to shared memory, unless that is too small for them (a container's
-    /dev/shm is often 64 MB, and writing beyond it kills the process).
+def pack(model: torch.nn.Module) -> tuple[PackedModel, list[torch.Tensor]]:
+    """The model as it is now, and its tensors. They move to shared memory, unless that is too small for them (a
+    container's /dev/shm is often 64 MB, and writing beyond it kills the process).
 
     ModelError, with the part that cannot travel; DeviceError where there are too few files for all tensors."""
     file = io.BytesIO()
@@ -85,26 +86,37 @@ def pack(model: torch.nn.Module) -> Luggage:
         packer.dump(model)
     except Exception as error:
         raise ModelError(f"the model cannot travel to the process that computes: {_culprit(model, error)}") from error
-    try:
-        return _with_tensors(file.getvalue(), packer.tensors)
-    except (OSError, RuntimeError) as error:
-        if getattr(error, "errno", None) == errno.EMFILE or "Too many open files" in str(error):
-            raise DeviceError(f"the model has {len(packer.tensors)} tensors: {TOO_MANY_FILES}") from None
-        raise
-
-
-def _with_tensors(description: bytes, tensors: list[torch.Tensor]) -> Luggage:
+    description, tensors = file.getvalue(), packer.tensors
     not_shared = sum(t.untyped_storage().nbytes() for t in tensors if not t.is_shared())
     if not fits_into_shared_memory(1.1 * not_shared):
-        return Luggage(description, pickle.dumps(tensors), None, [])
-    for tensor in tensors:
-        tensor.share_memory_()
+        return PackedModel(description, None, []), tensors
+    with _too_many_files(DeviceError, f"the model has {len(tensors)} tensors: "):
+        for tensor in tensors:
+            tensor.share_memory_()
     identity = [
         (t.untyped_storage().data_ptr(), t.storage_offset(), t.size(), t.stride(), t.dtype, t.requires_grad, type(t))
         for t in tensors
     ]
-    storages = [tensor.untyped_storage() for tensor in tensors]
-    return Luggage(description, bytes(ForkingPickler.dumps(tensors)), identity, storages)
+    return PackedModel(description, identity, [tensor.untyped_storage() for tensor in tensors]), tensors
+
+
+def pickled(tensors: list[torch.Tensor], by_value: bool) -> bytes:
+    """The tensors as bytes: their values, or handles of their shared memory. Handles must be sent and unpickled: until
+    then each holds a file open. DeviceError where there are too few."""
+    if by_value:
+        return pickle.dumps(tensors)
+    with _too_many_files(DeviceError, f"the model has {len(tensors)} tensors: "):
+        return bytes(ForkingPickler.dumps(tensors))
+
+
+@contextlib.contextmanager
+def _too_many_files(kind: type[Exception], before: str = "") -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if getattr(error, "errno", None) == errno.EMFILE or "Too many open files" in str(error):
+            raise kind(before + TOO_MANY_FILES) from None
+        raise
 
 
 def fits_into_shared_memory(num_bytes: float) -> bool:
@@ -113,12 +125,8 @@ def fits_into_shared_memory(num_bytes: float) -> bool:
 
 def unpack(description: bytes, tensors: bytes) -> torch.nn.Module:
     """The model in the worker. OSError with TOO_MANY_FILES if it may open too few files."""
-    try:
+    with _too_many_files(OSError):
         return _Unpacker(description, pickle.loads(tensors)).load()
-    except (OSError, RuntimeError) as error:
-        if getattr(error, "errno", None) == errno.EMFILE or "Too many open files" in str(error):
-            raise OSError(TOO_MANY_FILES) from None
-        raise
 
 
 def _culprit(model: torch.nn.Module, error: Exception) -> str:

@@ -149,9 +149,10 @@ class _Worker:
         self.wake.release()
 
     def _launch(self, number: int, session: int, command: Any, slot: int) -> None:
-        if session not in self._programs:  # it could not be opened
+        opened = self._programs.get(session)
+        if opened is None:  # it could not be opened, or is closed
             return
-        program, times, failed, errors = self._programs[session]
+        program, times, failed, errors = opened
         start = time.perf_counter()
         if number == 0:
             failed[slot] = 0  # a step begins on H2D; its later commands are skipped once one of them has failed

@@ -107,8 +107,8 @@ def test_after_an_interrupt_at_any_line_a_batcher_is_usable_or_closed(kind):
 def test_an_answer_that_was_not_read_is_not_taken_for_the_next_one():
     model = tiny_gpt2()
     process = DeviceProcess.of(model)
-    process.tell("failure", 12345, 0)  # an error: there is no such session
-    process.tell("close", 12345)
+    for question in (("failure", 12345, 0), ("close", 12345)):  # the first is an error: there is no such session
+        process.control.send((next(process.numbers), *question))
     with SyncBatcher(model, **OPTIONS) as batcher:
         assert batcher.run([REQUEST])[0].token_ids == generated(model, REQUEST.token_ids, 6)
 

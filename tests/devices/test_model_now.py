@@ -97,6 +97,16 @@ def test_a_model_that_did_not_change_is_not_sent_again(monkeypatch):
     assert questions == ["open", "close"]
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files in /proc")
+def test_opening_batchers_opens_no_files_for_good():
+    model = tiny_gpt2()
+    served(model)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(10):
+        served(model)
+    assert len(os.listdir("/proc/self/fd")) <= before + 5
+
+
 def test_a_batcher_that_is_open_keeps_its_model_while_another_one_is_sent():
     model = tiny_gpt2()
     with SyncBatcher(model, **OPTIONS) as old:
