@@ -2,8 +2,9 @@
 
     python -m asyncbatch.profile --compare A.json B.json          (--json: the same as JSON)
 
-Runs are paired by engine, mode, model and batch size. Nothing is measured and no model is loaded. What makes the two
-hard to compare (another machine, GPU, version, workload, ...) comes first, one line for each difference.
+Runs are paired by engine, mode, model and batch size, and by the name of the workload where it has one. Nothing is
+measured and no model is loaded. What makes the two hard to compare (another machine, GPU, version, workload, ...) comes
+first, one line for each difference.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ..measure.text import table_lines
 from ..request import shown
 from .report import Gpu, Report, Run
 
-PAIRED_BY = ("engine", "mode", "model", "batch_size")
+PAIRED_BY = ("engine", "mode", "model", "batch_size", "workload")  # workload: None but in presets that name theirs
 # What is shown of two runs: its words, its place in a run, how it is written, and by what it is multiplied first.
 ROWS = (
     ("wall time", ("wall_s",), "{:.3f} s", 1),
@@ -37,6 +38,8 @@ LATENCY_ROWS = tuple(
     )
     for part in ("median", "p99")
 )
+# These may be missing in a report.
+MORE_ROWS = (("longest gap", ("longest_gap_ms",), "{:.3f} ms", 1), *LATENCY_ROWS)
 NEEDED = {"schema": int, "model": str, "device": str, "machine": str, "date": str, "gpu": (dict, type(None)),
           "versions": dict, "workload": dict, "same_tokens": bool, "runs": list}  # fmt: skip
 NEEDED_OF_RUN = {"engine": str, "mode": str, "model": str, "batch_size": int}
@@ -84,7 +87,7 @@ def _check(data: Any) -> None:
         if missing := [keys[0] for _, keys, _, _ in ROWS if keys[0] not in row]:
             raise ValueError(f"{where} has no {', '.join(missing)}")
         _check_numbers(where, row)
-    keys = [tuple(row[key] for key in PAIRED_BY) for row in data["runs"]]
+    keys = [tuple(row.get(key) for key in PAIRED_BY) for row in data["runs"]]
     if twice := next((key for key in keys if keys.count(key) > 1), None):
         raise ValueError(f"there are two runs of {_name(twice)}")
 
@@ -95,7 +98,7 @@ def _check_numbers(where: str, row: dict[str, Any]) -> None:
         raise ValueError(f"wall_s_of_each_run or points of {where} is no list")
     for point in points:
         _demand(f"a point of {where}", point, {"name": str, "where": str, "median_ms": object})
-    numbers = [(".".join(keys), _at(row, keys)) for _, keys, _, _ in (*ROWS, *LATENCY_ROWS)]
+    numbers = [(".".join(keys), _at(row, keys)) for _, keys, _, _ in (*ROWS, *MORE_ROWS)]
     numbers += [("wall_s_of_each_run", value) for value in each]
     numbers += [(f"median_ms of point {point['name']}", point["median_ms"]) for point in points]
     for name, value in numbers:
@@ -129,8 +132,8 @@ def compared(path_a: str, a: Report, path_b: str, b: Report) -> dict[str, Any]:
     """The comparison of two reports, as plain values for JSON.
 
     `a`, `b`: path, model, device, machine and date of each. `warnings`: sentences. `only_in_a`, `only_in_b`: engine,
-    mode, model and batch_size of runs without a partner. `runs`: for each pair the same four, and
-    `wall_s_of_each_run`: lowest and highest of a and of b, null where they are not known;
+    mode, model, batch_size and the workload, if it has a name, of runs without a partner. `runs`: for each pair the
+    same, and `wall_s_of_each_run`: lowest and highest of a and of b, null where they are not known;
     `rows`: name (its place in a run of a report), a, b and ratio, b / a, null where it has no value;
     `points`: the latency points that both have: name, where, a and b (their median_ms) and ratio.
     """
@@ -142,8 +145,8 @@ def compared(path_a: str, a: Report, path_b: str, b: Report) -> dict[str, Any]:
         "b": {"path": path_b, **{key: getattr(b, key) for key in facts}},
         "warnings": list(differences(a, b, [(runs_a[key], runs_b[key]) for key in both])),
         "runs": [_pair(runs_a[key], runs_b[key]) for key in both],
-        "only_in_a": [dict(zip(PAIRED_BY, key, strict=True)) for key in runs_a if key not in runs_b],
-        "only_in_b": [dict(zip(PAIRED_BY, key, strict=True)) for key in runs_b if key not in runs_a],
+        "only_in_a": [_names(key) for key in runs_a if key not in runs_b],
+        "only_in_b": [_names(key) for key in runs_b if key not in runs_a],
     }
 
 
@@ -152,10 +155,10 @@ def _pair(a: Run, b: Run) -> dict[str, Any]:
     for name, run in (("a", a), ("b", b)):
         walls = run.wall_s_of_each_run
         each[name] = [min(walls), max(walls)] if walls else None
-    rows = [(".".join(keys), _value(a, keys), _value(b, keys)) for _, keys, _, _ in (*ROWS, *LATENCY_ROWS)]
+    rows = [(".".join(keys), _value(a, keys), _value(b, keys)) for _, keys, _, _ in (*ROWS, *MORE_ROWS)]
     of_a, of_b = ({(point.where, point.name): point.median_ms for point in run.points} for run in (a, b))
     return {
-        **{key: getattr(a, key) for key in PAIRED_BY},
+        **_names(_key(a)),
         "wall_s_of_each_run": each,
         "rows": [{"name": name, "a": x, "b": y, "ratio": _ratio(x, y)} for name, x, y in rows],
         "points": [
@@ -182,8 +185,15 @@ def _key(run: Run) -> tuple:
     return tuple(getattr(run, key) for key in PAIRED_BY)
 
 
+def _names(key: Sequence[Any]) -> dict[str, Any]:
+    """The key for JSON: without a workload's name where it has none."""
+    return {name: value for name, value in zip(PAIRED_BY, key, strict=True) if (name, value) != ("workload", None)}
+
+
 def _name(key: Sequence[Any]) -> str:
-    return "{} {}, {}, batch size {}".format(*key)
+    engine, mode, model, batch_size, workload = key
+    where = f"{model}, batch size {batch_size}" + (f", {workload}" if workload else "")
+    return f"{engine} {mode}, {where}"
 
 
 def differences(a: Report, b: Report, pairs: Sequence[tuple[Run, Run]]) -> Iterator[str]:
@@ -251,16 +261,17 @@ def comparison_table(result: dict[str, Any]) -> str:
         lines += ["", "no run of A has a partner in B: paired are runs of the same engine, mode, model and batch size"]
     alone = [(letter, one) for letter in "ab" for one in result[f"only_in_{letter}"]]
     lines += [""] * bool(alone)
-    lines += [f"only in {letter.upper()}: {_name([one[key] for key in PAIRED_BY])}" for letter, one in alone]
+    lines += [f"only in {letter.upper()}: {_name([one.get(key) for key in PAIRED_BY])}" for letter, one in alone]
     return "\n".join(lines)
 
 
 def _lines(pair: dict[str, Any]) -> list[str]:
     """One pair of runs: a line for each number that both have, then for each latency point."""
     rows: list[tuple[str, ...]] = [("", "A", "B", "B / A")]
-    forms = {".".join(keys): (words, form, factor) for words, keys, form, factor in (*ROWS, *LATENCY_ROWS)}
+    forms = {".".join(keys): (words, form, factor) for words, keys, form, factor in (*ROWS, *MORE_ROWS)}
+    may_lack = {".".join(keys) for _, keys, _, _ in MORE_ROWS}
     for row in pair["rows"]:
-        if row["name"].startswith("latency.") and None in (row["a"], row["b"]):
+        if row["name"] in may_lack and None in (row["a"], row["b"]):
             continue
         words, form, factor = forms[row["name"]]
         rows.append((words, *_cells(row, form, factor)))
@@ -268,7 +279,7 @@ def _lines(pair: dict[str, Any]) -> list[str]:
             rows += _spread(row, pair["wall_s_of_each_run"])
     for point in pair["points"]:
         rows.append((f"{point['where']}: {point['name']}", *_cells(point, "{:.3f} ms", 1)))
-    return [_name([pair[key] for key in PAIRED_BY]), *table_lines(rows)]
+    return [_name([pair.get(key) for key in PAIRED_BY]), *table_lines(rows)]
 
 
 def _spread(row: dict[str, Any], each: dict[str, list[float] | None]) -> Iterator[tuple[str, ...]]:

@@ -19,10 +19,10 @@ import numpy as np
 
 from ..measure.bandwidth import run_floor_s, step_floor_s
 from ..measure.law import idle_share
-from ..measure.points import MEANING
+from ..measure.points import LANE, MEANING, NO_REQUEST
 from ..measure.recording import Recording
 from ..measure.steps import Steps, steps_from, steps_of
-from ..timeline import Timeline
+from ..timeline import Timeline, busy_curve
 from .machine import machine_name, versions
 from .measurement import Measurement
 from .options import Settings
@@ -39,8 +39,9 @@ from .report import (
     RecordedRun,
     Report,
     Run,
+    workload_key,
 )
-from .workload import latency
+from .workload import Workload, latency
 
 OVER_TIME = "Requests arrive over time, so no total time is predicted: compare the latencies of the two loops."
 WORTH_SAYING = 0.01  # a latency point that would give back less is not worth eliminating
@@ -132,25 +133,26 @@ def run_of(one: Measurement, place: Place) -> Run:
         what_if=why.what_if,
         # Where requests arrive over time, the arrivals decide how long a run takes, and not the loop.
         prediction=why.prediction if one.workload.arrivals == "all" else None,
+        workload=one.workload.name,
+        longest_gap_ms=longest_gap_ms(timeline),
     )
 
 
 def by_workload(runs: Iterable[Run]) -> list[list[Run]]:
-    """The runs in groups of one model and batch size."""
+    """The runs in groups of one workload."""
     groups: dict[Any, list[Run]] = {}
     for run in runs:
-        groups.setdefault((run.model, run.batch_size), []).append(run)
+        groups.setdefault(workload_key(run), []).append(run)
     return list(groups.values())
 
 
 def same_tokens(measurements: Iterable[Measurement]) -> dict[str, bool]:
     """For each engine whether all of its runs on one workload gave the same tokens."""
-    tokens: dict[tuple[str, str, int], list[Any]] = {}
+    tokens: dict[tuple[str, Workload], list[Any]] = {}
     for one in measurements:
-        key = one.engine, one.workload.model, one.workload.batch_size
-        tokens.setdefault(key, []).extend(one.tokens)
+        tokens.setdefault((one.engine, one.workload), []).extend(one.tokens)
     same: dict[str, bool] = {}
-    for (engine, _, _), of_runs in tokens.items():
+    for (engine, _), of_runs in tokens.items():
         same[engine] = same.get(engine, True) and all(other == of_runs[0] for other in of_runs[1:])
     return same
 
@@ -162,7 +164,7 @@ def comparison(runs: Sequence[Run]) -> Comparison:
     if sync and sync.device_ms_per_step is not None and sync.host_ms_per_step is not None:
         law = idle_share(sync.host_ms_per_step, sync.device_ms_per_step)
     speedup = statistics.median(speedups(own["sync"], own["async"])) if len(own) == 2 else None
-    return Comparison(runs[0].model, runs[0].batch_size, speedup, law)
+    return Comparison(runs[0].model, runs[0].batch_size, speedup, law, runs[0].workload)
 
 
 def speedups(sync: Run, other: Run) -> list[float]:
@@ -179,6 +181,22 @@ def device_ms(timeline: Timeline) -> float | None:
     decode = {step.step for step in timeline.steps if step.kind == "decode"}
     times = [1e3 * (s.end - s.start) for s in timeline.spans if s.lane == "compute" and s.step in decode]
     return statistics.median(times) if times else None
+
+
+def longest_gap_ms(timeline: Timeline) -> float | None:
+    """The longest time that the device was idle between two steps of any kind, in milliseconds; None with fewer than
+    two steps. Time in which there was no request to serve is taken off."""
+    _, _, starts, ends = timeline.lane("compute")
+    if len(starts) < 2:
+        return None
+    begins, stops = np.maximum.accumulate(ends)[:-1], starts[1:]
+    names, _, starts, ends = timeline.lane(LANE)
+    nothing = np.array(names, object) == NO_REQUEST
+    times, asked_nothing = busy_curve(starts[nothing], ends[nothing])
+    gaps = (
+        stops - begins - np.maximum(np.interp(stops, times, asked_nothing) - np.interp(begins, times, asked_nothing), 0)
+    )
+    return 1e3 * max(float(gaps.max()), 0.0)
 
 
 def floor_numbers(steps: Steps, wall_s: float, model: ModelFacts | None, bandwidth: float) -> Floor:

@@ -20,26 +20,16 @@ import torch
 from ..measure.recording import Recording
 from ..models.load import ALLOWED
 from .draws import Arrivals, Lengths
+from .presets import ENGINES, OF_NAMED, PRESETS, SHORT, Served, has_names, served_by
 from .prompts import PromptFile
 from .report import OWN, Conditions
 from .workload import Workload
 
 MODES = ("sync", "async")
-ENGINES = (OWN, "transformers")
 DEFAULTS: dict[str, Any] = dict(
     model="smollm2", engine=[OWN], batch_size=8, requests=16, prompt_tokens=None, new_tokens=64, repeats=3,
     prefill_tokens=None, compile=False,
 )  # fmt: skip
-# `workloads` are (model, batch size); as many requests as the batch holds.
-_BOTH: dict[str, Any] = dict(engine=[*ENGINES], prompt_tokens=16, repeats=1, compile=True)
-PRESETS: dict[str, dict[str, Any]] = {
-    "headline": dict(_BOTH, workloads=[("random:llama-8b", 32)], new_tokens=8192),
-    "sweep": dict(
-        _BOTH,
-        workloads=[(f"random:llama-{size}", batch) for size in ("0.6b", "1b", "8b") for batch in (1, 8, 32, 128)],
-        new_tokens=512,
-    ),
-}
 EPILOG = """examples:
   python -m asyncbatch.profile --out out
       the embedded model on a chat's questions, sync against async; table, report.json, picture and trace
@@ -79,6 +69,7 @@ class Arguments:
     emulate: str | None
     repeats: int | None
     preset: str | None
+    only: list[str] | None
     peer_limit_s: int
     kineto: bool
     overhead: bool
@@ -237,6 +228,7 @@ def _add_device(add: Callable[..., Any]) -> None:
 def _add_measurements(add: Callable[..., Any]) -> None:
     add("--repeats", type=whole(1), metavar="N", help="runs of each mode, in turns (default 3)")
     add("--preset", choices=[*PRESETS], help="a set of workloads for a GPU, with both engines")
+    add("--only", type=some_of(SHORT), metavar="NAMES", help=f"of --preset workloads these: {', '.join(SHORT)}")
     add("--peer-limit-s", type=whole(1), default=600, metavar="S", help="leave out a peer that would take longer")
     add("--kineto", action="store_true", help="run once more under torch.profiler: kernel-level busy time (CUDA)")
     add("--overhead", action="store_true", help="measure what measuring costs: the same steps with and without it")
@@ -260,7 +252,9 @@ def settle(arguments: Arguments, recording: Recording | None = None) -> Settings
 
     ValueError for options that do not go together, or that need a GPU where there is none."""
     preset: dict[str, Any] = dict(PRESETS.get(arguments.preset or "", {}))
-    pairs = preset.pop("workloads", None)
+    refuse_beside_names(arguments, preset)
+    each = served_by(preset, arguments.only) if preset else None
+    preset.pop("workloads", None)
     defaults = {**DEFAULTS, **preset} if recording is None else emulated_defaults(arguments, recording)
     if arguments.prompts is not None:
         defaults["prompt_tokens"] = None
@@ -270,14 +264,24 @@ def settle(arguments: Arguments, recording: Recording | None = None) -> Settings
     if complete.prompts is not None:
         file = PromptFile.read(complete.prompts)
         complete = replace(complete, requests=arguments.requests or len(file.lines))
-    if pairs is None:
+    if each is None:
         return _settings(complete, _conditions(complete, file), [_workload(complete, file)])
     # In a preset, batch size and requests are each workload's own, unless they were asked for.
-    each = dict.fromkeys((arguments.model or model, arguments.batch_size or batch) for model, batch in pairs)
-    own = [replace(complete, model=model, batch_size=size, requests=arguments.requests or size) for model, size in each]
-    models = arguments.model or ", ".join(dict.fromkeys(model for model, _ in pairs))
+    workloads = dict.fromkeys(_workload_of_preset(complete, arguments, one, file) for one in each)
+    models = ", ".join(dict.fromkeys(workload.model for workload in workloads))
     complete = replace(complete, model=models, batch_size=arguments.batch_size, requests=arguments.requests)
-    return _settings(complete, _conditions(complete, file), [_workload(one, file) for one in own])
+    if has_names(PRESETS[str(arguments.preset)]):
+        complete = replace(complete, prompt_tokens=None, new_tokens=None)
+    return _settings(complete, _conditions(complete, file), list(workloads))
+
+
+def _workload_of_preset(complete: Arguments, typed: Arguments, one: Served, file: PromptFile | None) -> Workload:
+    size = typed.batch_size or one.batch_size
+    own = replace(complete, model=typed.model or one.model, batch_size=size)
+    own = replace(own, requests=typed.requests or one.requests or size)
+    lengths: dict[str, Any] = {"prompt_tokens": one.prompt_tokens, "new_tokens": one.new_tokens}
+    own = replace(own, **{key: value for key, value in lengths.items() if value is not None})
+    return replace(_workload(own, file), name=one.name)
 
 
 def _workload(complete: Arguments, file: PromptFile | None) -> Workload:
@@ -343,6 +347,24 @@ def refuse(arguments: Arguments) -> None:
                 f"--{name} {value} needs a CUDA GPU, and torch {torch.__version__} sees none here; "
                 f"--emulate {names} shows a recorded one"
             )
+
+
+def refuse_beside_names(arguments: Arguments, preset: dict[str, Any]) -> None:
+    """ValueError for options that cannot be had with a preset whose workloads have names, or without one."""
+    named = bool(preset) and has_names(preset)
+    if arguments.only is not None and not named:
+        raise ValueError("--only takes some of the workloads of --preset workloads: it cannot be had without it")
+    for name in OF_NAMED if named else ():
+        if name in arguments.changed:
+            given = f"{flag(name)} {getattr(arguments, name)}"
+            raise ValueError(
+                f"--preset {arguments.preset} has workloads of its own: {given} cannot be had with it "
+                f"(--only takes some of them: {', '.join(SHORT)})"
+            )
+    if named and arguments.record:
+        raise ValueError(
+            f"--record is for requests of one length: record --preset headline or sweep, and not {arguments.preset}"
+        )
 
 
 def flag(name: str) -> str:

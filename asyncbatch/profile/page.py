@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from ..measure.points import MEANING
 from ..timeline import Timeline
+from . import side_by_side
 from .document import (
     Cell,
     Column,
@@ -32,8 +33,23 @@ from .document import (
     timeline_view,
     write_html,
 )
-from .report import OWN, Conditions, Gpu, IdleTime, Kineto, Latency, PointTimes, Prediction, Report, Run, Totals, WhatIf
-from .text import FLOOR_ROWS, LATENCY_ROWS, ROWS, cost_in_words, number, with_hundredths
+from .report import (
+    OWN,
+    Conditions,
+    Gpu,
+    IdleTime,
+    Kineto,
+    Latency,
+    PointTimes,
+    Prediction,
+    Report,
+    Run,
+    Totals,
+    WhatIf,
+    workload_key,
+    workload_words,
+)
+from .text import FLOOR_ROWS, LATENCY_ROWS, LATER_ROWS, ROWS, cost_in_words, number, with_hundredths
 
 SECTIONS = {
     "summary": "Summary",
@@ -82,15 +98,15 @@ def page(report: Report, timelines: Sequence[Timeline]) -> str:
 
 
 def named_runs(report: Report) -> list[NamedRun]:
-    """The runs by name: mode, and where they differ in it also engine, model and batch size."""
+    """The runs by name: mode, and where they differ in it also engine and workload."""
 
     def differ(*keys: str) -> bool:
         return len({tuple(getattr(run, key) for key in keys) for run in report.runs}) > 1
 
-    engine, workload = differ("engine"), differ("model", "batch_size")
+    engine, workload = differ("engine"), differ("workload", "model", "batch_size")
     names = []
     for run in report.runs:
-        where = f"{run.model}, batch {run.batch_size}: " if workload else ""
+        where = f"{workload_words(run)}: " if workload else ""
         names.append(where + (f"{run.engine} " if engine else "") + str(run.mode))
     return list(zip(names, report.runs, strict=True))
 
@@ -136,7 +152,7 @@ def _notices(report: Report) -> Iterator[tuple[str, str]]:
         bounds = "that bounds wall time and tokens per second, so compare the latencies."
         yield "Requests arrive over time", f"({workload.arrivals}): {bounds}"
     for failed in report.failed:
-        which = (failed.engine, failed.mode, failed.model, failed.batch_size)
+        which = (failed.workload, failed.engine, failed.mode, failed.model, failed.batch_size)
         yield "Not measured:", f"{', '.join(str(one) for one in which if one)}: {failed.error}"
 
 
@@ -159,19 +175,26 @@ def _summary(report: Report, runs: list[NamedRun]) -> Summary:
     head: list[str] = ["", *(name for name, _ in columns)]
     if len(columns) > 6:  # several workloads: a line each
         head, *lines = (list(line) for line in zip(head, *lines, strict=True))
-    others = (_latencies(runs), _contexts(columns))
+    others = [_latencies(runs), _contexts(columns)]
+    if side_by_side.has_names(report):
+        others.insert(0, Table.of("Workloads side by side", _named_columns(), side_by_side.lines(report)))
     return Summary(
         Table.of("Runs side by side", head, lines), " ".join(_sentences(report)), [made for made in others if made.rows]
     )
+
+
+def _named_columns() -> list[str | Column]:
+    places = side_by_side.TEXT_COLUMNS
+    return [Column(words, "text") if place in places else words for place, words in enumerate(side_by_side.HEAD)]
 
 
 def _lines(runs: Sequence[Totals]) -> list[list[str]]:
     """A line for each number that at least one run has."""
     lines: list[list[str]] = []
     floors = any(run.floor_s is not None for run in runs)
-    rows = (*ROWS, *FLOOR_ROWS)
+    rows = (*ROWS, *LATER_ROWS, *FLOOR_ROWS)
     for label, key, form, factor in with_hundredths(rows) if floors else rows:
-        values = [getattr(run, key) for run in runs]
+        values = [getattr(run, key, None) for run in runs]
         if any(value is not None for value in values):
             lines.append([label, *(number(value, form, factor) for value in values)])
     for label, key, words in (
@@ -197,6 +220,8 @@ def _sentences(report: Report) -> Iterator[str]:
         yield f"By the law idle = host / (host + device) the synchronous device is idle for {idle} of a step."
     if any(run.engine == OWN for run in report.runs) and report.same_tokens:
         yield "All runs gave the same tokens."
+    if side_by_side.has_names(report):
+        yield from side_by_side.sentences(report)
 
 
 def _latencies(runs: list[NamedRun]) -> Table:
@@ -257,7 +282,7 @@ def _what_if(runs: list[NamedRun]) -> list[tuple[list[Table], str]]:
 
 
 def _workload(run: Run) -> tuple[Any, ...]:
-    return run.engine, run.model, run.batch_size
+    return run.engine, *workload_key(run)
 
 
 def _as_it_is(now: Prediction) -> str:

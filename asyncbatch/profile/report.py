@@ -9,6 +9,7 @@ or what the file of an older version does not have. `diagnosis.py` makes reports
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from types import UnionType
@@ -26,6 +27,8 @@ AnyRecord = TypeVar("AnyRecord", bound="Record")
 class Record:
     """A dataclass whose fields all have defaults, to and from JSON by the names of its fields."""
 
+    LATER: ClassVar[tuple[str, ...]] = ()  # fields that are left out of the JSON where they are None, as once they were
+
     @classmethod
     def from_json(cls: type[AnyRecord], data: dict[str, Any]) -> AnyRecord:
         """The record in a dict. A field that is missing or null, or that should be an object or a list and is
@@ -39,7 +42,11 @@ class Record:
 
     def to_json(self) -> dict[str, Any]:
         """The record as plain values for JSON."""
-        return {one.name: _plain(getattr(self, one.name)) for one in fields(self)}  # type: ignore[arg-type]
+        return self._json_of([one.name for one in fields(self)])  # type: ignore[arg-type]
+
+    def _json_of(self, names: Sequence[str]) -> dict[str, Any]:
+        values = {name: _plain(getattr(self, name)) for name in names}
+        return {name: value for name, value in values.items() if value is not None or name not in self.LATER}
 
 
 @cache
@@ -240,7 +247,7 @@ class Totals(Record):
         return super().from_json({**data, "floor": data if has_floor else None})
 
     def to_json(self) -> dict[str, Any]:
-        made = {name: _plain(getattr(self, name)) for name in self.ORDER}
+        made = self._json_of(self.ORDER)
         return made | (made.pop("floor") or {})
 
     @property
@@ -271,11 +278,13 @@ class RecordedRun(Totals):
 class Run(Totals):
     """Of all runs of one engine in one mode on one workload, the one of median wall time.
 
-    interrupted: it was ended by Ctrl-C, so its numbers are about what ran until then."""
+    interrupted: it was ended by Ctrl-C, so its numbers are about what ran until then. workload: its name, in a preset
+    whose workloads have one. longest_gap_ms: the longest that the device was idle between two steps of any kind."""
 
     ORDER = ("engine", "mode", *SUMMARY, "device_ms_per_step", "latency", "wall_s_of_each_run", *SERVED, "setting",
              "prefill_tokens", "interrupted", "overhead", "kineto", "points", "gaps", "what_if", "prediction",
-             "floor")  # fmt: skip
+             "workload", "longest_gap_ms", "floor")  # fmt: skip
+    LATER = ("workload", "longest_gap_ms")
 
     latency: Latency | None = None
     wall_s_of_each_run: tuple[float, ...] = ()
@@ -286,6 +295,8 @@ class Run(Totals):
     gaps: IdleTime | None = None
     what_if: tuple[WhatIf, ...] = ()
     prediction: Prediction | None = None
+    workload: str | None = None
+    longest_gap_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -295,21 +306,37 @@ class Comparison(Record):
     async_speedup: synchronous over asynchronous wall time, median over the repeats. law_idle: the idle share of the
     synchronous device by the law host / (host + device)."""
 
+    LATER = ("workload",)
+
     model: str | None = None
     batch_size: int | None = None
     async_speedup: float | None = None
     law_idle: float | None = None
+    workload: str | None = None
 
 
 @dataclass(frozen=True)
 class Failure(Record):
     """An engine that could not be measured in a mode, and why, in one line."""
 
+    LATER = ("workload",)
+
     engine: str = ""
     mode: str = ""
     model: str | None = None
     batch_size: int | None = None
     error: str = ""
+    workload: str | None = None
+
+
+def workload_key(one: Run | Comparison | Failure) -> tuple[str | None, str | None, int | None]:
+    """What tells the workloads of a report apart."""
+    return one.workload, one.model, one.batch_size
+
+
+def workload_words(one: Run | Comparison | Failure) -> str:
+    """What its workload is called where there are several."""
+    return one.workload or f"{one.model}, batch {one.batch_size}"
 
 
 # ---- where and what -----------------------------------------------------------------------------------------------

@@ -117,7 +117,7 @@ class Session:
 
     def _note_failure(self, workload: Workload, engine: str, mode: str, error: BaseException) -> None:
         self.failed.append(failure(workload, engine, mode, error))
-        where = f"{workload.model} batch {workload.batch_size} " if len(self.settings.workloads) > 1 else ""
+        where = f"{workload.words} " if len(self.settings.workloads) > 1 else ""
         tell(f"{where}{engine} {mode} failed: {one_line(error)}")
 
     # ---- what came out ---------------------------------------------------------------------------------------------

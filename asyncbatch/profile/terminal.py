@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TextIO
 
 from ..measure.text import table_lines
-from .report import OWN, Report, Run, WhatIf
+from .report import OWN, Report, Run, WhatIf, workload_key
 from .text import number, table
 
 SHOWN = 12  # rows of a section; the JSON and the page have all
@@ -26,7 +26,7 @@ class Section(NamedTuple):
 def sections(report: Report) -> list[Section]:
     """For each run its idle time by what the host was doing, and its longest gaps; then what each latency point would
     give back. Nothing of a preset with several workloads."""
-    if len({(run.model, run.batch_size) for run in report.runs}) > 1:
+    if len({workload_key(run) for run in report.runs}) > 1:
         return []
     made = [section for run in report.runs for section in (_idle(run), _gaps(run))]
     made += [_what_if(run) for run in report.runs if not _is_told_by_sync(run, report)]

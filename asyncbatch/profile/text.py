@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ..measure.text import table_line
+from ..measure.text import table_line, table_lines
+from . import side_by_side
 from .diagnosis import speedups
-from .report import OWN, Latency, Overhead, Report, Run, Totals
+from .report import OWN, Latency, Overhead, Report, Run, Totals, workload_key, workload_words
 
 # What is shown of a run: its words, the field, how it is written, and by what it is multiplied first.
 ROWS = (
@@ -21,6 +22,7 @@ ROWS = (
     ("steps", "steps", "{}", 1),
     ("wasted tokens", "wasted_tokens", "{}", 1),
 )
+LATER_ROWS = (("longest gap", "longest_gap_ms", "{:.3f} ms", 1),)  # shown where a run has it: older reports do not
 FLOOR_ROWS = (
     ("floor of the run", "floor_s", "{:.3f} s", 1),
     ("time over floor", "time_over_floor", "{:.3f}x", 1),
@@ -41,7 +43,9 @@ def table(report: Report) -> str:
     if report.copy_bandwidth_bytes_per_s:
         lines.append(f"copy bandwidth, read plus write: {report.copy_bandwidth_bytes_per_s / 1e12:.3f} TB/s")
     lines.append("")
-    if len(report.comparisons) > 1:
+    if side_by_side.has_names(report):
+        lines += lines_of_names(report)
+    elif len(report.comparisons) > 1:
         lines += lines_of_workloads(report)
     elif report.runs:
         lines += columns(report)
@@ -76,6 +80,8 @@ def columns(report: Report) -> list[str]:
     floors = any(run.floor_s is not None for run in runs)
     for label, key, form, factor in with_hundredths((*ROWS, *FLOOR_ROWS)) if floors else ROWS:
         rows.append([label, *(number(getattr(run, key), form, factor) for run in runs)])
+        if key == "idle":
+            rows += _later(runs)
     if report.workload.over_time:
         rows += _latencies(runs)
     if floors:
@@ -85,6 +91,13 @@ def columns(report: Report) -> list[str]:
     if own := sum(run.engine == OWN for run in report.runs):
         rows.append(["same tokens", *[""] * (own - 1), "yes" if report.same_tokens else "NO"])
     return [table_line(row, [20] + [14] * (len(row) - 1)) for row in rows]
+
+
+def _later(runs: Sequence[Totals]) -> Iterable[list[str]]:
+    for label, key, form, factor in LATER_ROWS:
+        values = [getattr(run, key, None) for run in runs]
+        if any(value is not None for value in values):
+            yield [label, *(number(value, form, factor) for value in values)]
 
 
 def _latencies(runs: Sequence[Totals]) -> Iterable[list[str]]:
@@ -104,19 +117,33 @@ def _contexts(runs: Sequence[Totals]) -> Iterable[list[str]]:
 
 def lines_of_workloads(report: Report) -> list[str]:
     """One line for each run, of several workloads."""
-    widths = (18, 7, 14, 7, 11, 10, 9, 11, 12, 12)
-    head = ("model", "batch", "engine", "mode", "tokens/s", "active %", "host ms", "device ms", "over floor",
+    widths = (18, 7, 14, 7, 11, 10, 9, 11, 9, 12, 12)
+    head = ("model", "batch", "engine", "mode", "tokens/s", "active %", "host ms", "device ms", "gap ms", "over floor",
             "async/sync")  # fmt: skip
     lines = [table_line(head, widths)]
-    of_workload = {(one.model, one.batch_size): one.async_speedup for one in report.comparisons}
+    of_workload = {workload_key(one): one.async_speedup for one in report.comparisons}
     for run in report.runs:
         is_own_async = (run.engine, run.mode) == (OWN, "async")
         cells = [run.model, run.batch_size, run.engine, run.mode, number(run.tokens_per_s, "{:.1f}")]
         cells += [number(run.device_active, "{:.2f}", 100)]
         cells += [number(value, "{:.3f}") for value in (run.host_ms_per_step, run.device_ms_per_step)]
-        cells += [number(run.time_over_floor, "{:.3f}x")]
-        cells += [number(of_workload.get((run.model, run.batch_size)) if is_own_async else None, "{:.3f}x")]
+        cells += [number(run.longest_gap_ms, "{:.3f}"), number(run.time_over_floor, "{:.3f}x")]
+        cells += [number(of_workload.get(workload_key(run)) if is_own_async else None, "{:.3f}x")]
         lines.append(table_line(cells, widths))
+    return lines
+
+
+def lines_of_names(report: Report) -> list[str]:
+    """One line for each run, of workloads that have names, and sentences on them."""
+    align = "".join("<" if place in side_by_side.TEXT_COLUMNS else ">" for place in range(len(side_by_side.HEAD)))
+    lines = table_lines([side_by_side.HEAD, *side_by_side.lines(report)], align)
+    lines += ["", *side_by_side.sentences(report)]
+    speedups_of = {workload_words(one): one.async_speedup for one in report.comparisons if one.async_speedup}
+    if speedups_of:
+        each = "; ".join(f"{words} {speedup:.3f}x" for words, speedup in speedups_of.items())
+        lines.append(f"async / sync speed of {OWN}: {each}")
+    if report.same_tokens and len([run for run in report.runs if run.engine == OWN]) > len(speedups_of) > 0:
+        lines.append(f"{OWN}: all runs of a workload gave the same tokens, sync and async.")
     return lines
 
 
@@ -170,7 +197,7 @@ def _notes_of(run: Run, who: str) -> Iterable[str]:
 
 
 def _who(one: Any, several: bool = False) -> str:
-    where = f"{one.model}, batch {one.batch_size}: " if several else ""
+    where = f"{workload_words(one)}: " if several else ""
     return f"{where}{one.engine} {one.mode}"
 
 

@@ -55,7 +55,7 @@ class Turns:
         self.measurements: list[Measurement] = []
         self.failures: list[Failure] = []
         self._open: dict[Key, tuple[Any, Measurement]] = {}  # those that have not failed
-        self._where = f"{job.workload.model} batch {job.workload.batch_size} " if len(settings.workloads) > 1 else ""
+        self._where = f"{job.workload.words} " if len(settings.workloads) > 1 else ""
 
     def run(self, group: Sequence[Key]) -> None:
         """Measure each engine and mode of `group`. Whatever happens, all batchers are closed."""
@@ -158,7 +158,7 @@ class Turns:
 
 
 def failure(workload: Workload, engine: str, mode: str, error: BaseException) -> Failure:
-    return Failure(engine, mode, workload.model, workload.batch_size, one_line(error))
+    return Failure(engine, mode, workload.model, workload.batch_size, one_line(error), workload.name)
 
 
 def open_batcher(engine: str, mode: str, settings: Settings, job: Job, parts: bool = True):

@@ -42,7 +42,8 @@ class Workload:
 
     prompt_tokens: length of random prompts, a number or the text of a distribution (see `draws.Lengths`); None for a
     chat model's short questions, or for the prompts of `prompt_file`. new_tokens: the most that a request generates, a
-    number or a distribution. arrivals: "all" at the beginning, or "poisson:RATE" (see `draws.Arrivals`)."""
+    number or a distribution. arrivals: "all" at the beginning, or "poisson:RATE" (see `draws.Arrivals`). name: what a
+    preset calls it."""
 
     model: str
     batch_size: int
@@ -52,6 +53,12 @@ class Workload:
     prompt_file: PromptFile | None = None
     arrivals: str = "all"
     seed: int = 0
+    name: str | None = None
+
+    @property
+    def words(self) -> str:
+        """What it is called where there are several."""
+        return self.name or f"{self.model} batch {self.batch_size}"
 
 
 @dataclass(frozen=True)

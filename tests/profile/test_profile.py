@@ -8,10 +8,10 @@ import json
 import math
 import subprocess
 import sys
-import types
 
 import pytest
 import torch
+from support.presets import pretend_gpu
 from support.recordings import MODEL, SESSION, example, made_timeline, recorded, row_of
 from support.reports import call_script
 
@@ -19,12 +19,12 @@ from asyncbatch import AsyncBatcher, SyncBatcher, Timeline, load_model
 from asyncbatch.measure.recording import Recording
 from asyncbatch.measure.steps import steps_of
 from asyncbatch.models import ModelError
-from asyncbatch.profile import cli, diagnosis, turns
+from asyncbatch.profile import cli, turns
 from asyncbatch.profile import session as profile
 from asyncbatch.profile.diagnosis import Place, floor_numbers, make_report
 from asyncbatch.profile.measurement import Measurement
 from asyncbatch.profile.options import PRESETS, parse_arguments, settle
-from asyncbatch.profile.report import Floor, Gpu, ModelFacts
+from asyncbatch.profile.report import Floor, ModelFacts
 from asyncbatch.profile.text import table
 from asyncbatch.profile.workload import Sizes
 from asyncbatch.timeline import load_trace
@@ -389,43 +389,7 @@ def test_without_a_gpu_presets_point_to_emulation(call, arguments, tmp_path):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """As if the tiny models were on a GPU. Returns the log of what was opened and closed."""
-    log = []
-
-    def logged(base, engine):
-        class Logged(base):
-            setting = "as it is"
-
-            def __init__(self, model, *, compile=False, **options):
-                self.compile = compile
-                super().__init__(model, **options)
-                log.append(("open", engine, self.mode, compile, self.shape.max_batch_size))
-
-            def close(self):
-                log.append(("close", engine, self.mode))
-                super().close()
-
-        return Logged
-
-    ours = {"sync": logged(SyncBatcher, "asyncbatch"), "async": logged(AsyncBatcher, "asyncbatch")}
-    theirs = {"sync": logged(SyncBatcher, "transformers"), "async": logged(AsyncBatcher, "transformers")}
-    peers = types.ModuleType("asyncbatch.profile.peers.batcher")
-    peers.TransformersBatcher = lambda model, *, mode, **options: theirs[mode](model, **options)
-    monkeypatch.setitem(sys.modules, "asyncbatch.profile.peers.batcher", peers)
-    monkeypatch.setattr(turns, "BATCHERS", ours)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(profile, "is_on_cuda", lambda model: True)
-    monkeypatch.setattr(profile, "gpu_facts", lambda: Gpu.from_json(SESSION["gpu"]))
-    monkeypatch.setattr(profile, "copy_bandwidth", lambda device: 4e12)
-    monkeypatch.setattr(diagnosis, "versions", lambda: SESSION["versions"])
-    small = dict(engine=["asyncbatch", "transformers"], prompt_tokens=4, new_tokens=5, repeats=1, compile=True)
-    monkeypatch.setitem(PRESETS, "headline", dict(small, workloads=[("random:tiny", 3)]))
-    sweep = [(model, batch) for model in ("random:tiny", "random:other") for batch in (1, 2)]
-    monkeypatch.setitem(PRESETS, "sweep", dict(small, workloads=sweep))
-    load = profile.load_model
-    tiny = {"random:other": "random:tiny"}
-    monkeypatch.setattr(profile, "load_model", lambda name, **kw: load(tiny.get(name, name), **kw))
-    return types.SimpleNamespace(log=log, peers=peers, ours=ours, theirs=theirs)
+    return pretend_gpu(monkeypatch)
 
 
 def test_a_preset_measures_both_engines_one_after_the_other_and_records_them(call, gpu, tmp_path):
