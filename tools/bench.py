@@ -1,12 +1,15 @@
 """Measure the package itself and print each figure beside its target. Asserts nothing: a busy machine is no fault.
 
     python tools/bench.py        or: make bench (about five minutes on 2 cores)
+    python tools/bench.py --host-work
     python tools/bench.py --targets out/report.json
 
 With --targets nothing is measured. It prints the speed that this package is to reach on a GPU, beside the numbers in a
-preset's report (`python -m asyncbatch.profile --preset headline --out out`). Without it:
+preset's report (`python -m asyncbatch.profile --preset headline --out out`). With --host-work only the first of the
+following is measured, to be compared before and after a change. Without either:
 
-1. Host work per step at batch 32 beside a device that takes no time: the loop's own cost, and the block tables' part.
+1. Host work per step at 1 to 256 rows beside a device that takes no time: the loop's own cost, and the block tables'
+   part. Where there is a GPU, the same beside it too, on which a step of the tiny model takes a moment only.
 2. Overlap on the embedded model with 20 ms of added host work a step: the asynchronous wall time, over the longer of
    the device's time alone (its steps in a synchronous run without added work) and the host's time alone (its spans but
    "wait" in a synchronous run with added work).
@@ -27,9 +30,10 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from asyncbatch import AsyncBatcher, Request, SyncBatcher, Timeline, load_model
 from asyncbatch.measure.law import overlap_gain
@@ -38,6 +42,7 @@ from asyncbatch.profile.compare import load
 from asyncbatch.profile.report import OWN, Comparison, ContextSteps, Report, Run
 
 ROUNDS = 5
+ROWS, ROWS_IN_PHASES = (1, 8, 32, 128, 256), (32, 256)  # of a step whose host work is measured, and told by phase
 OVERLAP_ROUNDS = 9  # single rounds scatter by several per cent on 2 cores
 PAIRS = 15
 HOST_WORK_S = 0.020
@@ -105,27 +110,41 @@ def block_table_s(batcher) -> list[float]:
     return spent
 
 
-def bench_host_work() -> None:
-    print("Host work per step, batch 32, a device that takes no time (random:tiny, 256 tokens each)")
-    model, _ = load_model("random:tiny")
-    workload = requests(model, count=32, new_tokens=256)
-    for kind in (SyncBatcher, AsyncBatcher):
-        with kind(model, max_batch_size=32, step_s=0.0) as batcher:
-            batcher.run(workload)
-            rounds = []
-            for _ in range(ROUNDS):
-                batcher.run(workload)
-                rounds.append(host_ms(batcher.timeline))
-            # In runs of their own: two looks at the clock for each call would count as host work above.
-            spent, steps = block_table_s(batcher), 0
-            for _ in range(ROUNDS):
-                batcher.run(workload)
-                steps += len(batcher.timeline.steps)
-        totals = [each["total"] for each in rounds]
-        show(f"{kind.mode}: total", statistics.median(totals), "ms", "1.0 at most", between(totals))
-        for phase in ("plan", "fill", "launch", "commit"):
-            show(f"{kind.mode}: {phase}", statistics.median(each[phase] for each in rounds), "ms")
-        show(f"{kind.mode}: of it block tables and pruning (mean)", 1e3 * spent[0] / steps, "ms", "0.1 at most")
+def bench_host_work(rows: Sequence[int] = ROWS, rounds: int = ROUNDS, new_tokens: int = 256) -> None:
+    for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+        model, _ = load_model("random:tiny", device=device)
+        # On a GPU the graphs' launches are measured too; the timed device is the worker process, wherever a GPU is.
+        options: dict[str, Any] = {"max_length": 16 + new_tokens} | ({"step_s": 0.0} if device == "cpu" else {})
+        what = "a device that takes no time" if device == "cpu" else torch.cuda.get_device_name()
+        print(f"Host work per step, beside {what} (random:tiny, {new_tokens} tokens each, median of {rounds} runs)")
+        for count in rows:
+            for kind in (SyncBatcher, AsyncBatcher):
+                with kind(model, max_batch_size=count, **options) as batcher:
+                    show_host_work(batcher, requests(model, count, new_tokens), rounds)
+
+
+def show_host_work(batcher, workload: list[Request], rounds: int) -> None:
+    """Print the host work per step of a workload that fills the batch: the total, and for some sizes the phases."""
+    count, what = len(workload), f"{batcher.mode}, {len(workload)} rows"
+    batcher.run(workload)
+    measured = []
+    for _ in range(rounds):
+        batcher.run(workload)
+        measured.append(host_ms(batcher.timeline))
+    totals = [each["total"] for each in measured]
+    # At 32 rows there is a target for the host's work, at the others there is none.
+    show(f"{what}: total", statistics.median(totals), "ms", "1.0 at most" if count == 32 else "", between(totals))
+    if count not in ROWS_IN_PHASES:
+        return
+    for phase in ("plan", "fill", "launch", "commit"):
+        show(f"{what}: {phase}", statistics.median(each[phase] for each in measured), "ms")
+    # In runs of their own: two looks at the clock for each call would count as host work above.
+    spent, steps = block_table_s(batcher), 0
+    for _ in range(rounds):
+        batcher.run(workload)
+        steps += len(batcher.timeline.steps)
+    part = f"{what}: block tables, pruning (mean)"
+    show(part, 1e3 * spent[0] / steps, "ms", "0.1 at most" if count == 32 else "")
 
 
 def in_turns(batchers: dict, workload: list[Request], rounds: int) -> dict:
@@ -280,6 +299,7 @@ def _word(row: Target) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measure the package itself, beside its targets.")
     parser.add_argument("--targets", metavar="REPORT.json", help="measure nothing: judge the report of a preset")
+    parser.add_argument("--host-work", action="store_true", help="measure only the host's work per step, not the rest")
     options = parser.parse_args(arguments)
     if options.targets is not None:
         try:
@@ -292,6 +312,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if hasattr(os, "getloadavg"):
         print(f"{os.cpu_count()} cores, load before this began: {os.getloadavg()[0]:.2f} (should be near 0)")
     bench_host_work()
+    if options.host_work:
+        return 0
     bench_overlap()
     bench_import()
     return 0

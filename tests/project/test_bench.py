@@ -1,4 +1,5 @@
-"""`tools/bench.py --targets` holds the report of a preset to the speed that this package is to reach on a GPU."""
+"""`tools/bench.py --targets` holds the report of a preset to the speed that this package is to reach on a GPU, and
+`--host-work` measures what the loops themselves cost."""
 
 from __future__ import annotations
 
@@ -111,3 +112,18 @@ def test_the_command_reads_a_report_and_prints_a_line_for_each_target(tmp_path, 
     assert bench.main(["--targets", str(tmp_path / "none.json")]) == 2
     assert capsys.readouterr().err == f"bench.py: --targets {tmp_path / 'none.json'}: No such file or directory\n"
     assert "no target" in bench.targets_table([])
+
+
+def test_host_work_alone_is_measured_at_each_size_and_told_by_phase_at_some(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "ROWS_IN_PHASES", (3,))
+    monkeypatch.setattr(bench.torch.cuda, "is_available", lambda: False)
+    measure = bench.bench_host_work
+    monkeypatch.setattr(bench, "bench_host_work", lambda: measure(rows=(1, 3), rounds=1, new_tokens=4))
+    assert bench.main(["--host-work"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    told = [line[:46].strip() for line in lines]
+    parts = ("total", "plan", "fill", "launch", "commit", "block tables, pruning (mean)")
+    small, large = ([f"{mode}, {rows} rows: {part}" for part in parts] for mode, rows in (("sync", 3), ("async", 3)))
+    assert told == ["sync, 1 rows: total", "async, 1 rows: total", *small, *large]
+    assert all(float(line[46:].split()[0]) > 0 for line in lines)
+    assert bench.ROWS == (1, 8, 32, 128, 256)
