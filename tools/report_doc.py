@@ -31,6 +31,7 @@ PARTS = {
     "runs[].overhead": "overhead",
     "runs[].kineto": "kineto",
     "runs[].first_context, last_context": "context",
+    "runs[].request_floor": "request_floor",
     "comparisons[]": "comparison",
     "recorded[]": "recorded",
     "failed[]": "failed",

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..measure.bandwidth import run_floor_s, step_floor_s
+from ..measure.bandwidth import requests_floor, run_floor_s, step_floor_s
 from ..measure.law import idle_share
 from ..measure.points import LANE, MEANING, NO_REQUEST
 from ..measure.recording import Recording
@@ -38,6 +38,7 @@ from .report import (
     ModelFacts,
     RecordedRun,
     Report,
+    RequestFloor,
     Run,
     workload_key,
 )
@@ -51,13 +52,14 @@ LOOPS = {"sync": "synchronous", "async": "asynchronous"}
 @dataclass(frozen=True)
 class Place:
     """Where the measurements were made: device, GPU, its copy bandwidth, and the models that were on it, by name.
-    recording: the one whose device was emulated."""
+    recording: the one whose device was emulated. matmul: operations a second of the GPU's matrix products."""
 
     device: str
     gpu: Gpu | None = None
     bandwidth: float | None = None
     models: Mapping[str, ModelFacts] = field(default_factory=dict)
     recording: Recording | None = None
+    matmul: float | None = None
 
 
 # ---- the report ---------------------------------------------------------------------------------------------------
@@ -97,6 +99,7 @@ def make_report(
         command=shlex.join(["python", "-m", "asyncbatch.profile", *settings.command]),
         first=first,
         verdict=verdict,
+        matmul_flops_per_s=place.matmul,
     )
     return report, [one.typical for one in measurements]
 
@@ -135,6 +138,7 @@ def run_of(one: Measurement, place: Place) -> Run:
         prediction=why.prediction if one.workload.arrivals == "all" else None,
         workload=one.workload.name,
         longest_gap_ms=longest_gap_ms(timeline),
+        request_floor=request_floor(one, summary["wall_s"], place),
     )
 
 
@@ -197,6 +201,26 @@ def longest_gap_ms(timeline: Timeline) -> float | None:
         stops - begins - np.maximum(np.interp(stops, times, asked_nothing) - np.interp(begins, times, asked_nothing), 0)
     )
     return 1e3 * max(float(gaps.max()), 0.0)
+
+
+def request_floor(one: Measurement, wall_s: float, place: Place) -> RequestFloor | None:
+    """A run beside the least time of its requests. None without a GPU, and where not all requests were there from the
+    beginning and answered with at least one token."""
+    facts, served = place.models.get(one.workload.model), one.served
+    if facts is None or facts.flops_per_token is None or place.bandwidth is None or place.matmul is None:
+        return None
+    if one.workload.arrivals != "all" or not served or min(new for _, new in served) < 1:
+        return None
+    least = requests_floor(
+        facts.weight_bytes,
+        facts.kv_bytes_per_token,
+        facts.flops_per_token,
+        served,
+        one.workload.batch_size,
+        place.bandwidth,
+        place.matmul,
+    )
+    return RequestFloor(least.total_s, wall_s / least.total_s, *least)
 
 
 def floor_numbers(steps: Steps, wall_s: float, model: ModelFacts | None, bandwidth: float) -> Floor:

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from ..devices.worker import device_threads
-from ..measure.bandwidth import kv_bytes_per_token, weight_bytes
+from ..measure.bandwidth import flops_per_token, kv_bytes_per_token, weight_bytes
 from ..measure.recording import Recording
 from .report import Gpu, ModelFacts
 from .workload import max_positions
@@ -79,4 +79,5 @@ def model_facts(model) -> ModelFacts:
         kv_bytes_per_token=kv_bytes_per_token(config, model.dtype),
         vocab_size=config.vocab_size,
         max_positions=max_positions(config),
+        flops_per_token=flops_per_token(model),
     )

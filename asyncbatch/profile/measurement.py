@@ -16,14 +16,16 @@ from .workload import Sizes, Workload
 class Measurement:
     """One engine in one mode on one workload, and its runs so far.
 
-    slots: of the asynchronous batcher, also where this is a synchronous one. setting, prefill_tokens: what the batcher
-    says of itself. interrupted: its only run was ended by Ctrl-C: times and steps of what ran, and no completions."""
+    prompts: the length of each request's prompt. slots: of the asynchronous batcher, also where this is a synchronous
+    one. setting, prefill_tokens: what the batcher says of itself. interrupted: its only run was ended by Ctrl-C: times
+    and steps of what ran, and no completions."""
 
     workload: Workload
     sizes: Sizes
     engine: str
     mode: str
     slots: int = 2
+    prompts: tuple[int, ...] = ()
     setting: str | None = None
     prefill_tokens: int | None = None
     runs: list[tuple[Timeline, list[Completion]]] = field(default_factory=list)
@@ -45,6 +47,12 @@ class Measurement:
     def explanation(self) -> Explanation:
         """Of the typical run, made once: a preset writes its report again after each workload."""
         return Explanation.of(self.typical, self.mode, self.slots)
+
+    @property
+    def served(self) -> list[tuple[int, int]]:
+        """(prompt tokens, new tokens) of each request of the typical run; nothing for an interrupted run."""
+        completions = self.typical_run[1]
+        return [(prompt, len(one.token_ids)) for prompt, one in zip(self.prompts, completions, strict=False)]
 
     @property
     def tokens(self) -> list[list[list[int]]]:

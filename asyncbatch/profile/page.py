@@ -49,7 +49,7 @@ from .report import (
     workload_key,
     workload_words,
 )
-from .text import FLOOR_ROWS, LATENCY_ROWS, LATER_ROWS, ROWS, cost_in_words, number, with_hundredths
+from .text import FLOOR_ROWS, LATENCY_ROWS, LATER_FLOOR_ROWS, LATER_ROWS, ROWS, cost_in_words, number, with_hundredths
 
 SECTIONS = {
     "summary": "Summary",
@@ -64,6 +64,12 @@ WORDS = (
     ("Idle", "1 - active: over the decode steps, the time between the end of a step and the start of the next one."),
     ("Kernel busy", "union of kernel and copy intervals from the profiler / wall time over the same window."),
     ("Host work", "host time of a step that is not waiting; the table has the median over the decode steps."),
+    (
+        "Floor of the requests",
+        "the least time that they need with so many rows: decode steps read the weights and the "
+        "keys and values once, prompts take the time of their matrix products or of one reading of the weights.",
+    ),
+    ("Longest gap", "the longest that the device was idle between two steps of any kind."),
     ("Wasted token", "a token computed for a request that had finished already."),
 )
 NamedRun = tuple[str, Run]  # what a run is called on the page, and the run
@@ -192,7 +198,7 @@ def _lines(runs: Sequence[Totals]) -> list[list[str]]:
     """A line for each number that at least one run has."""
     lines: list[list[str]] = []
     floors = any(run.floor_s is not None for run in runs)
-    rows = (*ROWS, *LATER_ROWS, *FLOOR_ROWS)
+    rows = (*ROWS, *LATER_ROWS, *FLOOR_ROWS, *LATER_FLOOR_ROWS)
     for label, key, form, factor in with_hundredths(rows) if floors else rows:
         values = [getattr(run, key, None) for run in runs]
         if any(value is not None for value in values):
@@ -349,6 +355,7 @@ def _facts(report: Report, runs: list[NamedRun]) -> list[tuple[str, str]]:
         "Device": report.device,
         "GPU": _card(report.gpu) if report.gpu else None,
         "Copy bandwidth": f"{bandwidth / 1e12:.3f} TB/s, read plus write" if bandwidth else None,
+        "Matrix products": f"{rate / 1e12:.0f} TFLOP/s" if (rate := report.matmul_flops_per_s) else None,
         "Model": report.model,
         "Workload": ", ".join(_options(report.workload)),
         "Versions": ", ".join(f"{name} {version}" for name, version in report.versions.items() if version),

@@ -9,77 +9,13 @@ or what the file of an older version does not have. `diagnosis.py` makes reports
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
-from functools import cache
-from types import UnionType
-from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+from .record import AnyRecord, Record
 
 SCHEMA = 4
 OWN = "asyncbatch"  # the name of this package among the engines
-
-
-# ---- to and from JSON ---------------------------------------------------------------------------------------------
-
-AnyRecord = TypeVar("AnyRecord", bound="Record")
-
-
-class Record:
-    """A dataclass whose fields all have defaults, to and from JSON by the names of its fields."""
-
-    LATER: ClassVar[tuple[str, ...]] = ()  # fields that are left out of the JSON where they are None, as once they were
-
-    @classmethod
-    def from_json(cls: type[AnyRecord], data: dict[str, Any]) -> AnyRecord:
-        """The record in a dict. A field that is missing or null, or that should be an object or a list and is
-        something else, gets its default. Numbers and texts are taken as they are, unknown fields are left out."""
-        values = {}
-        for name, kind in _kinds(cls).items():  # type: ignore[arg-type]
-            value = _read(kind, data.get(name))
-            if value is not None:
-                values[name] = value
-        return cls(**values)
-
-    def to_json(self) -> dict[str, Any]:
-        """The record as plain values for JSON."""
-        return self._json_of([one.name for one in fields(self)])  # type: ignore[arg-type]
-
-    def _json_of(self, names: Sequence[str]) -> dict[str, Any]:
-        values = {name: _plain(getattr(self, name)) for name in names}
-        return {name: value for name, value in values.items() if value is not None or name not in self.LATER}
-
-
-@cache
-def _kinds(record: type) -> dict[str, Any]:
-    """The type of each field."""
-    hints = get_type_hints(record)
-    return {one.name: hints[one.name] for one in fields(record)}
-
-
-def _read(kind: Any, value: Any) -> Any:
-    """A JSON value as a field of this type; None if it is null or cannot be one."""
-    if get_origin(kind) in (Union, UnionType):
-        records = [one for one in get_args(kind) if is_dataclass(one) or get_origin(one) is tuple]
-        kind = records[0] if records else Any
-    inner = get_args(kind)
-    if is_dataclass(kind):
-        return kind.from_json(value) if isinstance(value, dict) else None  # type: ignore[union-attr]
-    if get_origin(kind) is tuple:
-        items = [_read(inner[0], item) for item in value] if isinstance(value, list) else None
-        return None if items is None else tuple(item for item in items if item is not None)
-    if get_origin(kind) is dict:
-        return {key: _read(inner[1], item) for key, item in value.items()} if isinstance(value, dict) else None
-    return value
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Record):
-        return value.to_json()
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return value
 
 
 # ---- the parts of a run -------------------------------------------------------------------------------------------
@@ -183,6 +119,17 @@ class Floor(Record):
 
 
 @dataclass(frozen=True)
+class RequestFloor(Record):
+    """A run beside the least time that its requests need (see `measure.bandwidth.requests_floor`)."""
+
+    floor_s: float | None = None
+    time_over_floor: float | None = None
+    decode_steps: int | None = None
+    decode_s: float | None = None
+    prompts_s: float | None = None
+
+
+@dataclass(frozen=True)
 class Overhead(Record):
     """What measuring costs: a share of a step, where that lies with 95 % confidence, and the share of each pair."""
 
@@ -247,7 +194,7 @@ class Totals(Record):
         return super().from_json({**data, "floor": data if has_floor else None})
 
     def to_json(self) -> dict[str, Any]:
-        made = self._json_of(self.ORDER)
+        made = self.json_of(self.ORDER)
         return made | (made.pop("floor") or {})
 
     @property
@@ -283,8 +230,8 @@ class Run(Totals):
 
     ORDER = ("engine", "mode", *SUMMARY, "device_ms_per_step", "latency", "wall_s_of_each_run", *SERVED, "setting",
              "prefill_tokens", "interrupted", "overhead", "kineto", "points", "gaps", "what_if", "prediction",
-             "workload", "longest_gap_ms", "floor")  # fmt: skip
-    LATER = ("workload", "longest_gap_ms")
+             "workload", "longest_gap_ms", "request_floor", "floor")  # fmt: skip
+    LATER = ("workload", "longest_gap_ms", "request_floor")
 
     latency: Latency | None = None
     wall_s_of_each_run: tuple[float, ...] = ()
@@ -297,6 +244,15 @@ class Run(Totals):
     prediction: Prediction | None = None
     workload: str | None = None
     longest_gap_ms: float | None = None
+    request_floor: RequestFloor | None = None
+
+    @property
+    def request_floor_s(self) -> float | None:
+        return self.request_floor.floor_s if self.request_floor else None
+
+    @property
+    def time_over_request_floor(self) -> float | None:
+        return self.request_floor.time_over_floor if self.request_floor else None
 
 
 @dataclass(frozen=True)
@@ -356,11 +312,14 @@ class Gpu(Record):
 class ModelFacts(Record):
     """What the floor of a model is computed from, and which requests it takes."""
 
+    LATER = ("flops_per_token",)
+
     dtype: str | None = None
     weight_bytes: int = 0
     kv_bytes_per_token: int = 0
     vocab_size: int | None = None
     max_positions: int | None = None
+    flops_per_token: int | None = None
 
 
 @dataclass(frozen=True)
@@ -401,6 +360,8 @@ class Report(Record):
     each other engine. async_speedup, law_idle, first and verdict: only where there is one workload. first: what to
     eliminate first. verdict: what asynchronous batching brings."""
 
+    LATER = ("matmul_flops_per_s",)
+
     schema: int | None = None
     model: str | None = None
     device: str | None = None
@@ -424,3 +385,4 @@ class Report(Record):
     command: str | None = None
     first: str | None = None
     verdict: str | None = None
+    matmul_flops_per_s: float | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from ..measure.bandwidth import copy_bandwidth
+from ..measure.bandwidth import copy_bandwidth, matmul_rate
 from ..measure.recording import Recording
 from ..models.load import load_model
 from ..timeline import Timeline, save_trace
@@ -34,6 +34,7 @@ class Session:
         self.device = ""
         self.gpu: Gpu | None = None
         self.bandwidth: float | None = None
+        self.matmul: float | None = None
 
     # ---- measuring -------------------------------------------------------------------------------------------------
 
@@ -111,8 +112,10 @@ class Session:
 
     def _look_at_gpu(self, name: str, model) -> None:
         if self.bandwidth is None:
-            self.gpu, self.bandwidth = gpu_facts(), copy_bandwidth(next(model.parameters()).device)
-            tell(f"copy bandwidth: {self.bandwidth / 1e12:.3f} TB/s")
+            place = next(model.parameters())
+            self.gpu, self.bandwidth = gpu_facts(), copy_bandwidth(place.device)
+            self.matmul = matmul_rate(place.device, place.dtype)
+            tell(f"copy bandwidth: {self.bandwidth / 1e12:.3f} TB/s, matrix products: {self.matmul / 1e12:.0f} TFLOP/s")
         self.models[name] = model_facts(model)
 
     def _note_failure(self, workload: Workload, engine: str, mode: str, error: BaseException) -> None:
@@ -124,7 +127,7 @@ class Session:
 
     def report(self) -> tuple[Report, list[Timeline]]:
         """The report, and the timeline of each of its runs."""
-        place = Place(self.device, self.gpu, self.bandwidth, self.models, self.recording)
+        place = Place(self.device, self.gpu, self.bandwidth, self.models, self.recording, self.matmul)
         return make_report(self.settings, self.measurements, place, self.failed)
 
     def write(self, made: tuple[Report, list[Timeline]] | None = None) -> None:

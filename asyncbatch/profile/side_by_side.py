@@ -1,6 +1,7 @@
 """Workloads that have names, side by side: a line for each of their runs, which says where another engine is faster.
 
-The table in the terminal, the one on the page and the one in the README are made from `HEAD` and `lines`.
+The table in the terminal, the one on the page and the one in the README are made from `HEAD` and `lines`. The floor is
+that of the requests, the same for every engine, and not the one that counts an engine's own steps.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def _line(run: Run, faster_in: str) -> list[str]:
     first = (run.latency or Latency()).first_token_ms
     cells = ((run.wall_s, "{:.2f}", 1), (run.tokens_per_s, "{:.0f}", 1), (run.idle, "{:.2f}", 100),
              (run.longest_gap_ms, "{:.2f}", 1), (first.median, "{:.0f}", 1), (first.p99, "{:.0f}", 1),
-             (run.floor_s, "{:.2f}", 1), (run.time_over_floor, "{:.2f}x", 1))  # fmt: skip
+             (run.request_floor_s, "{:.2f}", 1), (run.time_over_request_floor, "{:.2f}x", 1))  # fmt: skip
     numbers = ("-" if value is None else form.format(factor * value) for value, form, factor in cells)
     return [workload_words(run), str(run.engine), str(run.mode), *numbers, faster_in]
 

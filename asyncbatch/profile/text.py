@@ -27,6 +27,10 @@ FLOOR_ROWS = (
     ("floor of the run", "floor_s", "{:.3f} s", 1),
     ("time over floor", "time_over_floor", "{:.3f}x", 1),
 )
+LATER_FLOOR_ROWS = (
+    ("floor of requests", "request_floor_s", "{:.3f} s", 1),
+    ("time over that", "time_over_request_floor", "{:.3f}x", 1),
+)
 LATENCY_ROWS = (("first token", "first_token_ms"), ("per token", "per_token_ms"), ("end to end", "end_to_end_ms"))
 CONTEXT_ROWS = (
     ("device per step", "ms", "{:.3f} ms"),
@@ -42,6 +46,8 @@ def table(report: Report) -> str:
     lines += [*([""] if lines else []), f"model: {report.model}", f"device: {report.device}"]
     if report.copy_bandwidth_bytes_per_s:
         lines.append(f"copy bandwidth, read plus write: {report.copy_bandwidth_bytes_per_s / 1e12:.3f} TB/s")
+    if report.matmul_flops_per_s:
+        lines.append(f"matrix products: {report.matmul_flops_per_s / 1e12:.0f} TFLOP/s")
     lines.append("")
     if side_by_side.has_names(report):
         lines += lines_of_names(report)
@@ -81,7 +87,8 @@ def columns(report: Report) -> list[str]:
     for label, key, form, factor in with_hundredths((*ROWS, *FLOOR_ROWS)) if floors else ROWS:
         rows.append([label, *(number(getattr(run, key), form, factor) for run in runs)])
         if key == "idle":
-            rows += _later(runs)
+            rows += _later(runs, LATER_ROWS)
+    rows += _later(runs, LATER_FLOOR_ROWS)
     if report.workload.over_time:
         rows += _latencies(runs)
     if floors:
@@ -93,8 +100,8 @@ def columns(report: Report) -> list[str]:
     return [table_line(row, [20] + [14] * (len(row) - 1)) for row in rows]
 
 
-def _later(runs: Sequence[Totals]) -> Iterable[list[str]]:
-    for label, key, form, factor in LATER_ROWS:
+def _later(runs: Sequence[Totals], later: Iterable[tuple[str, str, str, int]]) -> Iterable[list[str]]:
+    for label, key, form, factor in later:
         values = [getattr(run, key, None) for run in runs]
         if any(value is not None for value in values):
             yield [label, *(number(value, form, factor) for value in values)]

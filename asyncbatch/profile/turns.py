@@ -83,6 +83,7 @@ class Turns:
         engine, mode = key
         batcher = stack.enter_context(open_batcher(engine, mode, self.settings, self.job))
         measurement = Measurement(self.job.workload, self.job.sizes, engine, mode, self.settings.slots)
+        measurement.prompts = tuple(len(request.token_ids) for request in self.job.requests)
         measurement.setting = getattr(batcher, "setting", None)
         measurement.prefill_tokens = getattr(getattr(batcher, "shape", None), "prefill_tokens", None)
         return batcher, measurement

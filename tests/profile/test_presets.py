@@ -11,6 +11,7 @@ from support.presets import pretend_gpu
 from support.reports import REAL, call_script, measured
 
 from asyncbatch import Timeline, load_model
+from asyncbatch.measure.bandwidth import requests_floor
 from asyncbatch.measure.points import LANE, NO_REQUEST
 from asyncbatch.profile import session as profile
 from asyncbatch.profile import side_by_side, turns
@@ -130,6 +131,28 @@ def test_all_workloads_are_measured_with_both_engines_and_the_model_of_several_i
     assert {run["requests"] for run in mixed} == {7}
     assert all(run["longest_gap_ms"] >= 0 for run in data["runs"])
     assert all(run["latency"]["first_token_ms"]["p99"] > 0 for run in data["runs"])
+
+
+def test_the_floor_of_a_workload_is_that_of_its_requests_whoever_serves_them(ran):
+    data, text, html, _ = ran
+    facts = data["models"]["random:tiny"]
+    assert data["matmul_flops_per_s"] == 7e14
+    assert "matrix products: 700 TFLOP/s" in text
+    for name in NAMES:
+        floors = [run["request_floor"] for run in data["runs"] if run["workload"] == name]
+        assert len({one["floor_s"] for one in floors}) == 1
+    run = next(run for run in data["runs"] if run["workload"] == "long prompts")
+    least = requests_floor(facts["weight_bytes"], facts["kv_bytes_per_token"], facts["flops_per_token"],
+                           [(40, 2)] * 5, 3, 4e12, 7e14)  # fmt: skip
+    assert run["request_floor"] == {
+        "floor_s": least.total_s,
+        "time_over_floor": run["wall_s"] / least.total_s,
+        "decode_steps": 2,
+        "decode_s": least.decode_s,
+        "prompts_s": least.prompts_s,
+    }
+    assert f"{run['wall_s'] / least.total_s:.2f}x" in text
+    assert f"{run['wall_s'] / least.total_s:.2f}x" in html
 
 
 def test_no_latency_point_is_recorded_in_a_preset_on_either_engine(ran, gpu, monkeypatch):

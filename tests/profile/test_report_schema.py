@@ -67,9 +67,27 @@ def test_what_only_a_gpu_or_an_option_gives_is_in_the_schema_too():
         "kernels": 12,
         "note": "n",
     }
+    run["request_floor"] = {
+        "floor_s": 4.0,
+        "time_over_floor": 1.3,
+        "decode_steps": 254,
+        "decode_s": 1.4,
+        "prompts_s": 2.6,
+    }
+    run["workload"] = report["comparisons"][0]["workload"] = "long prompts"
+    report["matmul_flops_per_s"] = 7e14
+    report["models"] = {
+        "m": {"dtype": "bfloat16", "weight_bytes": 1, "kv_bytes_per_token": 1, "vocab_size": 1, "max_positions": 1,
+              "flops_per_token": 1}
+    }  # fmt: skip
     report["gpu"] = {"name": "NVIDIA H200", "memory_gib": 139.8, "driver": None, "compute_capability": "9.0"}
     report["copy_bandwidth_bytes_per_s"] = 4.28e12
     report["failed"] = [{"engine": "e", "mode": "sync,async", "model": "m", "batch_size": 8, "error": "no"}]
+    report["failed"].append({**report["failed"][0], "workload": "mixed"})
+    again = Report.from_json(report).to_json()
+    for key in ("models", "failed", "comparisons", "matmul_flops_per_s"):
+        assert again[key] == report[key]
+    assert [again["runs"][0][key] for key in ("request_floor", "workload")] == [run["request_floor"], run["workload"]]
     assert problems(report) == []
 
 

@@ -45,6 +45,7 @@ def pretend_gpu(monkeypatch) -> types.SimpleNamespace:
     monkeypatch.setattr(profile, "is_on_cuda", lambda model: True)
     monkeypatch.setattr(profile, "gpu_facts", lambda: Gpu.from_json(SESSION["gpu"]))
     monkeypatch.setattr(profile, "copy_bandwidth", lambda device: 4e12)
+    monkeypatch.setattr(profile, "matmul_rate", lambda device, dtype: 7e14)
     monkeypatch.setattr(diagnosis, "versions", lambda: SESSION["versions"])
     small = dict(engine=["asyncbatch", "transformers"], prompt_tokens=4, new_tokens=5, repeats=1, compile=True)
     monkeypatch.setitem(PRESETS, "headline", dict(small, workloads=[("random:tiny", 3)]))
