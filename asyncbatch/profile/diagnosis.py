@@ -42,7 +42,7 @@ from .report import (
     Run,
     workload_key,
 )
-from .workload import Workload, latency
+from .workload import latency
 
 OVER_TIME = "Requests arrive over time, so no total time is predicted: compare the latencies of the two loops."
 WORTH_SAYING = 0.01  # a latency point that would give back less is not worth eliminating
@@ -152,9 +152,10 @@ def by_workload(runs: Iterable[Run]) -> list[list[Run]]:
 
 def same_tokens(measurements: Iterable[Measurement]) -> dict[str, bool]:
     """For each engine whether all of its runs on one workload gave the same tokens."""
-    tokens: dict[tuple[str, Workload], list[Any]] = {}
+    tokens: dict[tuple[str, Any], list[Any]] = {}
     for one in measurements:
-        tokens.setdefault((one.engine, one.workload), []).extend(one.tokens)
+        workload = one.workload.name, one.workload.model, one.workload.batch_size
+        tokens.setdefault((one.engine, workload), []).extend(one.tokens)
     same: dict[str, bool] = {}
     for (engine, _), of_runs in tokens.items():
         same[engine] = same.get(engine, True) and all(other == of_runs[0] for other in of_runs[1:])
