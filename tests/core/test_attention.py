@@ -4,6 +4,7 @@ The Triton kernels run here too: without a GPU, conftest.py has Triton interpret
 
 from __future__ import annotations
 
+import contextlib
 import types
 
 import pytest
@@ -124,6 +125,18 @@ def test_the_prefill_kernel_attends_from_each_token_to_its_row_up_to_itself(rows
     assert not output[len(case.histories) :].any()  # padding gets zeros
 
 
+@contextlib.contextmanager
+def many_splits():
+    """Tiles of 16 keys and no least size of a split, so that short contexts have several of them."""
+    from asyncbatch.devices.cuda import kernels
+
+    tiling = kernels.tiling
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "tiling", lambda *given: {**tiling(*given), "TILE": 16})
+        patch.setattr(kernels, "least_split", lambda splits: 1)
+        yield
+
+
 @needs_triton
 @settings(max_examples=25, deadline=None)
 @given(
@@ -133,16 +146,12 @@ def test_the_prefill_kernel_attends_from_each_token_to_its_row_up_to_itself(rows
 def test_the_decode_kernel_joins_its_splits_and_leaves_rows_alone_that_do_not_decode(
     cached, seed, splits, group, dim, data
 ):
-    from asyncbatch.devices.cuda import kernels
-
     case = Case([(n, 1) for n in cached], seed, group=group, dim=dim, device=DEVICE)
     dead = data.draw(st.sets(st.integers(0, len(cached) - 1)))
     case.batch.count[list(dead)] = 0
     case.batch.splits = splits
     case.batch.arrived = torch.zeros(len(cached) * 2, dtype=torch.int32, device=DEVICE)
-    tiling = kernels.tiling
-    with pytest.MonkeyPatch.context() as patch:  # tiles of 16 keys, so that short contexts have several splits
-        patch.setattr(kernels, "tiling", lambda *given: {**tiling(*given), "TILE": 16})
+    with many_splits():
         before = case.keys.clone()
         output = case.attend("decode")
         assert not case.batch.arrived.any()  # ready for the next layer
@@ -165,7 +174,8 @@ def test_a_row_of_the_decode_kernel_is_bitwise_the_same_alone_and_among_others()
         case = Case([(n, 1) for n in cached], seed=3, device=DEVICE)
         case.batch.count[[row for row in range(4) if row not in live]] = 0
         case.batch.splits, case.batch.arrived = 4, torch.zeros(8, dtype=torch.int32, device=DEVICE)
-        return case.attend("decode")
+        with many_splits():
+            return case.attend("decode")
 
     together = attend(range(4))
     for row in range(4):
@@ -199,7 +209,7 @@ class KernelRunner(Runner):
 @pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU the runner uses the kernels itself: see test_cuda.py")
 def test_a_model_that_attends_with_the_kernels_generates_what_generate_does():
     model = tiny_model()
-    shape = StepShape(max_batch_size=3, num_slots=1, block_size=4, num_blocks=40, max_length=40, prefill_tokens=16)
+    shape = StepShape(max_batch_size=3, num_slots=1, block_size=4, num_blocks=40, max_length=40, prefill_sizes=(16,))
     runner = KernelRunner(model, shape=shape, host=host_buffers(shape, on_cuda=False))
     fields = shape.fields(runner.inputs[0])
     fields["tables"][1] = torch.randperm(40)[:10].int() + 1
@@ -208,7 +218,7 @@ def test_a_model_that_attends_with_the_kernels_generates_what_generate_does():
     fields["prefill_count"][1], fields["prefill_id"][:11] = 11, torch.tensor(prompt)
     fields["prefill_position"][:11] = torch.arange(11)
     with torch.inference_mode():
-        runner.run(StepKind("prefill", False, 3), 0)
+        runner.run(StepKind("prefill", False, 3, 16), 0)
         tokens = [int(runner.outputs[0, 1])]
         fields["prefill_count"][1], fields["decodes"][1], fields["carry"][:] = 0, 1, torch.tensor([-1, 1, -1])
         for position in range(11, 30):

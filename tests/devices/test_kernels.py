@@ -34,7 +34,7 @@ for capability, kib, name, dim in json.loads(sys.argv[1]):
     dtype, shared = getattr(torch, name), 1024 * kib
     queries = kernels.query_tile(4, dim, shared)
     for kernel, constants, tiling in (
-        (kernels._decode, dict(GROUP=4, M=16, SPLITS=8), kernels.tiling(dim, dtype, shared)),
+        (kernels._decode, dict(GROUP=4, M=16, SPLITS=8, LEAST=512), kernels.tiling(dim, dtype, shared)),
         (kernels._prefill, dict(TILES=16, TILE_Q=queries, GROUP=4, M=kernels.power_of_2(4 * queries, 16)),
          kernels.tiling(dim, dtype, shared // 2)),
     ):
