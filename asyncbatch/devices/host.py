@@ -87,6 +87,7 @@ class HostDevice(RealTime):
         self.moments = torch.zeros(num_slots, 4, dtype=torch.float64).share_memory_()
         self._times, self._moments = self.times.numpy(), self.moments.numpy()
         self._events: list[HostEvent] = []
+        self._keep_quiet()
         self.streams = (HostStream(self, 0), HostStream(self, 1), HostStream(self, 2))
         self._events += [stream._end for stream in self.streams]
         # What `close` does; if nobody calls it, the next device of the process does.
@@ -116,4 +117,5 @@ class HostDevice(RealTime):
     def close(self) -> None:
         """Free the program and its memory on the device. The process stays, for the model's next batcher."""
         self._drop()
+        self._quiet()
         self.process.reclaim()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from .garbage import collect_while_waiting, keep_quiet
+
 
 class RealTime:
     """The host's time is `time.perf_counter`, in seconds.
@@ -15,11 +17,16 @@ class RealTime:
     shape: Any = None
     now = staticmethod(time.perf_counter)
 
+    def _keep_quiet(self, *, always_collect: bool = False) -> None:
+        """The device is open: keep the garbage collector from stopping the loop, until `_quiet` is called."""
+        self._quiet = keep_quiet(self, always_collect=always_collect)
+
     def wait_until(self, moment: float) -> None:
         time.sleep(max(0.0, moment - self.now()))
 
     def host_begins(self, phase: str, plan: Any, kv: Any) -> None:
-        pass
+        if phase == "wait":
+            collect_while_waiting()
 
     def host_ends(self, phase: str, plan: Any) -> None:
         if self.host_work_s and phase == "plan" and plan is not None:
