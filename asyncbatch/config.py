@@ -10,6 +10,8 @@ from .kv_cache import blocks_for
 from .slot import StepShape
 from .streams import CostModel
 
+PREFILL_SIZES = (256, 512, 1024, 2048)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -20,8 +22,9 @@ class Config:
     block_size, num_blocks: tokens in a block of the KV cache, and blocks in its pool (default: enough for a full batch
         of the longest requests; on CUDA, as many of them as fit beside the weights).
     max_length: the most tokens, prompt and output together, of one request (default: the model's limit, at most 2048).
-    prefill_tokens: the most prompt tokens computed in one step, and where long prompts are cut (default: 64, on CUDA
-        256).
+    prefill_tokens: how many prompt tokens one step computes: a number, or several sizes. Each chunk of a prompt gets a
+        step of a size that fits it (`scheduler.next_chunk`), and longer prompts are cut (default: 64, on CUDA
+        PREFILL_SIZES). On CUDA a size costs some seconds when the batcher opens.
     batch_sizes: sizes of a step, up to max_batch_size; each step takes the smallest that holds its rows. Default: only
         max_batch_size, so that the tokens are the same bit for bit whoever shares the batch. With several sizes they
         are only the same up to rounding, for a gain that is small (README, "Batch sizes").
@@ -51,7 +54,7 @@ class Config:
     block_size: int = 16
     num_blocks: int | None = None
     max_length: int | None = None
-    prefill_tokens: int | None = None
+    prefill_tokens: int | Sequence[int] | None = None
     batch_sizes: Sequence[int] = ()
     compile: bool = False
     parts: bool = False
@@ -72,19 +75,31 @@ class Config:
         if self.max_length is None:
             object.__setattr__(self, "max_length", min(self.model_length, 2048))
         if self.prefill_tokens is None:
-            object.__setattr__(self, "prefill_tokens", 256 if self.on_cuda else 64)
+            object.__setattr__(self, "prefill_tokens", self._default_prefill())
+        elif isinstance(self.prefill_tokens, Sequence) and not isinstance(self.prefill_tokens, str):
+            object.__setattr__(self, "prefill_tokens", tuple(self.prefill_tokens))
         object.__setattr__(self, "batch_sizes", tuple(self.batch_sizes))  # what is frozen must not change under us
         self._check_sizes()
         self._check_times()
         self._check_device()
 
+    def _default_prefill(self) -> int | tuple[int, ...]:
+        """On CUDA the sizes up to the one that holds the longest prompt."""
+        if not self.on_cuda:
+            return 64
+        needed = sum(size < self.max_length for size in PREFILL_SIZES) + 1  # type: ignore[operator]  # filled in by now
+        return PREFILL_SIZES[:needed]
+
     def _check_sizes(self) -> None:
-        for name in ("max_batch_size", "num_slots", "block_size", "num_blocks", "max_length", "prefill_tokens"):
+        for name in ("max_batch_size", "num_slots", "block_size", "num_blocks", "max_length"):
             value = 1 if name == "num_blocks" and self.num_blocks is None else getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}: allowed are whole numbers from 1")
         if self.max_length > self.model_length:  # type: ignore[operator]  # filled in by now
             raise ValueError(f"max_length is {self.max_length}: the model allows at most {self.model_length} tokens")
+        sizes = self.prefill_tokens if isinstance(self.prefill_tokens, tuple) else (self.prefill_tokens,)
+        if not sizes or any(not isinstance(size, int) or size < 1 for size in sizes):
+            raise ValueError(f"prefill_tokens is {self.prefill_tokens!r}: allowed are whole numbers from 1, one or several")
         if any(not isinstance(size, int) or not 1 <= size <= self.max_batch_size for size in self.batch_sizes):
             raise ValueError(
                 f"batch_sizes is {self.batch_sizes!r}: allowed are whole numbers from 1 to "
@@ -110,9 +125,15 @@ class Config:
             raise ValueError("compile=True needs the model on CUDA: load_model(..., device='cuda')")
 
     @property
+    def prefill_budget(self) -> int:
+        """`Scheduler.prefill_budget`: on a GPU prefill is fast, and steps that decode for a few rows only are a loss."""
+        return PREFILL_SIZES[-1] if self.on_cuda else 0
+
+    @property
     def shape(self) -> StepShape:
         """The fixed shape of every step. On CUDA the number of blocks is what is wanted: what fits may be less."""
         assert self.max_length is not None and self.prefill_tokens is not None  # noqa: PT018
+        sizes = (self.prefill_tokens,) if isinstance(self.prefill_tokens, int) else self.prefill_tokens
         full = self.max_batch_size * blocks_for(self.max_length, self.block_size)
         return StepShape(
             self.max_batch_size,
@@ -120,6 +141,6 @@ class Config:
             self.block_size,
             self.num_blocks or full,
             self.max_length,
-            self.prefill_tokens,
+            tuple(sorted(set(sizes))),
             tuple(sorted(set(self.batch_sizes))),
         )

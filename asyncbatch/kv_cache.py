@@ -103,6 +103,10 @@ class KVCache:
         """The owner's blocks, in the order of its tokens; [] if it has none."""
         return self._tables[self._row[owner], : self._used[owner]].tolist() if owner in self._row else []
 
+    def room(self, owner: int) -> int:
+        """How many tokens the owner's blocks hold."""
+        return self._used.get(owner, 0) * self.block_size
+
     def tables(self, owners: list[int]) -> np.ndarray:
         """The tables of several owners: int32 [len(owners), max_blocks_per_owner], with 0 after the end of each
         table."""

@@ -5,9 +5,9 @@ flight*; `commit` takes the results of one step, in the order of the steps. The 
 it plans N+1, the asynchronous loop plans N+1 (or further) first. Three rules see to it that the tokens are the same:
 
 - A row whose input token is still on the device names the step and row that sampled it (its *carry-over*).
-- A request is computed in the same pieces every time: its prompt in chunks cut at multiples of `prefill_tokens`, each
-  generated token as one decode row. So a preempted request is replayed exactly as it ran first, and no chunk depends on
-  who else is in the batch.
+- A request is computed in the same pieces every time: its prompt in chunks (`next_chunk`), each generated token as one
+  decode row. So a preempted request is replayed exactly as it ran first, and no chunk depends on who else is in the
+  batch.
 - A length limit is known ahead, so nothing is planned beyond it. Only a stop token or a cancellation is found late, and
   what was computed for that request meanwhile is a *wasted token*.
 """
@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 from typing import NamedTuple
 
 from .request import NO_TOKEN, Request, RequestError, finish_reason
@@ -35,6 +35,21 @@ def fit_budget(chunk_sizes: Sequence[int], free_rows: int, budget: int) -> int:
         budget -= size
         fitting += 1
     return fitting
+
+
+def next_chunk(tokens_left: int, sizes: Sequence[int]) -> tuple[int, int]:
+    """(tokens, size) of a prompt's next chunk: how many of its `tokens_left` are computed next, and in a step of which
+    size, one of the rising `sizes`. Only the prompt itself decides that: never who shares the step.
+
+    What is left goes into the smallest size that holds it, if three quarters of that get filled. Otherwise a full step
+    of the largest size comes first that the prompt can fill: padding costs as much as tokens do."""
+    size = next((size for size in sizes if size >= tokens_left), sizes[-1])
+    if 4 * tokens_left < 3 * size:
+        size = max((size for size in sizes if size <= tokens_left), default=size)
+    return min(size, tokens_left), size
+
+
+_new = tuple.__new__  # makes a named tuple in half the time that a call of its class takes
 
 
 class RunState:
@@ -55,6 +70,7 @@ class RunState:
     ):
         self.number, self.request, self.stop_token_ids = number, request, stop_token_ids
         self.stops_on_text = stops_on_text
+        self.sampled = request.sampling.temperature > 0
         self.prompt = [int(token) for token in request.token_ids]
         self.generated: list[int] = []
         self.num_prompt = len(self.prompt)
@@ -110,48 +126,42 @@ class Row(NamedTuple):
 class StepKind(NamedTuple):
     """All that the host must decide about how a step is computed: on CUDA each kind has a graph of its own.
 
-    passes: which forward passes it runs: "decode", "prefill" or "mixed" (both).
-    sampled: whether any row samples; otherwise every row takes its most likely token.
-    rows: how many rows it has, padding included.
+    work: "decode" or "prefill". sampled: whether any row samples; otherwise every row takes its most likely token.
+    rows: how many rows it has, padding included. tokens: the same for the prompt tokens of a prefill step, else 0.
     """
 
-    passes: str
+    work: str
     sampled: bool
     rows: int
+    tokens: int = 0
 
     def __str__(self) -> str:
-        return f"{self.passes}/{'sampled' if self.sampled else 'greedy'}/{self.rows}"
+        of_tokens = f"/{self.tokens}" if self.tokens else ""
+        return f"{self.work}/{'sampled' if self.sampled else 'greedy'}/{self.rows}{of_tokens}"
 
 
 @dataclass
 class BatchPlan:
-    """The rows of one step: first `num_decode` decode rows, then the prefill rows."""
+    """The rows of one step. tokens: 0 for a decode step; for a prefill step its size, one of `prefill_sizes`."""
 
     step: int
     rows: list[Row]
-    num_decode: int
-
-    @property
-    def passes(self) -> str:
-        """`StepKind.passes` of the step."""
-        if self.num_decode == len(self.rows):
-            return "decode"
-        return "mixed" if self.num_decode else "prefill"
+    tokens: int
 
     @property
     def work(self) -> str:
-        """What the step is for: "decode", or "prefill" if it has any prefill row."""
-        return "decode" if self.num_decode == len(self.rows) else "prefill"
+        """What the step is for, "decode" or "prefill"."""
+        return "prefill" if self.tokens else "decode"
 
     @property
     def context(self) -> int:
         """How many tokens the rows' last queries attend to, themselves included, over all rows."""
-        return sum(row.position + row.num_tokens for row in self.rows)
+        return sum([row.position + row.num_tokens for row in self.rows])
 
     def kind(self, rows: int) -> StepKind:
         """The step's kind when it is padded to so many rows."""
-        sampled = any(row.state.request.sampling.temperature > 0 for row in self.rows)
-        return StepKind(self.passes, sampled, rows)
+        sampled = any([row.state.sampled for row in self.rows])
+        return StepKind(self.work, sampled, rows, self.tokens)
 
 
 class Committed(NamedTuple):
@@ -166,12 +176,19 @@ class Committed(NamedTuple):
 class Scheduler:
     """Continuous batching (Yu et al. 2022, "Orca"): requests join and leave the batch at any step.
 
-    kv: the books of the block pool (`KVCache`).
-    max_batch_size: rows of a step. prefill_tokens: prompt tokens of a step, for all its prefill rows together.
+    A step decodes one token for every running request, or it computes chunks of prompts (prefill). Prefill goes first,
+    for the sooner the batch is full, the more a decode step brings. But those who decode must not wait for long: there
+    is a budget of prompt tokens between two decode steps.
+
+    kv: the books of the block pool (`KVCache`). max_batch_size: rows of a step.
+    prefill_sizes: the sizes of a prefill step, rising: its prompt tokens, those of all rows together.
+    prefill_budget: so many prompt tokens, padding included, between two decode steps; at least the largest size.
     """
 
-    def __init__(self, kv, max_batch_size: int, prefill_tokens: int):
-        self.kv, self.max_batch_size, self.prefill_tokens = kv, max_batch_size, prefill_tokens
+    def __init__(self, kv, max_batch_size: int, prefill_sizes: Sequence[int], prefill_budget: int = 0):
+        self.kv, self.max_batch_size, self.prefill_sizes = kv, max_batch_size, prefill_sizes
+        self.prefill_budget = max(prefill_budget, prefill_sizes[-1])
+        self.prefill_left = self.prefill_budget  # of it, until the next decode step
         self.waiting: deque[RunState] = deque()
         self.running: list[RunState] = []  # in the order of admission: the last one is preempted first
         self.num_steps = 0
@@ -183,30 +200,33 @@ class Scheduler:
 
     def plan(self) -> BatchPlan | None:
         """The next step, or None if no request can go on before another step is committed."""
-        rows = self._decode_rows()
-        num_decode = len(rows)
-        rows += self._prefill_rows(free_rows=self.max_batch_size - num_decode)
+        rows, tokens = self._prefill_rows()
+        if not rows:
+            rows, self.prefill_left = self._decode_rows(), self.prefill_budget
+        if not rows:
+            rows, tokens = self._prefill_rows()
         if not rows:
             return None
-        plan = BatchPlan(self.num_steps, rows, num_decode)
-        for index, row in enumerate(rows):
-            state = row.state
-            state.placed = row.position + row.num_tokens
+        self.prefill_left -= tokens
+        plan = BatchPlan(self.num_steps, rows, tokens)
+        for index, (state, position, count, _, _) in enumerate(rows):
+            state.placed = position + count
             state.carry = (plan.step, index)
         self.num_steps += 1
         return plan
 
     def _decode_rows(self) -> list[Row]:
-        rows = []
+        rows, block_size = [], self.kv.block_size
         for state in list(self.running):
             position = state.placed
-            if position < state.num_prompt or state.fully_launched:
+            if not state.num_prompt <= position < state.max_tokens - 1:  # it is in prefill, or fully launched
+                continue
+            # A new block is needed where one begins. (This loop is the longest part of a plan: no call without need.)
+            if position % block_size == 0 and not self._make_room(state, position + 1):
                 continue
             # A token that the host does not know yet is an output of the request's row before, still on the device.
-            carry = None if position < state.num_known else state.carry
-            if not self._make_room(state, position + 1):
-                continue
-            rows.append(Row(state, position, 1, carry, True))
+            carry = None if position < state.num_prompt + len(state.generated) else state.carry
+            rows.append(_new(Row, (state, position, 1, carry, True)))
         return rows
 
     def _make_room(self, state: RunState, num_tokens: int) -> bool:
@@ -229,18 +249,24 @@ class Scheduler:
         state.num_preemptions += 1
         self.waiting.appendleft(state)
 
-    def _prefill_rows(self, free_rows: int) -> list[Row]:
-        started = [state for state in self.running if state.placed < state.num_prompt]
-        places = self.max_batch_size - sum(not state.fully_launched for state in self.running)
-        candidates = started + list(islice(self.waiting, max(places, 0)))
-        chunks = [min(self.prefill_tokens, state.num_prompt - state.placed) for state in candidates]
+    def _prefill_rows(self) -> tuple[list[Row], int]:
+        """The rows and the size of a prefill step. None, and 0, if there is no chunk, or a decode step is due first."""
+        candidates = [state for state in self.running if state.placed < state.num_prompt]
+        if self.waiting:
+            places = self.max_batch_size - sum(not state.fully_launched for state in self.running)
+            candidates += islice(self.waiting, max(places, 0))
+        chunks = [next_chunk(state.num_prompt - state.placed, self.prefill_sizes) for state in candidates]
+        if not chunks or chunks[0][1] > self.prefill_left:
+            return [], 0
+        step_size = chunks[0][1]
+        alike = [tokens for tokens, _ in takewhile(lambda chunk: chunk[1] == step_size, chunks)]
         rows = []
-        for state, size in zip(candidates[: fit_budget(chunks, free_rows, self.prefill_tokens)], chunks, strict=False):
+        for state, count in zip(candidates, alike[: fit_budget(alike, self.max_batch_size, step_size)], strict=False):
             if state.placed == 0 and not self._admit(state):
                 break
-            samples = state.placed + size == state.num_prompt
-            rows.append(Row(state, state.placed, size, None, samples))
-        return rows
+            samples = state.placed + count == state.num_prompt
+            rows.append(Row(state, state.placed, count, None, samples))
+        return rows, step_size if rows else 0
 
     def _admit(self, state: RunState) -> bool:
         """Move the first waiting request to the running ones, with blocks for all tokens that it has so far. False if
@@ -248,31 +274,31 @@ class Scheduler:
         newcomer would often be preempted at once."""
         if state in self.running:
             return True
-        growing = sum(self._may_grow(other) for other in self.running)
-        if not self.kv.allocate(state.number, state.num_known, keep_free=growing):
-            return False
+        kv, number, tokens = self.kv, state.number, state.num_known
+        if not kv.allocate(number, tokens, keep_free=len(self.running)):  # so many suffice: how many do grow?
+            growing = sum(self._may_grow(other) for other in self.running)
+            if not kv.allocate(number, tokens, keep_free=growing):
+                return False
         self.waiting.remove(state)
         self.running.append(state)
         return True
 
     def _may_grow(self, state: RunState) -> bool:
         """Whether a request may need more blocks than it has. Its last token needs no place: nobody attends to it."""
-        held = len(self.kv.table(state.number)) * self.kv.block_size
-        return not state.fully_launched and held < state.max_tokens - 1
+        return not state.fully_launched and self.kv.room(state.number) < state.max_tokens - 1
 
     # ---- commit -----------------------------------------------------------------------------------------------
 
     def commit(self, plan: BatchPlan, token_ids: Sequence[int]) -> Committed:
         """Take the results of a step: `token_ids[i]` is what row i sampled. Append, stop, prune."""
         new, ended, wasted = [], [], 0
-        for row, token in zip(plan.rows, token_ids, strict=False):
-            state = row.state
-            if not row.samples:
+        for (state, position, count, _, samples), token in zip(plan.rows, token_ids, strict=False):
+            if not samples:
                 continue
             if state.finish_reason:
                 wasted += 1
                 continue
-            if row.position + row.num_tokens != state.num_known:
+            if position + count != state.num_prompt + len(state.generated):
                 continue  # a replayed token: it was committed before
             if token != NO_TOKEN:
                 state.generated.append(token)

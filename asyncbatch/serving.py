@@ -313,8 +313,8 @@ class Serving:
         """Pass the results of a committed step on to those who asked for them."""
         now = self.device.now()
         for state, _ in result.new:
-            handle = self._handles[state.number]
-            handle.first_token_s = handle.first_token_s or now
+            if len(state.generated) == 1:
+                self._handles[state.number].first_token_s = now
         for state in result.ended:
             self._complete(self._handles[state.number], now)
 

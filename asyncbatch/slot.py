@@ -37,7 +37,7 @@ class StepShape:
     block_size: int
     num_blocks: int
     max_length: int  # tokens, prompt and output of one request
-    prefill_tokens: int
+    prefill_sizes: tuple[int, ...]  # rising; a prefill step has so many prompt tokens, padding included
     batch_sizes: tuple[int, ...] = ()  # rising; a step has the smallest that holds its rows; () is (max_batch_size,)
 
     def rows_for(self, count: int) -> int:
@@ -46,29 +46,36 @@ class StepShape:
 
     @cached_property  # a runner looks a command up in it
     def kinds(self) -> list[StepKind]:
-        """All kinds of step."""
+        """All kinds of step, the largest first."""
         sizes = sorted({*self.batch_sizes, self.max_batch_size}, reverse=True)
-        passes, sampled = ("decode", "prefill", "mixed"), (False, True)
-        return [StepKind(p, s, size) for size in sizes for p in passes for s in sampled]
+        works = [("prefill", tokens) for tokens in reversed(self.prefill_sizes)] + [("decode", 0)]
+        return [StepKind(work, s, rows, tokens) for rows in sizes for work, tokens in works for s in (False, True)]
+
+    @property
+    def prefill_tokens(self) -> int:
+        """The most prompt tokens of one step."""
+        return self.prefill_sizes[-1]
 
     @property
     def max_blocks(self) -> int:
         return blocks_for(self.max_length, self.block_size)
 
-    def fields(self, buffer, rows: int | None = None):
+    def fields(self, buffer, kind: StepKind | None = None):
         """The parts of `buffer` by name, as views: buffer is an int32 array or tensor of `num_inputs` elements. Rows
-        beyond the batch are 0. rows: how many rows (B) to give of what has one element for each row; None gives all.
+        beyond the batch are 0. kind: of the step whose part is wanted: its number of rows (B) and of prompt tokens (T);
+        None gives all.
 
         input_id: [B], the token of a decode row. position: [B], its place, or that of the first token of a chunk.
         carry: [B], -1, or slot * B + row of the output that is the input token.
         decodes: [B], 1 for a decode row. prefill_start, prefill_count: [B], the row's chunk within the prefill tokens.
         temperature, top_p, uniform: [B] float32 in the same bits. top_k: [B].
-        prefill_id, prefill_position, prefill_row: [prefill_tokens]. tables: [B, max_blocks].
+        prefill_id, prefill_position, prefill_row: [T]. tables: [B, max_blocks].
         """
         batch, parts, start = self.max_batch_size, {}, 0
+        rows, tokens = (None, None) if kind is None else (kind.rows, kind.tokens)
         for names, size, used in (
             (ROW_FIELDS + FLOAT_FIELDS, batch, rows),
-            (PREFILL_FIELDS, self.prefill_tokens, None),
+            (PREFILL_FIELDS, self.prefill_tokens, tokens),
         ):
             for name in names:
                 parts[name] = buffer[start : start + size][:used]
@@ -106,27 +113,25 @@ class Slot:
         fields["tables"][:count] = kv.tables([row.state.number for row in rows])
         fields["tables"][count:] = 0
         fields["position"][:count] = [row.position for row in rows]
-        carried = [-1 if row.carry is None else self._place(*row.carry) for row in rows]
+        slots = self.shape.num_slots
+        carried = [-1 if row.carry is None else row.carry[0] % slots * batch + row.carry[1] for row in rows]
         fields["carry"][:] = -1
         fields["carry"][:count] = carried
-        decode = plan.num_decode
-        fields["decodes"][:decode] = 1
-        fields["input_id"][:decode] = [
-            row.state.known_tokens(row.position, 1)[0] if place < 0 else 0
-            for row, place in zip(rows[:decode], carried, strict=False)
-        ]
-        if decode < count:
-            self._fill_prefill(rows, decode)
+        if plan.work == "decode":
+            fields["decodes"][:count] = 1
+            fields["input_id"][:count] = [
+                state.generated[position - state.num_prompt] if carry is None else 0
+                for state, position, _, carry, _ in rows
+            ]
+        else:
+            self._fill_prefill(rows)
         self.command = plan.kind(self.shape.rows_for(count))
         if self.command.sampled:
             self._fill_sampling(rows)
 
-    def _place(self, step: int, row: int) -> int:
-        return (step % self.shape.num_slots) * self.shape.max_batch_size + row
-
-    def _fill_prefill(self, rows, first: int) -> None:
+    def _fill_prefill(self, rows) -> None:
         fields, start = self.fields, 0
-        for index, (state, position, count, *_) in enumerate(rows[first:], first):
+        for index, (state, position, count, *_) in enumerate(rows):
             part = slice(start, start + count)
             fields["prefill_start"][index], fields["prefill_count"][index] = start, count
             fields["prefill_id"][part] = state.known_tokens(position, count)

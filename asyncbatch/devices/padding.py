@@ -29,7 +29,7 @@ class PaddedRunner(Runner):
         rows = {kind.rows for kind in self.shape.kinds}
         everything, output = list(products_of(self.model)), self.model.get_output_embeddings()
         layers = [product for product in everything if product is not output]  # it has rows only, no prompt tokens
-        self.padding = padding_for(layers, {self.shape.prefill_tokens}) | padding_for(everything, rows)
+        self.padding = padding_for(layers, self.shape.prefill_sizes) | padding_for(everything, rows)
 
     def _padded(self, of_rows: torch.Tensor) -> torch.Tensor:
         more = self.padding[len(of_rows)] - len(of_rows)

@@ -56,8 +56,8 @@ class ToyRunner(Runner):
 
     def _step(self, slot: int, kind: StepKind) -> None:
         rows = kind.rows
-        fields = {name: part.numpy() for name, part in self.shape.fields(self.inputs[slot], rows).items()}
-        carried = self._input_ids(self.shape.fields(self.inputs[slot], rows)).numpy()
+        fields = {name: part.numpy() for name, part in self.shape.fields(self.inputs[slot], kind).items()}
+        carried = self._input_ids(self.shape.fields(self.inputs[slot], kind)).numpy()
         answers = np.zeros(rows, np.int32)
         for row in range(rows):
             start, count = int(fields["position"][row]), int(fields["prefill_count"][row])

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from asyncbatch import Request
 from asyncbatch.kv_cache import KVCache, blocks_for
-from asyncbatch.scheduler import RunState, Scheduler, fit_budget
+from asyncbatch.scheduler import RunState, Scheduler, fit_budget, next_chunk
 
 BLOCK = 4
 
@@ -53,9 +53,32 @@ class Device:
         self.outputs[plan.step] = outputs
 
 
-def serve(requests, depth, *, batch, pool, prefill, cancel=None, arrivals=None):
+def check_work(plan, sizes) -> None:
+    """A decode step has one token a row. A prefill step has chunks that fit into it, each the next one of its prompt,
+    cut as it would be if the request were alone."""
+    if plan.work == "decode":
+        assert plan.tokens == 0
+        assert all(row.num_tokens == 1 and row.position >= row.state.num_prompt for row in plan.rows)
+        return
+    assert plan.tokens in sizes
+    assert sum(row.num_tokens for row in plan.rows) <= plan.tokens
+    for row in plan.rows:
+        assert (row.position, row.num_tokens, plan.tokens) in chunks_alone(row.state.num_prompt, sizes)
+
+
+def chunks_alone(num_prompt: int, sizes) -> list[tuple[int, int, int]]:
+    """(position, tokens, size) of each chunk of a prompt."""
+    position, chunks = 0, []
+    while position < num_prompt:
+        chunks.append((position, *next_chunk(num_prompt - position, sizes)))
+        position += chunks[-1][1]
+    return chunks
+
+
+def serve(requests, depth, *, batch, pool, prefill=(8,), budget=0, cancel=None, arrivals=None):
     kv = KVCache(pool, BLOCK, max_blocks_per_owner=40, max_owners=batch * (depth + 1))
-    scheduler, device = Scheduler(kv, batch, prefill), Device(kv)
+    scheduler, device = Scheduler(kv, batch, prefill, budget), Device(kv)
+    prefilled = 0  # prompt tokens, padding included, while somebody could have decoded
     states = [RunState(i, request, frozenset(request.stop_token_ids)) for i, request in enumerate(requests)]
     arrivals = arrivals or [0] * len(states)
     in_flight, wasted, turn = deque(), 0, 0
@@ -66,11 +89,14 @@ def serve(requests, depth, *, batch, pool, prefill, cancel=None, arrivals=None):
         for index, when in (cancel or {}).items():
             if when == turn and arrivals[index] <= turn:
                 scheduler.finish(states[index], "cancelled")
+        decoding = [s for s in scheduler.running if s.num_prompt <= s.placed < s.max_tokens - 1]
         plan = scheduler.plan()
         if plan is not None:
             assert 0 < len(plan.rows) <= batch
             assert len({row.state.number for row in plan.rows}) == len(plan.rows)
-            assert sum(row.num_tokens for row in plan.rows[plan.num_decode :]) <= prefill
+            prefilled = prefilled + plan.tokens if plan.work == "prefill" and decoding else 0
+            check_work(plan, prefill)
+            assert prefilled <= max(budget, *prefill), "those who decode waited longer than promised"
             known = [row.state.known_tokens(row.position, row.num_tokens) for row in plan.rows]
             device.step(plan, [kv.table(row.state.number) for row in plan.rows], known)
             in_flight.append(plan)
@@ -104,13 +130,28 @@ requests = st.lists(
 )
 
 
+prefill_sizes = st.sets(st.integers(1, 20), min_size=1, max_size=4).map(sorted)
+
+
+@given(st.integers(1, 200), prefill_sizes)
+def test_chunks_cover_a_prompt_and_cost_less_than_a_third_more(num_prompt, sizes):
+    chunks = chunks_alone(num_prompt, sizes)
+    assert sum(tokens for _, tokens, _ in chunks) == num_prompt
+    assert all(0 < tokens <= size and size in sizes for _, tokens, size in chunks)
+    # A step is filled, or to three quarters, or it is the smallest one for what is left.
+    assert all(tokens == size or 4 * tokens >= 3 * size or size == sizes[0] for _, tokens, size in chunks)
+    # As few steps as possible of the largest size.
+    assert [size for _, _, size in chunks[: num_prompt // sizes[-1]]] == [sizes[-1]] * (num_prompt // sizes[-1])
+
+
 @settings(max_examples=300, deadline=None)
-@given(requests, st.integers(1, 4), st.integers(1, 5), st.integers(0, 12), st.integers(1, 9), st.data())
+@given(requests, st.integers(1, 4), st.integers(1, 5), st.integers(0, 12), prefill_sizes, st.data())
 def test_every_request_gets_the_tokens_that_it_gets_alone(requests, depth, batch, spare, prefill, data):
-    """Any arrival order, batch size, chunk size, number of steps in flight, and a pool down to the smallest allowed."""
+    """Any arrival order, batch size, chunk sizes, number of steps in flight, and a pool down to the smallest allowed."""
+    budget = data.draw(st.integers(0, 30))
     pool = max(blocks_for(len(r.token_ids) + r.max_new_tokens, BLOCK) for r in requests) + spare
     arrivals = data.draw(st.lists(st.integers(0, 15), min_size=len(requests), max_size=len(requests)))
-    states, wasted = serve(requests, depth, batch=batch, pool=pool, prefill=prefill, arrivals=arrivals)
+    states, wasted = serve(requests, depth, batch=batch, pool=pool, prefill=prefill, budget=budget, arrivals=arrivals)
     assert [state.generated for state in states] == [alone(request) for request in requests]
     early = sum(state.finish_reason == "stop" for state in states)
     assert wasted <= early * (depth - 1)  # a length limit is known ahead and wastes nothing
@@ -121,7 +162,7 @@ def test_every_request_gets_the_tokens_that_it_gets_alone(requests, depth, batch
 def test_cancelling_at_any_moment_harms_nobody_else(requests, depth, batch, spare, data):
     pool = max(blocks_for(len(r.token_ids) + r.max_new_tokens, BLOCK) for r in requests) + spare
     cancel = data.draw(st.dictionaries(st.integers(0, len(requests) - 1), st.integers(0, 30), max_size=4))
-    states, _ = serve(requests, depth, batch=batch, pool=pool, prefill=8, cancel=cancel)
+    states, _ = serve(requests, depth, batch=batch, pool=pool, cancel=cancel)
     for state, request in zip(states, requests, strict=True):
         expected = alone(request)
         assert state.generated == expected[: len(state.generated)]
@@ -131,14 +172,14 @@ def test_cancelling_at_any_moment_harms_nobody_else(requests, depth, batch, spar
 
 def test_a_full_pool_preempts_the_newest_request_and_computes_it_again():
     two = [Request([1] * 8, 12, stop_token_ids=()), Request([2] * 8, 12, stop_token_ids=())]
-    states, wasted = serve(two, 2, batch=2, pool=7, prefill=16)
+    states, wasted = serve(two, 2, batch=2, pool=7, prefill=(16,))
     assert [state.num_preemptions for state in states] == [0, 1]
     assert wasted == 0
 
 
 def test_finishing_twice_gives_blocks_back_once():
     kv = KVCache(4, BLOCK, 4, 4)
-    scheduler = Scheduler(kv, 2, 8)
+    scheduler = Scheduler(kv, 2, (8,))
     state = RunState(0, Request([1, 2, 3], 5, stop_token_ids=()), frozenset())
     scheduler.add(state)
     scheduler.plan()
@@ -160,7 +201,7 @@ def test_fit_budget_takes_the_longest_prefix_that_fits(sizes, free_rows, budget)
 def test_a_prompt_is_cut_at_the_same_places_whoever_else_is_there(prompt, chunks):
     for others in (0, 3):
         kv = KVCache(100, BLOCK, 40, 12)
-        scheduler = Scheduler(kv, 4, 8)
+        scheduler = Scheduler(kv, 4, (8,))
         for number in range(others):
             scheduler.add(RunState(number, Request([1] * 3, 9, stop_token_ids=()), frozenset()))
         scheduler.add(RunState(9, Request([2] * prompt, 2, stop_token_ids=()), frozenset()))

@@ -171,10 +171,13 @@ class CudaRunner(Runner):
 
     def run(self, command: str | StepKind, slot: int) -> None:
         graph = self.graphs.get((slot, command))  # type: ignore[arg-type]
-        if graph is None:
+        if graph is not None:
+            graph.replay()
+        elif isinstance(command, str):
             super().run(command, slot)
         else:
-            graph.replay()
+            with torch.inference_mode():
+                super().run(command, slot)
 
     def _mark(self, slot: int, moment: int) -> None:
         if self.marks is not None and moment in (1, 2):
