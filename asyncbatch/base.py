@@ -77,9 +77,7 @@ class BatcherBase(Serving):
         # More owners than rows: while its last token is under way, a request keeps its blocks and no row.
         owners = shape.max_batch_size * (shape.num_slots + 1)
         self.kv = KVCache(shape.num_blocks, shape.block_size, shape.max_blocks, owners)
-        self.scheduler = Scheduler(
-            self.kv, shape.max_batch_size, shape.prefill_sizes, self.config.prefill_budget
-        )
+        self.scheduler = Scheduler(self.kv, shape.max_batch_size, shape.prefill_sizes, self.config.prefill_budget)
         self.scheduler.num_steps = before.num_steps if before is not None else 0
 
     def _new_timeline(self) -> Timeline:

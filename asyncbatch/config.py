@@ -74,21 +74,10 @@ class Config:
     def __post_init__(self) -> None:
         if self.max_length is None:
             object.__setattr__(self, "max_length", min(self.model_length, 2048))
-        if self.prefill_tokens is None:
-            object.__setattr__(self, "prefill_tokens", self._default_prefill())
-        elif isinstance(self.prefill_tokens, Sequence) and not isinstance(self.prefill_tokens, str):
-            object.__setattr__(self, "prefill_tokens", tuple(self.prefill_tokens))
         object.__setattr__(self, "batch_sizes", tuple(self.batch_sizes))  # what is frozen must not change under us
         self._check_sizes()
         self._check_times()
         self._check_device()
-
-    def _default_prefill(self) -> int | tuple[int, ...]:
-        """On CUDA the sizes up to the one that holds the longest prompt."""
-        if not self.on_cuda:
-            return 64
-        needed = sum(size < self.max_length for size in PREFILL_SIZES) + 1  # type: ignore[operator]  # filled in by now
-        return PREFILL_SIZES[:needed]
 
     def _check_sizes(self) -> None:
         for name in ("max_batch_size", "num_slots", "block_size", "num_blocks", "max_length"):
@@ -97,9 +86,9 @@ class Config:
                 raise ValueError(f"{name} is {value!r}: allowed are whole numbers from 1")
         if self.max_length > self.model_length:  # type: ignore[operator]  # filled in by now
             raise ValueError(f"max_length is {self.max_length}: the model allows at most {self.model_length} tokens")
-        sizes = self.prefill_tokens if isinstance(self.prefill_tokens, tuple) else (self.prefill_tokens,)
-        if not sizes or any(not isinstance(size, int) or size < 1 for size in sizes):
-            raise ValueError(f"prefill_tokens is {self.prefill_tokens!r}: allowed are whole numbers from 1, one or several")
+        if not self.prefill_sizes or any(not isinstance(size, int) or size < 1 for size in self.prefill_sizes):
+            given = self.prefill_tokens
+            raise ValueError(f"prefill_tokens is {given!r}: allowed are a whole number from 1, or several of them")
         if any(not isinstance(size, int) or not 1 <= size <= self.max_batch_size for size in self.batch_sizes):
             raise ValueError(
                 f"batch_sizes is {self.batch_sizes!r}: allowed are whole numbers from 1 to "
@@ -125,15 +114,23 @@ class Config:
             raise ValueError("compile=True needs the model on CUDA: load_model(..., device='cuda')")
 
     @property
+    def prefill_sizes(self) -> tuple[int, ...]:
+        """The sizes of a prefill step. By default, on CUDA, those up to the one that holds the longest prompt."""
+        given = self.prefill_tokens
+        if given is None:
+            shorter = [size for size in PREFILL_SIZES if size < self.max_length]  # type: ignore[operator]
+            return PREFILL_SIZES[: len(shorter) + 1] if self.on_cuda else (64,)
+        return tuple(given) if isinstance(given, (list, tuple)) else (given,)  # type: ignore[return-value]
+
+    @property
     def prefill_budget(self) -> int:
-        """`Scheduler.prefill_budget`: on a GPU prefill is fast, and steps that decode for a few rows only are a loss."""
+        """`Scheduler.prefill_budget`. On a GPU prefill is fast, and steps that decode for few rows are a loss."""
         return PREFILL_SIZES[-1] if self.on_cuda else 0
 
     @property
     def shape(self) -> StepShape:
         """The fixed shape of every step. On CUDA the number of blocks is what is wanted: what fits may be less."""
-        assert self.max_length is not None and self.prefill_tokens is not None  # noqa: PT018
-        sizes = (self.prefill_tokens,) if isinstance(self.prefill_tokens, int) else self.prefill_tokens
+        assert self.max_length is not None
         full = self.max_batch_size * blocks_for(self.max_length, self.block_size)
         return StepShape(
             self.max_batch_size,
@@ -141,6 +138,6 @@ class Config:
             self.block_size,
             self.num_blocks or full,
             self.max_length,
-            tuple(sorted(set(sizes))),
+            tuple(sorted(set(self.prefill_sizes))),
             tuple(sorted(set(self.batch_sizes))),
         )

@@ -5,7 +5,8 @@ command) carries tokens over, runs the model, and samples, and "copy_out" copies
 says all that the host must decide about a step. Nothing in a step depends on a value that only the device knows, so a
 device never has to ask the host, nor the host to wait.
 
-A step is one forward pass of a fixed shape: [rows, 1] for decode, [1, tokens] for chunks of prompts. How the same is done on CUDA stands in `devices/cuda/runner.py`.
+A step is one forward pass of a fixed shape: [rows, 1] for decode, [1, tokens] for chunks of prompts. How the same is
+done on CUDA stands in `devices/cuda/runner.py`.
 """
 
 from __future__ import annotations

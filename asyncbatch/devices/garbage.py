@@ -38,9 +38,8 @@ def keep_quiet(device: Any, *, always_collect: bool) -> weakref.finalize:
         gc.freeze()
         _frozen_by_us = True
     _holders.add(id(device))
-    finalizer = weakref.finalize(device, _let_go, id(device))
-    finalizer.atexit = False
-    return finalizer
+    # (Also at the end of the process: extension modules complain about what is frozen then.)
+    return weakref.finalize(device, _let_go, id(device))
 
 
 def _let_go(holder: int) -> None:

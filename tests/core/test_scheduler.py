@@ -147,7 +147,7 @@ def test_chunks_cover_a_prompt_and_cost_less_than_a_third_more(num_prompt, sizes
 @settings(max_examples=300, deadline=None)
 @given(requests, st.integers(1, 4), st.integers(1, 5), st.integers(0, 12), prefill_sizes, st.data())
 def test_every_request_gets_the_tokens_that_it_gets_alone(requests, depth, batch, spare, prefill, data):
-    """Any arrival order, batch size, chunk sizes, number of steps in flight, and a pool down to the smallest allowed."""
+    """Any order of arrival, batch size, chunks, number of steps in flight, and a pool down to the smallest allowed."""
     budget = data.draw(st.integers(0, 30))
     pool = max(blocks_for(len(r.token_ids) + r.max_new_tokens, BLOCK) for r in requests) + spare
     arrivals = data.draw(st.lists(st.integers(0, 15), min_size=len(requests), max_size=len(requests)))
