@@ -27,7 +27,7 @@ class Measurement:
     slots: int = 2
     prompts: tuple[int, ...] = ()
     setting: str | None = None
-    prefill_tokens: int | None = None
+    prefill_tokens: int | str | None = None
     runs: list[tuple[Timeline, list[Completion]]] = field(default_factory=list)
     overhead: Overhead | None = None
     kineto: Kineto | None = None

@@ -62,7 +62,7 @@ class Arguments:
     mode: list[str]
     batch_size: int | None
     slots: int
-    prefill_tokens: int | None
+    prefill_tokens: int | str | None
     compile: bool | None
     host_work_ms: float
     step_ms: float | None
@@ -88,7 +88,7 @@ class Settings:
     """What a session measures, and how.
 
     model: the models of all workloads, with commas. conditions: what the report says of the workloads. engines, modes:
-    each engine serves each workload in each mode. prefill_tokens: the most prompt tokens of one step, None for the
+    each engine serves each workload in each mode. prefill_tokens: as in reports, None for the
     batcher's own default. host_work_ms: burnt in every step. step_ms: of a timed device. peer_limit_s: another engine
     is left out if it would take longer. preset, record: names. out: the folder for what is written."""
 
@@ -98,7 +98,7 @@ class Settings:
     engines: tuple[str, ...]
     modes: tuple[str, ...]
     slots: int
-    prefill_tokens: int | None
+    prefill_tokens: int | str | None
     compile: bool
     host_work_ms: float
     step_ms: float | None
@@ -130,6 +130,12 @@ def milliseconds(text: str) -> float:
         if 0 <= float(text) <= 60_000:
             return float(text)
     raise argparse.ArgumentTypeError(f"{text!r} was given; allowed are milliseconds from 0 to 60000")
+
+
+def sizes(text: str) -> int | str:
+    """A number, or several as a text with commas, rising."""
+    numbers = sorted({whole(1, 65536)(part) for part in text.split(",")})
+    return numbers[0] if len(numbers) == 1 else ",".join(map(str, numbers))
 
 
 def some_of(allowed: Sequence[str]):
@@ -215,7 +221,8 @@ def _add_engine(add: Callable[..., Any]) -> None:
     add("--mode", type=some_of(MODES), default=[*MODES], metavar="MODES", help="sync,async (default), or one of them")
     add("--batch-size", type=whole(1, 4096), metavar="N", help="the most requests in one step (default 8)")
     add("--slots", type=whole(1, 64), default=2, metavar="N", help="slots of the asynchronous batcher (default 2)")
-    add("--prefill-tokens", type=whole(1, 65536), metavar="N", help="the most prompt tokens computed in one step")
+    add("--prefill-tokens", type=sizes, metavar="N", help="prompt tokens computed in one step: a number, or sizes with "
+        "commas, of which each chunk of a prompt gets one that fits it")  # fmt: skip
     add("--compile", action=argparse.BooleanOptionalAction, help="compile the step (default: in presets only)")
 
 

@@ -185,7 +185,7 @@ class Totals(Record):
     prompt_tokens: int | None = None
     new_tokens: int | None = None
     setting: str | None = None
-    prefill_tokens: int | None = None
+    prefill_tokens: int | str | None = None
     floor: Floor | None = None
 
     @classmethod

@@ -19,7 +19,7 @@ from .console import one_line, tell
 from .crosscheck import kineto, overhead
 from .draws import arrival_times
 from .measurement import Measurement
-from .options import Settings
+from .options import Settings, sizes
 from .report import OWN, Failure, Overhead
 from .workload import Sizes, Workload, serve_over_time
 
@@ -85,7 +85,8 @@ class Turns:
         measurement = Measurement(self.job.workload, self.job.sizes, engine, mode, self.settings.slots)
         measurement.prompts = tuple(len(request.token_ids) for request in self.job.requests)
         measurement.setting = getattr(batcher, "setting", None)
-        measurement.prefill_tokens = getattr(getattr(batcher, "shape", None), "prefill_tokens", None)
+        if key[0] == OWN:
+            measurement.prefill_tokens = sizes(",".join(map(str, batcher.shape.prefill_sizes)))
         return batcher, measurement
 
     def _warm_up(self, key: Key) -> None:
@@ -175,7 +176,7 @@ def open_batcher(engine: str, mode: str, settings: Settings, job: Job, parts: bo
         limits["compile"] = True
     limits["parts"] = parts and not (settings.preset or settings.record)
     if settings.prefill_tokens is not None:
-        limits["prefill_tokens"] = settings.prefill_tokens
+        limits["prefill_tokens"] = [int(size) for size in str(settings.prefill_tokens).split(",")]
     slots = settings.slots if mode == "async" else 1
     host_work_s = 1e-3 * settings.host_work_ms
     return BATCHERS[mode](job.model, num_slots=slots, host_work_s=host_work_s, step_s=job.step_s, **limits)
