@@ -1,15 +1,16 @@
-"""How many rows a step must have on this CPU, so that a row's result does not depend on where it stands.
+"""How many rows a step must have on this machine, so that a row's result does not depend on where it stands.
 
 "The same tokens, whoever shares the batch" needs matrix products whose rows are bitwise the same at every place. On
 most machines they are. But where a product is cut among threads, the pieces can fall to different kernels, and then a
 row has other last bits at another place: on some machines it is so with 5 rows and two threads. So nothing is assumed:
 each size of product that the model has is tried with the numbers of rows that its steps have, and where a row's bits
-depend on its place, the step gets more rows of padding.
+depend on its place, the step gets more rows of padding. GPUs are asked in the same way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -18,14 +19,28 @@ from ..runner import Runner
 
 ENOUGH = 2048  # results of a product in which another order of its sums shows
 MOST = 4  # times as many rows: beyond that, none was ever needed
-Size = tuple[type[nn.Module], tuple[int, ...], torch.dtype]
+Size = tuple[type, tuple[int, ...], torch.dtype, torch.device]
+
+
+class Product(Protocol):
+    """Rows times a matrix: a module, or what stands in its place."""
+
+    weight: torch.Tensor
+    __call__: Callable[..., Any]
 
 
 class PaddedRunner(Runner):
-    """A runner on a CPU. `padding`: for each number of rows of a product in its steps, how many it really has."""
+    """A runner that gives its steps rows of padding where the machine's products need them.
+
+    padding: for each number of rows of a product in its steps, how many it really has."""
+
+    padding: dict[int, int]
 
     def __init__(self, model, **options):
         super().__init__(model, **options)
+        self._find_padding()
+
+    def _find_padding(self) -> None:
         rows = {kind.rows for kind in self.shape.kinds}
         everything, output = list(products_of(self.model)), self.model.get_output_embeddings()
         layers = [product for product in everything if product is not output]  # it has rows only, no prompt tokens
@@ -36,7 +51,7 @@ class PaddedRunner(Runner):
         return torch.cat([of_rows, of_rows.new_zeros(more)]) if more else of_rows
 
 
-def padding_for(products: Sequence[nn.Module], counts: Iterable[int]) -> dict[int, int]:
+def padding_for(products: Sequence[Product], counts: Iterable[int]) -> dict[int, int]:
     """For each number of rows the smallest one from it on with which all products keep a row's bits at every place; the
     number itself where there is none (it is then as good as any)."""
     return {
@@ -47,26 +62,27 @@ def padding_for(products: Sequence[nn.Module], counts: Iterable[int]) -> dict[in
     }
 
 
-def products_of(model: nn.Module) -> Iterator[nn.Module]:
+def products_of(model: nn.Module) -> Iterator[Product]:
     """One layer of each size and kind that multiplies rows by a matrix (transformers' Conv1D is one too)."""
     sizes = set()
     for module in model.modules():
-        weight = getattr(module, "weight", None)
-        is_product = isinstance(weight, torch.Tensor) and weight.dim() == 2 and not isinstance(module, nn.Embedding)
-        if is_product and size_of(module) not in sizes:
-            sizes.add(size_of(module))
-            yield module
+        product: Any = getattr(module, "merged", module)  # on CUDA several layers may have become one product
+        weight = getattr(product, "weight", None)
+        is_product = isinstance(weight, torch.Tensor) and weight.dim() == 2 and not isinstance(product, nn.Embedding)
+        if is_product and size_of(product) not in sizes:
+            sizes.add(size_of(product))
+            yield product
 
 
-def size_of(product: nn.Module) -> Size:
-    weight: torch.Tensor = product.weight  # type: ignore[assignment]
-    return type(product), tuple(weight.shape), weight.dtype
+def size_of(product: Product) -> Size:
+    weight = product.weight
+    return type(product), tuple(weight.shape), weight.dtype, weight.device
 
 
 _known: dict[tuple[Size, int, int], bool] = {}  # by size, rows and threads: tried once in a process
 
 
-def keeps_rows(product: nn.Module, rows: int) -> bool:
+def keeps_rows(product: Product, rows: int) -> bool:
     """Whether the same row has the same result at each of `rows` places."""
     key = size_of(product), rows, torch.get_num_threads()
     if key not in _known:
@@ -75,12 +91,13 @@ def keeps_rows(product: nn.Module, rows: int) -> bool:
 
 
 @torch.inference_mode()
-def _keeps_rows(product: nn.Module, rows: int) -> bool:
-    _, (first, second), dtype = size_of(product)
-    outputs, inputs = (first, second) if isinstance(product, nn.Linear) else (second, first)
+def _keeps_rows(product: Product, rows: int) -> bool:
+    _, (first, second), dtype, device = size_of(product)
+    # (Conv1D has its weight the other way round.)
+    outputs, inputs = (second, first) if type(product).__name__ == "Conv1D" else (first, second)
     generator = torch.Generator().manual_seed(rows)
     for _ in range(-(-ENOUGH // outputs)):
-        row = torch.randn(1, 1, inputs, generator=generator).to(dtype)
+        row = torch.randn(1, 1, inputs, generator=generator).to(device, dtype)
         results = product(row.repeat(1, rows, 1))[0]
         if not torch.equal(results, results[:1].expand_as(results)):
             return False

@@ -174,7 +174,7 @@ def cost_in_words(overhead: Overhead) -> str:
 def notes(report: Report) -> list[str]:
     """What must be said beside the numbers: settings of other engines, what failed, what is recorded."""
     several = len(report.comparisons) > 1
-    settings = (f"{_who(run)}: {run.setting}" for run in report.runs if run.engine != OWN and run.setting is not None)
+    settings = (f"{_who(run)}: {run.setting}" for run in report.runs if run.setting is not None)
     lines = list(dict.fromkeys(settings))
     for run in report.runs:
         lines += _notes_of(run, _who(run, several))

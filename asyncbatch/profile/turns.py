@@ -86,6 +86,7 @@ class Turns:
         measurement.prompts = tuple(len(request.token_ids) for request in self.job.requests)
         measurement.setting = getattr(batcher, "setting", None)
         if key[0] == OWN:
+            measurement.setting = padding_in_words(getattr(batcher.device, "padding", {}))
             measurement.prefill_tokens = sizes(",".join(map(str, batcher.shape.prefill_sizes)))
         return batcher, measurement
 
@@ -180,6 +181,12 @@ def open_batcher(engine: str, mode: str, settings: Settings, job: Job, parts: bo
     slots = settings.slots if mode == "async" else 1
     host_work_s = 1e-3 * settings.host_work_ms
     return BATCHERS[mode](job.model, num_slots=slots, host_work_s=host_work_s, step_s=job.step_s, **limits)
+
+
+def padding_in_words(padding: dict[int, int]) -> str | None:
+    """What a report says of `PaddedRunner.padding`; None where no step is padded."""
+    more = ", ".join(f"{rows} as {real}" for rows, real in sorted(padding.items()) if real != rows)
+    return f"rows or prompt tokens of a step, padded to keep bits the same on this machine: {more}" if more else None
 
 
 def run_once(

@@ -58,9 +58,25 @@ def test_sync_and_async_give_the_tokens_that_each_request_gets_alone(model, num_
             together = batcher.run(requests)
             assert [c.error for c in together] == [None] * len(requests)
             assert [c.token_ids for c in together] == [c.token_ids for c in alone]
-            assert len(batcher.device.program.graphs) == 6 * num_slots
+            assert len(batcher.device.program.graphs) == 4 * num_slots  # greedy or not, decode or prefill
             assert batcher.kv.num_free == num_blocks
             assert batcher.timeline.clock == "cuda"
+
+
+def test_prefill_sizes_change_no_token_whoever_shares_the_step(model):
+    """Chunks of several sizes, alone and among others, whichever loop, slots and pool."""
+    vocabulary, generator = model.config.vocab_size, torch.Generator().manual_seed(7)
+    lengths = [3, 9, 16, 17, 30, 33, 40, 12, 5]
+    prompts = [torch.randint(0, vocabulary, (n,), generator=generator).tolist() for n in lengths]
+    requests = [Request(prompt, 12, stop_token_ids=()) for prompt in prompts]
+    options = {**OPTIONS, "prefill_tokens": (8, 16, 32)}
+    with SyncBatcher(model, **options) as batcher:
+        alone = [batcher.run([request])[0].token_ids for request in requests]
+        kinds = {(kind.work, kind.tokens) for _, kind in batcher.device.program.graphs}
+    assert kinds == {("decode", 0), ("prefill", 8), ("prefill", 16), ("prefill", 32)}
+    for batcher_class, slots, blocks in ((SyncBatcher, 1, 64), (AsyncBatcher, 2, 64), (AsyncBatcher, 3, 18)):
+        with batcher_class(model, num_slots=slots, num_blocks=blocks, **options) as batcher:
+            assert [c.token_ids for c in batcher.run(requests)] == alone
 
 
 def test_two_batchers_whose_steps_run_at_the_same_time_do_not_disturb_each_other():
@@ -252,7 +268,7 @@ def test_out_of_memory_in_a_step_fails_its_requests_and_leaves_a_usable_batcher(
 
         def greedy_run(command, slot):
             commands.append(command)
-            if getattr(command, "passes", "") == "decode" and len(commands) > 8:
+            if getattr(command, "work", "") == "decode" and len(commands) > 8:
                 torch.empty(2**50, device="cuda")
             run(command, slot)
 

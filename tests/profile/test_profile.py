@@ -579,3 +579,11 @@ def test_first_and_last_context_are_the_smallest_and_the_largest_in_whatever_ord
     assert (other.first_context, other.last_context) == (floor.first_context, floor.last_context)
     assert (floor.first_context.context, floor.last_context.context) == (4 * 17.5, 4 * 31.5)
     assert (floor.first_context.ms, floor.last_context.ms) == pytest.approx((1.5, 15.5))
+
+
+def test_the_report_says_which_steps_were_padded():
+    assert turns.padding_in_words({}) is None
+    assert turns.padding_in_words({4: 4, 64: 64}) is None
+    assert turns.padding_in_words({9: 12, 5: 8, 64: 64}) == (
+        "rows or prompt tokens of a step, padded to keep bits the same on this machine: 5 as 8, 9 as 12"
+    )

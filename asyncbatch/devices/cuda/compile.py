@@ -42,6 +42,9 @@ class Merged:
         self.bias = None if biases[0] is None else torch.cat(biases)
         self.result: tuple[torch.Tensor, ...] = ()
 
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
 
 class Part(nn.Module):
     """Stands where one of the linear layers was. The model calls the parts in order and with the same input."""
@@ -53,7 +56,7 @@ class Part(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         merged = self.merged
         if self.index == 0:
-            merged.result = nn.functional.linear(x, merged.weight, merged.bias).split(merged.sizes, dim=-1)
+            merged.result = merged(x).split(merged.sizes, dim=-1)
         part = merged.result[self.index]
         if self.index == len(merged.sizes) - 1:
             merged.result = ()

@@ -14,10 +14,10 @@ import torch
 
 from ...attention import Batch, kv_heads_and_dim
 from ...kv_cache import kv_bytes
-from ...runner import Runner
 from ...sampling import greedy
 from ...scheduler import StepKind
 from ...slot import StepShape
+from ..padding import PaddedRunner
 from .attention import attend_on_cuda, splits_for
 from .compile import compile_model
 from .memory import Memory, plan_blocks
@@ -66,7 +66,7 @@ def memory_errors(shape: StepShape, where: torch.device) -> Iterator[None]:
         ) from error
 
 
-class CudaRunner(Runner):
+class CudaRunner(PaddedRunner):
     """The device side for one batcher, on CUDA.
 
     model, shape, host: as for `Runner`.
@@ -102,11 +102,15 @@ class CudaRunner(Runner):
         with matrix_products_by_cublaslt():
             self._prepare(compile, shape.num_blocks, asked_blocks)
 
+    def _find_padding(self) -> None:
+        """Later, when projections are merged and cuBLASLt is chosen."""
+
     def _prepare(self, compile: bool, wanted: int, asked: bool) -> None:
         """Find out how much memory a step takes, give the pools what is left, and capture the steps as graphs."""
         if compile:
             compile_model(self.model)
         with memory_errors(self.shape, self.device), torch.inference_mode(), torch.cuda.device(self.device):
+            super()._find_padding()
             memory = self._measure_memory()
             least = self.shape.max_blocks
             blocks = plan_blocks(wanted, least, asked, self._block_bytes(), memory)
