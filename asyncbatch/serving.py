@@ -47,6 +47,8 @@ class Handle:
 class TokenStream(Iterator[int]):
     """The tokens of one request as they are committed. Closed or dropped before its end, it cancels the request."""
 
+    _closed = True  # if an interrupt comes before it is made, there is nothing to do in `__del__`
+
     def __init__(self, batcher: Serving, handle: Handle):
         self._batcher, self._handle = batcher, handle
         self._taken, self._closed = 0, False
@@ -144,7 +146,11 @@ class Serving:
         with self._door:  # closed meanwhile by another thread: then it must not be entered any more
             self._check_open()
             self._handles[state.number] = handle
-            self._inbox.append(("add", state))
+            try:
+                self._inbox.append(("add", state))
+            except BaseException:  # an interrupt: it must not be waited for without being served
+                del self._handles[state.number]
+                raise
         return handle
 
     def cancel(self, handle: Handle) -> bool:
