@@ -29,13 +29,14 @@ def host_span(method):
     def timed(self, *args):
         device, name = self.device, method.__name__
         plan = getattr(args[0], "plan", args[0]) if args else None
-        start = device.now()
+        measured = self.timeline.most_steps != 0
+        start = device.now() if measured else 0.0
         device.host_begins(name, plan, self.kv)
         result = method(self, *args)
         if not args:
             plan = result
         device.host_ends(name, plan)
-        if plan is not None:
+        if measured and plan is not None:
             self.timeline.add("host", name, plan.step, start, device.now())
         return result
 
@@ -81,7 +82,7 @@ class BatcherBase(Serving):
         self.scheduler.num_steps = before.num_steps if before is not None else 0
 
     def _new_timeline(self) -> Timeline:
-        return Timeline(self.mode, self.device.clock)
+        return Timeline(self.mode, self.device.clock, self.config.timeline)
 
     @host_span
     def plan(self) -> BatchPlan | None:
@@ -117,8 +118,8 @@ class BatcherBase(Serving):
             result = Committed([], ended, wasted=0)
         else:
             result = self.scheduler.commit(plan, slot.output_ids.tolist())
-            spans = self.device.spans(slot.index).tolist()
-            for lane, name, (start, end) in zip(LANES[1:], ("copy_in", "step", "copy_out"), spans, strict=True):
+            spans = self.device.spans(slot.index).tolist() if self.timeline.most_steps != 0 else []
+            for lane, name, (start, end) in zip(LANES[1:], ("copy_in", "step", "copy_out"), spans, strict=False):
                 self.timeline.add(lane, name, plan.step, start, end)
         self.timeline.add_step(plan.step, plan.work, len(result.new), result.wasted, len(plan.rows), plan.context)
         self._answer(result)

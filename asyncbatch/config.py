@@ -32,6 +32,8 @@ class Config:
         their values and move: projections of the same input come to lie in one tensor.
     parts: on CUDA, have `record_points` tell a step's carry-over, model and sampling apart, by two more events in each
         graph. They cost 8 us a step (H200).
+    timeline: how many of the newest steps `batcher.timeline` keeps, at about 1 KB a step; older ones go on counting in
+        its `summary`. True is 100,000. False keeps nothing and measures nothing, and only steps and tokens are counted.
 
     The others choose another device than the one where the model lies. For lessons, tests and benchmarks:
 
@@ -58,6 +60,7 @@ class Config:
     batch_sizes: Sequence[int] = ()
     compile: bool = False
     parts: bool = False
+    timeline: int | bool = True
     host_work_s: float = 0.0
     step_s: float | Callable[[str, int], float] | None = None
     clock: CostModel | None = None
@@ -74,6 +77,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.max_length is None:
             object.__setattr__(self, "max_length", min(self.model_length, 2048))
+        if isinstance(self.timeline, bool):
+            object.__setattr__(self, "timeline", 100_000 if self.timeline else 0)
         object.__setattr__(self, "batch_sizes", tuple(self.batch_sizes))  # what is frozen must not change under us
         self._check_sizes()
         self._check_times()
@@ -84,6 +89,8 @@ class Config:
             value = 1 if name == "num_blocks" and self.num_blocks is None else getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}: allowed are whole numbers from 1")
+        if not isinstance(self.timeline, int) or self.timeline < 0:
+            raise ValueError(f"timeline is {self.timeline!r}: allowed are True, False and whole numbers from 0")
         if self.max_length > self.model_length:  # type: ignore[operator]  # filled in by now
             raise ValueError(f"max_length is {self.max_length}: the model allows at most {self.model_length} tokens")
         if not self.prefill_sizes or any(not isinstance(size, int) or size < 1 for size in self.prefill_sizes):

@@ -6,11 +6,9 @@ everybody else's requests with it. What a turn does is `step`, in `batcher.py`.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
@@ -48,6 +46,8 @@ class Handle:
 
 class TokenStream(Iterator[int]):
     """The tokens of one request as they are committed. Closed or dropped before its end, it cancels the request."""
+
+    _closed = True  # if an interrupt comes before it is made, there is nothing to do in `__del__`
 
     def __init__(self, batcher: Serving, handle: Handle):
         self._batcher, self._handle = batcher, handle
@@ -146,7 +146,11 @@ class Serving:
         with self._door:  # closed meanwhile by another thread: then it must not be entered any more
             self._check_open()
             self._handles[state.number] = handle
-            self._inbox.append(("add", state))
+            try:
+                self._inbox.append(("add", state))
+            except BaseException:  # an interrupt: it must not be waited for without being served
+                del self._handles[state.number]
+                raise
         return handle
 
     def cancel(self, handle: Handle) -> bool:
@@ -175,6 +179,8 @@ class Serving:
         Ctrl-C ends everything that is under way as "cancelled", and the batcher can be used again. An exception raised
         by `requests` or by the progress bar cancels the requests of this call only.
         RequestError for anything but a list of requests, and on a closed batcher."""
+        from .shown.progress import progress_bar
+
         self._check_open()
         if not isinstance(requests, Iterable) or isinstance(requests, (str, bytes, bytearray)):
             raise RequestError(f"run takes a list of Requests, not {type(requests).__name__} {shown(requests)}")
@@ -191,7 +197,7 @@ class Serving:
                     now = self.device.now()
                     answers.append(Completion([], "error", error, submitted_s=now, finished_s=now))
             pending = [answer for answer in answers if isinstance(answer, Handle)]
-            with _progress_bar(pending, self.timeline, progress) as update:
+            with progress_bar(pending, self.timeline, progress) as update:
                 for handle in pending:
                     while handle.completion is None:
                         self._serve_until(handle.has_ended, most_turns=1)
@@ -384,56 +390,3 @@ class Serving:
             raise RequestError(
                 f"stop_strings: the tokenizer's decode raised {type(error).__name__}: {error}"
             ) from error
-
-
-@contextlib.contextmanager
-def _progress_bar(handles: list[Handle], timeline: Timeline, wanted: bool) -> Iterator[Callable[[], None]]:
-    """A tqdm bar on standard error that counts generated tokens and says how idle the device was; or no bar at all.
-    Gives the function that brings it up to date."""
-    if not wanted:
-        yield lambda: None
-        return
-    from tqdm import tqdm
-
-    idle, looked = _IdleSoFar(timeline), time.monotonic()
-    total = sum(handle._state.request.max_new_tokens for handle in handles)
-    with contextlib.closing(tqdm(total=total, unit=" tokens", leave=False)) as bar:
-
-        def update() -> None:
-            nonlocal looked
-            now = time.monotonic()
-            if now - looked >= 1:
-                looked = now
-                if (share := idle()) is not None:
-                    bar.set_postfix_str(f"idle {100 * share:.1f} %", refresh=False)
-            bar.update(sum(len(handle._state.generated) for handle in handles) - bar.n)
-
-        yield update
-
-
-class _IdleSoFar:
-    """The idle share of a timeline that still grows, as `Timeline.summary` has it. Each call looks at what has come
-    since the call before, so a long run does not slow itself down by being watched."""
-
-    def __init__(self, timeline: Timeline):
-        self.timeline = timeline
-        self.spans = self.steps = 0  # so many have been looked at
-        self.kinds: dict[int, str] = {}  # of steps that have been noted and whose span has not been looked at
-        self.last_end: float | None = None
-        self.active_s = self.period_s = 0.0
-
-    def __call__(self) -> float | None:
-        """The share from 0 to 1; None before there is one."""
-        new_steps = self.timeline.steps[self.steps :]
-        self.steps += len(new_steps)
-        self.kinds |= {step.step: step.kind for step in new_steps}
-        for lane, _, step, start, end in self.timeline.spans[self.spans :]:
-            if lane == "compute":
-                if step not in self.kinds:
-                    break  # another thread is committing it just now
-                if self.kinds.pop(step) == "decode" and self.last_end is not None:
-                    self.active_s += end - start
-                    self.period_s += end - self.last_end
-                self.last_end = end
-            self.spans += 1
-        return max(0.0, 1 - self.active_s / self.period_s) if self.period_s > 0 else None

@@ -7,14 +7,15 @@ lane of the device ("copy_in", "step", "copy_out"), and on the host one for each
 
 The numbers that this project is about follow from the spans: how long the device was active, how long it was idle, and
 what the host was doing in each idle gap. `Timeline.save` writes a trace that https://ui.perfetto.dev opens.
+
+A batcher may serve for weeks. So its timeline keeps the newest steps only, and of the others what they add up to.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
 import math
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +23,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 LANES = ("host", "H2D", "compute", "D2H")
-
-_new = tuple.__new__  # makes a named tuple in half the time that a call of its class takes
 
 
 class Span(NamedTuple):
@@ -73,7 +72,9 @@ class Summary:
 
     wall_s: from the start of the first span to the end of the last. tokens: without the wasted ones. device_active,
     idle: shares from 0 to 1, over the decode steps. host_ms_per_step: host work (without waiting) of a decode step, the
-    median. These three are nan if no decode step could be measured.
+    median. These three are nan if no decode step could be measured. Everything is of all steps, those too that the
+    timeline has dropped, but for the median, which is of those that it keeps. A batcher with timeline=False counts
+    steps and tokens only, and all times are nan.
     """
 
     wall_s: float
@@ -122,7 +123,9 @@ def device_activity(starts, ends, counted=None) -> tuple[float, float]:
     starts, ends = np.asarray(starts, float), np.asarray(ends, float)
     counted = np.ones(len(ends), bool) if counted is None else np.asarray(counted, bool)
     counted = counted[1:]
-    return float((ends - starts)[1:][counted].sum()), float(np.diff(ends)[counted].sum())
+    # Added up one after the other, unlike by numpy's `sum`: to the bit what a batcher's running totals are.
+    active, period = np.r_[0.0, (ends - starts)[1:][counted]], np.r_[0.0, np.diff(ends)[counted]]
+    return float(np.cumsum(active)[-1]), float(np.cumsum(period)[-1])
 
 
 def union(starts, ends) -> tuple[np.ndarray, np.ndarray]:
@@ -152,35 +155,122 @@ def busy_curve(starts, ends) -> tuple[np.ndarray, np.ndarray]:
     return np.column_stack([starts, ends]).ravel(), np.column_stack([np.r_[0.0, busy[:-1]], busy]).ravel()
 
 
-class Timeline:
-    """The spans of one run. label: its name, such as "sync". clock: whose time it is, "host", "cuda" or "virtual"."""
+@dataclass
+class Totals:
+    """What the steps of a batcher add up to, counted as they are committed. active_s, period_s: as `device_activity`
+    has them, over the decode steps. origin, end: of the spans that were dropped, the first start and the last end."""
 
-    def __init__(self, label: str = "", clock: str = "host"):
-        self.label = label
-        self.clock = clock
-        self.spans: list[Span] = []
-        self.steps: list[Step] = []
+    steps: int = 0
+    decode_steps: int = 0
+    tokens: int = 0
+    wasted: int = 0
+    active_s: float = 0.0
+    period_s: float = 0.0
+    origin: float = math.inf
+    end: float = -math.inf
+
+    @property
+    def active(self) -> float:
+        """The share of the device's time, nan before there is one."""
+        return min(1.0, self.active_s / self.period_s) if self.period_s > 0 else math.nan
+
+
+class Timeline:
+    """The spans of one run. label: its name, such as "sync". clock: whose time it is, "host", "cuda" or "virtual".
+
+    most_steps: it keeps the spans of so many newest steps; None keeps all. Only a timeline that is written as a batcher
+    writes it, step after step, can be bounded. dropped: how many steps it had to drop; `totals` count them too."""
+
+    def __init__(self, label: str = "", clock: str = "host", most_steps: int | None = None):
+        self.label, self.clock, self.most_steps = label, clock, most_steps
+        # Plain tuples: `Span` and `Step` would stay on the garbage collector's list, and each of its looks take longer.
+        self._spans: deque[tuple] = deque()
+        self._steps: deque[tuple] = deque()
+        self.dropped, self.totals = 0, Totals()
+        # The newest span on "compute": its step, start and end, and the end of the span before it.
+        self._computed = (-1, math.nan, math.nan, math.nan)
 
     def __repr__(self) -> str:
-        return f"Timeline({self.label!r}, clock={self.clock!r}, {len(self.spans)} spans, {len(self.steps)} steps)"
+        contents = f"{len(self._spans)} spans, {len(self._steps)} steps{self.cut}"
+        return f"Timeline({self.label!r}, clock={self.clock!r}, {contents})"
+
+    @property
+    def cut(self) -> str:
+        """What a text should say of a timeline that has dropped steps; empty for a whole one."""
+        return f", the newest {len(self._steps)} of {self.totals.steps} steps" if self.dropped else ""
+
+    def check_whole(self, user: str) -> None:
+        """ValueError if steps were dropped, in the name of `user`, who needs them all."""
+        if self.dropped:
+            raise ValueError(
+                f"{user} needs every step, and this timeline has dropped {self.dropped} of {self.totals.steps}: open "
+                f"the batcher with timeline={self.totals.steps} or more, or look at fewer (`run` begins a new one)"
+            )
+
+    @property
+    def spans(self) -> list[Span]:
+        """A new list of them, in the order in which they were added."""
+        return [Span(*span) for span in list(self._spans)]  # a list first: another thread may be adding one
+
+    @spans.setter
+    def spans(self, spans: Iterable[Span]) -> None:
+        self._spans = deque(map(tuple, spans))
+
+    @property
+    def steps(self) -> list[Step]:
+        """A new list of what the steps did, in the order in which they were committed."""
+        return [Step(*step) for step in list(self._steps)]
+
+    @steps.setter
+    def steps(self, steps: Iterable[Step]) -> None:
+        self._steps = deque(map(tuple, steps))
 
     def add(self, lane: str, name: str, step: int, start: float, end: float) -> None:
-        """Note a span; `start` and `end` are seconds. The hot loop calls this, so it is one append and nothing else."""
-        self.spans.append(_new(Span, (lane, name, step, start, end)))
+        """Note a span; `start` and `end` are seconds. The hot loop calls this, so it is one append and little else."""
+        if lane == "compute":
+            self._computed = step, start, end, self._computed[2]
+        self._spans.append((lane, name, step, start, end))
 
     def add_step(self, step: int, kind: str, tokens: int, wasted: int, rows: int = 0, context: int = 0) -> None:
-        """Note what a step did, once it is committed. `Step` says what the arguments mean."""
-        self.steps.append(_new(Step, (step, kind, tokens, wasted, rows, context)))
+        """Note what a step did, once it is committed and its spans on the device are there. `Step` says what the
+        arguments mean."""
+        self._steps.append((step, kind, tokens, wasted, rows, context))
+        totals = self.totals
+        totals.steps += 1
+        totals.tokens += tokens
+        totals.wasted += wasted
+        if kind == "decode":
+            totals.decode_steps += 1
+            computed, start, end, before = self._computed
+            if computed == step and before == before:  # nan before the first
+                totals.active_s += end - start
+                totals.period_s += end - before
+        if self.most_steps is not None:
+            self._drop(step - self.most_steps)
+
+    def _drop(self, last: int) -> None:
+        """Drop the steps up to number `last`, which is one more with each call. Spans of steps that overlap lie between
+        each other: those behind a span that is kept stay until that one goes."""
+        spans, steps, totals = self._spans, self._steps, self.totals
+        while steps and steps[0][0] <= last:
+            steps.popleft()
+            self.dropped += 1
+        while spans and spans[0][2] <= last:
+            _, _, _, start, end = spans.popleft()
+            if start < totals.origin:
+                totals.origin = start
+            if end > totals.end:
+                totals.end = end
 
     @property
     def origin(self) -> float:
-        """When the first span starts (seconds); 0.0 without spans."""
-        return min((span.start for span in self.spans), default=0.0)
+        """When the first span starts (seconds) that is kept; 0.0 without spans."""
+        return min((span[3] for span in list(self._spans)), default=0.0)
 
     def lane(self, lane: str) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
         """The spans of a lane, in the order of their starts: (names, steps, starts, ends), a list of texts, an int64
         array, and two float64 arrays of seconds."""
-        spans = sorted((span for span in self.spans if span.lane == lane), key=lambda span: span.start)
+        spans = sorted((span for span in list(self._spans) if span[0] == lane), key=lambda span: span[3])
         if not spans:
             return [], np.zeros(0, np.int64), np.zeros(0), np.zeros(0)
         _, names, steps, starts, ends = zip(*spans, strict=True)
@@ -189,34 +279,39 @@ class Timeline:
     def _decode_steps(self) -> np.ndarray:
         return np.array([step.step for step in self.steps if step.kind == "decode"], np.int64)
 
+    def _counted(self) -> Totals:
+        """The totals, counted from spans and steps that may stand in any order."""
+        decode, steps = self._decode_steps(), self.steps
+        _, numbers, starts, ends = self.lane("compute")
+        activity = device_activity(starts, ends, np.isin(numbers, decode))
+        return Totals(len(steps), len(decode), sum(s.tokens for s in steps), sum(s.wasted for s in steps), *activity)
+
     def summary(self) -> Summary:
         """The run in numbers. An empty timeline has a summary too."""
-        decode = self._decode_steps()
-        _, steps, starts, ends = self.lane("compute")
-        active_s, period_s = device_activity(starts, ends, np.isin(steps, decode))
-        active = min(1.0, active_s / period_s) if period_s > 0 else math.nan
+        totals = self.totals if self.dropped else self._counted()
         names, steps, starts, ends = self.lane("host")
-        work = np.isin(steps, decode) & np.array([name != "wait" for name in names], bool)
+        work = np.isin(steps, self._decode_steps()) & np.array([name != "wait" for name in names], bool)
         _, which = np.unique(steps[work], return_inverse=True)
         host_s = np.bincount(which, (ends - starts)[work])
-        wall_s = max((span.end for span in self.spans), default=0.0) - self.origin
-        tokens = sum(step.tokens for step in self.steps)
+        spans = list(self._spans)
+        start, end = min([totals.origin, *(s[3] for s in spans)]), max([totals.end, *(s[4] for s in spans)])
+        wall_s = end - start if start <= end else math.nan if self.dropped else 0.0
         return Summary(
             wall_s=wall_s,
-            tokens=tokens,
-            tokens_per_s=tokens / wall_s if wall_s > 0 else 0.0,
-            steps=len(self.steps),
-            decode_steps=len(decode),
-            device_active=active,
-            idle=1.0 - active,
+            tokens=totals.tokens,
+            tokens_per_s=totals.tokens / wall_s if wall_s else 0.0,
+            steps=totals.steps,
+            decode_steps=totals.decode_steps,
+            device_active=totals.active,
+            idle=1.0 - totals.active,
             host_ms_per_step=1e3 * float(np.median(host_s)) if len(host_s) else math.nan,
-            wasted_tokens=sum(step.wasted for step in self.steps),
+            wasted_tokens=totals.wasted,
         )
 
     def gaps(self) -> list[Gap]:
         """The idle gaps of the device before decode steps, in order of time, with what the host was doing in each.
 
-        Together they are as long as the idle time in `summary().idle`."""
+        Together they are as long as the idle time in `summary().idle`, if the timeline has dropped no steps."""
         _, steps, starts, ends = self.lane("compute")
         late = np.array([i for i, _ in idle_gaps(starts.tolist(), ends.tolist())], np.int64)
         late = late[np.isin(steps[late], self._decode_steps())]
@@ -245,79 +340,21 @@ class Timeline:
 
 
 def save_trace(path: str | Path, timelines: Sequence[Timeline]) -> None:
-    """Write several timelines into one Chrome trace: as processes 1, 2, ..., each of which begins at time 0.
+    """Write several timelines into one Chrome trace: as processes 1, 2, ..., each of which begins at time 0."""
+    from .shown.trace import write
 
-    Arrows ("flow events") lead from the copy in of a step to the step, and on to its copy out."""
-    events: list[dict[str, Any]] = []
-    notes = []
-    flows = itertools.count(1)  # numbers of arrows, not used twice in a file: Perfetto would join two runs
-    for pid, timeline in enumerate(timelines, 1):
-        origin = timeline.origin
-        notes.append({"pid": pid, "label": timeline.label, "clock": timeline.clock, "origin": origin})
-        notes[-1]["steps"] = [list(step) for step in timeline.steps]
-        title = f"{timeline.label or 'timeline'} ({timeline.clock} clock)"
-        events.append({"ph": "M", "pid": pid, "name": "process_name", "args": {"name": title}})
-        events.append({"ph": "M", "pid": pid, "name": "process_sort_index", "args": {"sort_index": pid}})
-        lanes = dict.fromkeys([*LANES, *(span.lane for span in timeline.spans)])
-        tids = {lane: 100 * pid + i for i, lane in enumerate(lanes)}
-        for lane, tid in tids.items():
-            where = {"ph": "M", "pid": pid, "tid": tid}
-            events.append({**where, "name": "thread_name", "args": {"name": lane}})
-            events.append({**where, "name": "thread_sort_index", "args": {"sort_index": tid}})
-        slices: dict[int, dict[str, dict[str, Any]]] = {}  # step -> device lane -> its first event
-        for lane, name, step, start, end in timeline.spans:
-            # ts and dur are microseconds, for the viewer. Both ends are rounded alike, so that neighbours still touch.
-            # args keeps the exact seconds, for `load`.
-            ts, stop = round(1e6 * (start - origin), 3), round(1e6 * (end - origin), 3)
-            args = {"step": step, "start_s": start, "end_s": end}
-            event = {"ph": "X", "pid": pid, "tid": tids[lane], "name": name, "cat": lane}
-            events.append({**event, "ts": ts, "dur": round(stop - ts, 3), "args": args})
-            if lane in LANES[1:]:
-                slices.setdefault(step, {}).setdefault(lane, events[-1])
-        for of_step in slices.values():
-            if len(of_step) == len(LANES[1:]):
-                events += _arrows([of_step[lane] for lane in LANES[1:]], next(flows))
-    trace = {"traceEvents": events, "displayTimeUnit": "ms", "metadata": {"asyncbatch": notes}}
-    Path(path).write_text(json.dumps(trace, allow_nan=False), encoding="utf-8")
-
-
-def _arrows(slices: Sequence[dict[str, Any]], number: int) -> list[dict[str, Any]]:
-    """The arrows through the slices ("X" events) of a step, as flow events with this number. None at all if one of them
-    would lead back in time.
-
-    The viewer ties a flow event to the slice that is open on its thread at that time. So each stands in the middle of
-    its slice: at one of its ends, it could be tied to the neighbour that touches it."""
-    times = [round(event["ts"] + event["dur"] / 2, 3) for event in slices]
-    if times != sorted(times):
-        return []
-    flow = {"name": f"step {slices[0]['args']['step']}", "cat": "flow", "id": number, "bp": "e"}
-    return [
-        {"ph": phase, "pid": event["pid"], "tid": event["tid"], "ts": ts, **flow}
-        for phase, event, ts in zip("stf", slices, times, strict=True)
-    ]
+    write(path, timelines, LANES)
 
 
 def load_trace(path: str | Path) -> list[Timeline]:
     """All timelines of a file that `Timeline.save` or `save_trace` wrote. ValueError if the file holds anything
     else."""
-    expected = "expected a Chrome trace written by Timeline.save (JSON with traceEvents and metadata.asyncbatch)"
-    try:
-        trace = json.loads(Path(path).read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); {expected}") from None
-    if not isinstance(trace, dict):
-        raise ValueError(f"{path} holds a JSON {type(trace).__name__}; {expected}")
-    try:
-        timelines = {}
-        for note in trace["metadata"]["asyncbatch"]:
-            timeline = timelines[note["pid"]] = Timeline(note["label"], note["clock"])
-            timeline.steps = [Step(*step) for step in note["steps"]]
-        for event in trace["traceEvents"]:
-            if event["ph"] == "X":
-                args = event["args"]
-                span = Span(event["cat"], event["name"], args["step"], args["start_s"], args["end_s"])
-                timelines[event["pid"]].spans.append(span)
-    except (KeyError, TypeError) as error:
-        problem = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{path} is JSON with the keys {sorted(trace)}, but {problem}; {expected}") from None
-    return list(timelines.values())
+    from .shown.trace import read
+
+    def timeline(label, clock, steps, spans, most_steps=None, dropped=0, totals=None) -> Timeline:
+        made = Timeline(label, clock, most_steps)
+        made.steps, made.spans = [Step(*step) for step in steps], spans
+        made.dropped, made.totals = dropped, Totals(**totals or {})
+        return made
+
+    return read(path, timeline)

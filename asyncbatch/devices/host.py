@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..streams import STREAMS, DeviceError
-from .process import MAX_EVENTS, DeviceProcess
+from .process import DeviceProcess
 from .real_time import RealTime
 
 
@@ -23,10 +23,8 @@ class HostEvent:
     """`ticket` counts the records; the device copies it to `done[index]` when it gets there. Written by the host
     only."""
 
-    def __init__(self, process: DeviceProcess):
-        if not process.free_events:
-            raise DeviceError(f"all {MAX_EVENTS} events of the device are taken: close some of the model's batchers")
-        self.process, self.index, self.ticket = process, process.free_events.pop(), 0
+    def __init__(self, process: DeviceProcess, session: int):
+        self.process, self.index, self.ticket = process, process.take_event(session), 0
         process.done_view[self.index] = 0
 
     def query(self) -> bool:
@@ -39,7 +37,7 @@ class HostEvent:
 class HostStream:
     def __init__(self, device: HostDevice, number: int):
         self.process, self.session, self.number, self.name = device.process, device.session, number, STREAMS[number]
-        self._end, self._has_new = HostEvent(self.process), False
+        self._end, self._has_new = HostEvent(self.process, self.session), False
         self._launches: dict[tuple[Any, int], bytes] = {}  # pickled once: the same few come in every step
 
     def launch(self, command: Any, slot: int) -> None:
@@ -82,17 +80,18 @@ class HostDevice(RealTime):
     def __init__(self, process: DeviceProcess, program: Callable[..., Any], num_slots: int, arguments: dict):
         process.reclaim()
         self.process, self.session = process, next(process.sessions)
+        # What `close` does; if nobody calls it, the next device of the process does. It stands here first: whatever
+        # comes next may be interrupted.
+        self.streams: Any = []
+        self._drop = weakref.finalize(self, process.dropped.append, (self.session, self.streams))
+        self._drop.atexit = False
         self.times = torch.zeros(num_slots, len(STREAMS), 2, dtype=torch.float64).share_memory_()
         self.failed = torch.zeros(num_slots, dtype=torch.int32).share_memory_()
         self.moments = torch.zeros(num_slots, 4, dtype=torch.float64).share_memory_()
         self._times, self._moments = self.times.numpy(), self.moments.numpy()
-        self._events: list[HostEvent] = []
         self._keep_quiet()
-        self.streams = (HostStream(self, 0), HostStream(self, 1), HostStream(self, 2))
-        self._events += [stream._end for stream in self.streams]
-        # What `close` does; if nobody calls it, the next device of the process does.
-        self._drop = weakref.finalize(self, process.dropped.append, (self.session, self.streams, self._events))
-        self._drop.atexit = False
+        for number in range(len(STREAMS)):
+            self.streams.append(HostStream(self, number))
         try:
             answer = process.ask("open", self.session, program, arguments, self.times, self.failed, self.moments)
             self.padding: dict[int, int] = answer
@@ -101,8 +100,7 @@ class HostDevice(RealTime):
             raise
 
     def event(self, name: str = "an event", slot: int | None = None) -> HostEvent:
-        self._events.append(HostEvent(self.process))
-        return self._events[-1]
+        return HostEvent(self.process, self.session)
 
     def spans(self, slot: int) -> np.ndarray:
         return self._times[slot].copy()

@@ -27,6 +27,7 @@ from .travel import PackedModel, pack, pickled
 from .worker import device_main
 
 MAX_EVENTS = 1024
+FREE = -1
 _main_module = threading.Lock()
 
 
@@ -51,9 +52,13 @@ class DeviceProcess:
             process = cls._of.get(model)
             if process is None or process.pid != os.getpid() or not process.alive:
                 process = cls()
-                weakref.finalize(model, process.stop)
-                process.send_model(model)
-                cls._of[model] = process
+                try:
+                    process.send_model(model)
+                    weakref.finalize(model, process.stop)
+                    cls._of[model] = process
+                except BaseException:
+                    process.kill()  # nobody has it
+                    raise
             else:
                 process.send_model(model)
             return process
@@ -69,11 +74,11 @@ class DeviceProcess:
         self.done = torch.zeros(MAX_EVENTS, dtype=torch.int64).share_memory_()
         self.done_view = self.done.numpy()
         self.wake = context.Semaphore(0)
-        self.free_events = list(range(MAX_EVENTS - 1, -1, -1))
+        self.owners = [FREE] * MAX_EVENTS  # of each event: the session that it belongs to
         self.sessions, self.numbers = itertools.count(), itertools.count()
-        self.lock, self.reclaiming = threading.Lock(), threading.Lock()
+        self.lock, self.reclaiming, self.taking = threading.Lock(), threading.Lock(), threading.Lock()
         self.sent: PackedModel | None = None  # what the worker has
-        self.dropped: list[tuple[int, Any, list[Any]]] = []  # session, streams and events of devices that nobody has
+        self.dropped: list[tuple[int, list[Any]]] = []  # session and streams of devices that nobody has
         self.control, control = context.Pipe()
         self.pipes, pipes = [], []
         for _ in STREAMS:
@@ -83,14 +88,18 @@ class DeviceProcess:
         self.process = context.Process(
             target=device_main, args=(control, pipes, self.done, self.wake), daemon=True, name="asyncbatch-device"
         )
-        with _no_main_module():
-            self.process.start()
-        for end in (control, *pipes):
-            end.close()  # the worker has its own: with ours closed, a dead worker is an end of file and not a hang
+        try:
+            with _no_main_module():
+                self.process.start()
+            for end in (control, *pipes):
+                end.close()  # the worker has its own: with ours closed, a dead worker is an end of file and not a hang
+        except BaseException:
+            self.kill()
+            raise
 
     @property
     def alive(self) -> bool:
-        return self.process.is_alive()
+        return not self.control.closed and self.process.is_alive()
 
     def send_model(self, model: torch.nn.Module) -> None:
         """Send the model, if it is not the same as when it was sent last."""
@@ -125,7 +134,7 @@ class DeviceProcess:
         except Exception:
             raise  # nothing has been sent: the message could not be pickled
         except BaseException:
-            self.process.kill()
+            self.kill()
             raise
 
     def send(self, stream: int, message: bytes) -> None:
@@ -146,16 +155,32 @@ class DeviceProcess:
 
     def reclaim(self) -> None:
         """Free the programs and take back the events of all dropped devices, when they have done what they were given.
-        Not where the garbage collector finds them: this thread may be in the middle of a question."""
+        Not where the garbage collector finds them: this thread may be in the middle of a question. Where it is
+        interrupted, the next call does it all again."""
         with self.reclaiming:
             while self.dropped and self.alive:
-                session, streams, events = self.dropped[0]
+                session, streams = self.dropped[0]
                 for stream in streams:
                     stream.synchronize()
                 self.ask("close", session)
+                with self.taking:
+                    self.owners = [FREE if owner == session else owner for owner in self.owners]
                 del self.dropped[0]
-                self.free_events += [event.index for event in events]
-                events.clear()
+
+    @property
+    def free_events(self) -> list[int]:
+        return [index for index, owner in enumerate(self.owners) if owner == FREE]
+
+    def take_event(self, session: int) -> int:
+        """The number of an event that from now on belongs to the session. DeviceError if there is none."""
+        with self.taking:
+            if FREE not in self.owners:
+                raise DeviceError(
+                    f"all {MAX_EVENTS} events of the device are taken: close some of the model's batchers"
+                )
+            index = self.owners.index(FREE)
+            self.owners[index] = session
+            return index
 
     def _gone(self) -> DeviceError:
         return DeviceError(f"the device process ended (exit code {self.process.exitcode})")
@@ -164,11 +189,16 @@ class DeviceProcess:
         """End the worker. In a forked process: leave it to its owner."""
         if os.getpid() != self.pid:
             return
-        for pipe in (*self.pipes, self.control):
+        for pipe in (self.control, *self.pipes):  # the first says that it is over
             pipe.close()
         self.process.join(timeout=2)
         if self.process.is_alive():
+            self.kill()
+
+    def kill(self) -> None:
+        if self.process.pid is not None:  # else it has not been started
             self.process.kill()
+            self.process.join()  # while it dies it looks alive, and the model's next batcher would ask it
 
 
 def _after_fork() -> None:

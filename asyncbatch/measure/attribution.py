@@ -68,7 +68,8 @@ def attribute(timeline: Timeline) -> Attribution:
     """Divide every idle gap of the device before a decode step among what the host was doing in it.
 
     `timeline`: that of a run within `record_points`, or any other; then the host spans themselves are all that is known
-    of the host."""
+    of the host. ValueError if it has dropped steps."""
+    timeline.check_whole("attribution")
     gaps = timeline.gaps()
     decode = sum(step.kind == "decode" for step in timeline.steps)
     if not gaps:

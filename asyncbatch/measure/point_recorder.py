@@ -26,7 +26,8 @@ FIRST_COMMANDS = ("launch", "wait_event", "wait_event")  # the first command of 
 @contextlib.contextmanager
 def record_points(batcher: Any) -> Iterator[None]:
     """Every run of the batcher within this context gets its latency points, on the lanes "points" and "device points"
-    of its timeline. They are added when the next run begins, and at the end of the context.
+    of its timeline. They are added when the next run begins, and at the end of the context. The timelines of these runs
+    are kept whole, whatever the batcher's option `timeline` says.
 
     It is made for the batchers of this package. For any other object with a `timeline`, only garbage collections are
     noted."""
@@ -42,6 +43,7 @@ def record_points(batcher: Any) -> Iterator[None]:
     if hasattr(batcher, "scheduler"):
         scheduler, kv, device = batcher.scheduler, batcher.kv, batcher.device
         replace(batcher, "_new_timeline", recorder.follow_timeline(batcher._new_timeline))
+        undo.callback(recorder.bound_again)
         if batcher.config.host_work_s:
             replace(scheduler, "plan", recorder.note_added_work(scheduler.plan))
         time(scheduler, "_prefill_rows", "admit")
@@ -95,6 +97,7 @@ class PointRecorder:
     def __init__(self, batcher: Any):
         self.batcher, self.now = batcher, getattr(batcher.device, "now", perf_counter)
         self.timeline: Timeline = batcher.timeline  # of an earlier run, until the next one begins
+        self.bound: int | None = getattr(self.timeline, "most_steps", None)  # lifted while it records
         self.since = self.now()
         self.calls: list[Any] = []  # flat: name, start and end of a call, then those of the next call, and so on
         self.parts: list[Any] = []  # flat: start of a step on the device, seconds of its parts, and so on
@@ -166,9 +169,14 @@ class PointRecorder:
         def wrapper() -> Timeline:
             self.settle()
             self.timeline = new_timeline()
+            self.bound, self.timeline.most_steps = self.timeline.most_steps, None
             return self.timeline
 
         return wrapper
+
+    def bound_again(self) -> None:
+        """The batcher may be served for ever without a new run."""
+        self.timeline.most_steps = self.bound
 
     def settle(self) -> None:
         """Add what was logged to the timeline that it belongs to, as spans, and empty the logs."""

@@ -75,7 +75,9 @@ class Segment(NamedTuple):
 
 
 def host_segments(timeline: Timeline) -> list[Segment]:
-    """What the host did, in order of time and without overlaps: of nested spans, the innermost one counts."""
+    """What the host did, in order of time and without overlaps: of nested spans, the innermost one counts. ValueError
+    if the timeline has dropped steps."""
+    timeline.check_whole("an account by latency points")
     spans = []
     for lane, name, step, start, end in timeline.spans:
         if end > start and lane in ("host", LANE):

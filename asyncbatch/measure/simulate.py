@@ -99,7 +99,9 @@ def costs_of(timeline: Timeline, slots: int = 1) -> list[StepCost]:
 
     slots: how many the run had. With 1 (a synchronous run) the idle times of the device are those of the timeline. What
     the device waited beyond the spans (a host that had to wake up, time between two spans) is added to `before`; what
-    of the spans it did not wait for (the rest of a launch, while the step runs) becomes `hidden`."""
+    of the spans it did not wait for (the rest of a launch, while the step runs) becomes `hidden`. ValueError if the
+    timeline has dropped steps."""
+    timeline.check_whole("a prediction")
     seconds: dict[tuple[int, str], float] = {}
     for span in timeline.spans:
         seconds[span.step, span.name] = seconds.get((span.step, span.name), 0.0) + span.end - span.start

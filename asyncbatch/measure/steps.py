@@ -69,7 +69,8 @@ class Steps(NamedTuple):
 def steps_from(timeline: Timeline) -> Steps:
     """The steps of a measured timeline, in whole microseconds.
 
-    ValueError if the timeline has no steps, or a step without a time on the device (it failed)."""
+    ValueError if the timeline has no steps, has dropped some, or has one without a time on the device (it failed)."""
+    timeline.check_whole("a recording")
     _, numbers, starts, ends = timeline.lane("compute")
     known = {step.step: step for step in timeline.steps}
     if not known or sorted(known) != sorted(numbers.tolist()):
@@ -98,7 +99,8 @@ def steps_from(timeline: Timeline) -> Steps:
 
 def phase_medians_us(timeline: Timeline) -> dict[str, float]:
     """By name of the host spans ("plan", "wait", ...) the microseconds they take in a decode step: the median over the
-    decode steps that have such a span."""
+    decode steps that have such a span. ValueError if the timeline has dropped steps."""
+    timeline.check_whole("the median of each phase")
     decode = {step.step for step in timeline.steps if step.kind == "decode"}
     times: dict[str, dict[int, float]] = {}
     for span in timeline.spans:

@@ -152,7 +152,7 @@ class _Track:
     def __init__(self, timeline: Timeline, name: str):
         self.timeline, self.name = timeline, name
         summary, origin = timeline.summary(), timeline.origin
-        self.end = summary.wall_s
+        self.end = max((span.end for span in timeline.spans), default=origin) - origin
         lanes = {lane: timeline.lane(lane) for lane in LANES}
         prefill = np.array([step.step for step in timeline.steps if step.kind == "prefill"], np.int64)
         is_wait = np.array([span_name == "wait" for span_name in lanes["host"][0]], bool)
@@ -169,7 +169,7 @@ class _Track:
         parts = [f"{self.end * factor:.4g} {unit} in all", _one_line(f"{timeline.clock} clock", 60)]
         if not math.isnan(summary.idle):
             parts = [f"device active {100 * summary.device_active:.1f} %", f"idle {100 * summary.idle:.1f} %", *parts]
-        self.caption = ", ".join(parts) if timeline.spans else "no spans"
+        self.caption = ", ".join(parts) + timeline.cut if timeline.spans else "no spans"
 
 
 def _away(starts: np.ndarray, ends: np.ndarray, time: float) -> np.ndarray:

@@ -182,7 +182,8 @@ def speedups(sync: Run, other: Run) -> list[float]:
 
 
 def device_ms(timeline: Timeline) -> float | None:
-    """Median time of a decode step on the device, in milliseconds."""
+    """Median time of a decode step on the device, in milliseconds. ValueError if the timeline has dropped steps."""
+    timeline.check_whole("the median time of a step")
     decode = {step.step for step in timeline.steps if step.kind == "decode"}
     times = [1e3 * (s.end - s.start) for s in timeline.spans if s.lane == "compute" and s.step in decode]
     return statistics.median(times) if times else None

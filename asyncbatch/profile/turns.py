@@ -24,6 +24,7 @@ from .report import OWN, Failure, Overhead
 from .workload import Sizes, Workload, serve_over_time
 
 BATCHERS: dict[str, type[BatcherBase]] = {"sync": SyncBatcher, "async": AsyncBatcher}
+WHOLE = 10**9  # steps of a timeline: every figure of the report is of all of them
 PROBE_TOKENS = 32  # another engine first generates so many: would all of it take too long?
 Key = tuple[str, str]  # engine, mode
 
@@ -180,6 +181,7 @@ def open_batcher(engine: str, mode: str, settings: Settings, job: Job, parts: bo
         limits["prefill_tokens"] = [int(size) for size in str(settings.prefill_tokens).split(",")]
     slots = settings.slots if mode == "async" else 1
     host_work_s = 1e-3 * settings.host_work_ms
+    limits["timeline"] = WHOLE
     return BATCHERS[mode](job.model, num_slots=slots, host_work_s=host_work_s, step_s=job.step_s, **limits)
 
 

@@ -3,69 +3,33 @@
 from __future__ import annotations
 
 import itertools
+import math
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 from support.timelines import runs
 from support.tiny import tiny_model
 
 from asyncbatch import AsyncBatcher, Request, SyncBatcher
-from asyncbatch.serving import _IdleSoFar
 from asyncbatch.timeline import Timeline
 
 
-class Counted(list):
-    """A list that counts what is read from it, and refuses to be read as a whole."""
-
-    reads = 0
-
-    def __getitem__(self, index):
-        found = list.__getitem__(self, index)
-        self.reads += len(found) if isinstance(index, slice) else 1
-        return found
-
-    def __iter__(self):
-        raise AssertionError("the whole list was read")
-
-
-@given(runs(), st.integers(1, 5))
-def test_idle_so_far_is_the_summary_of_what_has_come_and_reads_everything_once(whole, often):
+@given(runs())
+def test_the_share_so_far_is_at_every_step_the_summary_of_what_has_come(whole):
     growing = Timeline()
-    growing.spans, growing.steps = Counted(), Counted()
-    idle, last = _IdleSoFar(growing), None
-    for number, step in enumerate(whole.steps):
-        growing.spans += [span for span in whole.spans if span.step == step.step]
-        growing.steps.append(step)
-        if number % often == 0:
-            last = idle()
-            part = Timeline()
-            part.spans, part.steps = growing.spans[:], growing.steps[:]
-            growing.spans.reads -= len(part.spans)
-            growing.steps.reads -= len(part.steps)
-            expected = part.summary().as_dict()["idle"]
-            assert last is None if expected is None else last == pytest.approx(max(0, expected), abs=1e-6)
-    idle()
-    assert (growing.spans.reads, growing.steps.reads) == (len(whole.spans), len(whole.steps)), "each exactly once"
-
-
-def test_a_span_whose_step_is_not_noted_yet_waits_for_the_next_look():
-    timeline = Timeline()
-    idle = _IdleSoFar(timeline)
-    for step in range(3):
-        timeline.add("compute", "step", step, 10.0 * step, 10.0 * step + 5)
-    for step in range(2):
-        timeline.add_step(step, "decode", 1, 0)
-    assert idle() == 0.5
-    assert idle.spans == 2
-    timeline.add_step(2, "prefill", 1, 0)
-    assert idle() == 0.5
-    assert idle.spans == 3
+    for step in whole.steps:
+        for span in whole.spans:
+            if span.step == step.step:
+                growing.add(*span)
+        growing.add_step(*step)
+        so_far, summary = growing.totals.active, growing.summary().device_active
+        assert so_far == summary or (math.isnan(so_far) and math.isnan(summary))
 
 
 @pytest.mark.parametrize("batcher_class", [SyncBatcher, AsyncBatcher])
-def test_the_bar_counts_every_token_and_says_idle_at_most_once_a_second(batcher_class, monkeypatch):
+@pytest.mark.parametrize("kept", [True, 3])
+def test_the_bar_counts_every_token_and_says_idle_at_most_once_a_second(batcher_class, kept, monkeypatch):
     bars = []
 
     class Bar:
@@ -84,11 +48,19 @@ def test_the_bar_counts_every_token_and_says_idle_at_most_once_a_second(batcher_
 
     clock = itertools.count(100, 0.25)  # a quarter of a second for each turn of the loop
     monkeypatch.setattr("tqdm.tqdm", Bar)
-    monkeypatch.setattr("asyncbatch.serving.time", SimpleNamespace(monotonic=lambda: next(clock)))
-    with batcher_class(tiny_model(), max_batch_size=2) as batcher:
+    monkeypatch.setattr("asyncbatch.shown.progress.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with batcher_class(tiny_model(), max_batch_size=2, timeline=kept) as batcher:
         batcher.run([Request([1, 2], max_new_tokens=20)] * 2, progress=True)
     (bar,) = bars
     assert bar.options["unit"] == " tokens", "tqdm says tokens/s itself"
     assert (bar.n, bar.options["total"], bar.closed) == (40, 40, True)
     assert 0 < len(bar.said) <= next(clock) - 100, "seconds that have passed on this clock"
     assert [text for text, _ in bar.said] == [f"idle {100 * idle:.1f} %" for _, idle in bar.said]
+
+
+def test_a_bar_says_nothing_of_idle_time_that_was_not_measured(capfd, monkeypatch):
+    clock = itertools.count(100, 2.0)
+    monkeypatch.setattr("asyncbatch.shown.progress.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with SyncBatcher(tiny_model(), max_batch_size=2, timeline=False) as batcher:
+        batcher.run([Request([1, 2], max_new_tokens=20)] * 2, progress=True)
+    assert "idle" not in capfd.readouterr().err

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.timelines import runs
 from support.tiny import tiny_model
@@ -25,6 +25,12 @@ from asyncbatch.timeline import (
 )
 
 times = st.floats(0, 1e6, allow_nan=False)
+
+
+def contents(timeline: Timeline) -> tuple:
+    """What must be the same of two timelines that are the same."""
+    summary = timeline.summary().as_dict()
+    return timeline.label, timeline.clock, timeline.spans, timeline.steps, timeline.dropped, summary
 
 
 def worked_example() -> Timeline:
@@ -59,7 +65,8 @@ def test_a_worked_example():
 
 def test_prefill_steps_end_a_period_but_do_not_count():
     timeline = worked_example()
-    timeline.steps[1] = timeline.steps[1]._replace(kind="prefill")
+    first, second, third = timeline.steps
+    timeline.steps = [first, second._replace(kind="prefill"), third]
     (gap,) = timeline.gaps()
     assert gap.step == 2
     assert timeline.summary().device_active == pytest.approx(4 / 5)
@@ -68,7 +75,7 @@ def test_prefill_steps_end_a_period_but_do_not_count():
 def test_the_order_of_spans_does_not_matter():
     timeline = worked_example()
     expected = timeline.summary(), timeline.gaps()
-    timeline.spans.reverse()
+    timeline.spans = timeline.spans[::-1]
     assert timeline.summary() == expected[0]
     assert [gap.start for gap in timeline.gaps()] == [gap.start for gap in expected[1]]
 
@@ -146,12 +153,13 @@ def test_a_step_tells_its_rows_and_how_many_tokens_they_attend_to():
     assert sum(step.context for step in steps.values()) == expected
 
 
+@settings(deadline=None)
 @given(st.lists(runs(), min_size=1, max_size=3))
 def test_what_is_saved_is_loaded_exactly(tmp_path_factory, timelines):
     path = tmp_path_factory.mktemp("traces") / "trace.json"
     save_trace(path, timelines)
     for saved, loaded in zip(timelines, load_trace(path), strict=True):
-        assert vars(saved) == vars(loaded)
+        assert contents(saved) == contents(loaded)
 
 
 def test_the_trace_is_as_perfetto_wants_it(tmp_path):
@@ -238,7 +246,7 @@ def test_every_arrow_begins_and_ends_in_a_slice_of_its_step_and_leads_forward(tm
         for of_step in middles(timeline)
     )
     assert len(flows) == forward
-    assert [vars(timeline) for timeline in load_trace(path)] == [vars(timeline) for timeline in timelines]
+    assert [contents(timeline) for timeline in load_trace(path)] == [contents(timeline) for timeline in timelines]
 
 
 def middles(timeline: Timeline) -> list[dict[str, float]]:
@@ -255,7 +263,7 @@ def test_one_timeline_saves_and_loads(tmp_path):
     timeline = worked_example()
     timeline.save(tmp_path / "trace.json")
     loaded = Timeline.load(tmp_path / "trace.json")
-    assert vars(loaded) == vars(timeline)
+    assert contents(loaded) == contents(timeline)
     assert isinstance(loaded.steps[0], Step)
     assert loaded.summary() == timeline.summary()
 
