@@ -5,8 +5,8 @@ command) carries tokens over, runs the model, and samples, and "copy_out" copies
 says all that the host must decide about a step. Nothing in a step depends on a value that only the device knows, so a
 device never has to ask the host, nor the host to wait.
 
-A step is one forward pass of a fixed shape: [rows, 1] for decode, [1, tokens] for chunks of prompts. How the same is
-done on CUDA stands in `devices/cuda/runner.py`.
+A step has up to two forward passes, each of a fixed shape: [rows, 1] for decode and [1, tokens] for chunks of prompts.
+How the same is done on CUDA stands in `devices/cuda/runner.py`.
 """
 
 from __future__ import annotations
@@ -79,13 +79,14 @@ class Runner:
     def _step(self, slot: int, kind: StepKind) -> None:
         self._mark(slot, 0)
         fields = self.shape.fields(self.inputs[slot], kind)
-        if kind.work == "decode":
-            inputs = self.decode_inputs(fields)
-            self._mark(slot, 1)
-            logits = self._decode(fields, *inputs)
-        else:
-            self._mark(slot, 1)
+        carried = None if kind.passes == "prefill" else self.decode_inputs(fields)
+        self._mark(slot, 1)
+        if carried is None:
             logits = self._prefill(fields)
+        else:
+            logits = self._decode(fields, *carried)
+            if kind.passes == "mixed":
+                logits = torch.where(fields["decodes"].bool()[:, None], logits, self._prefill(fields))
         self._mark(slot, 2)
         self.outputs[slot, : kind.rows] = sample(logits, fields) if kind.sampled else self.greedy(logits)
         self._mark(slot, 3)
@@ -95,7 +96,7 @@ class Runner:
             self.moments[slot, moment] = time.perf_counter()
 
     def _decode(self, fields, ids, positions, places) -> torch.Tensor:
-        """One token a row. Returns logits [rows, vocabulary]; those of padding mean nothing."""
+        """One token a row. Returns logits [rows, vocabulary]; those of rows that do not decode mean nothing."""
         rows = len(ids)
         ids, positions, places = (self._padded(each) for each in (ids, positions, places))
         batch = self._batch(fields, places, self.first[:rows], fields["decodes"], decode=True)
@@ -107,7 +108,8 @@ class Runner:
         return of_rows
 
     def decode_inputs(self, fields) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Each row's input token, its position and its place in a pool; 0 for padding: block 0 belongs to nobody."""
+        """Each row's input token, its position and its place in a pool; 0 for rows that do not decode: block 0 belongs
+        to nobody."""
         live, size = fields["decodes"], self.shape.block_size
         positions = (fields["position"] * live).long()
         rows = self.first[: len(positions)].long()

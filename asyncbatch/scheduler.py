@@ -126,31 +126,39 @@ class Row(NamedTuple):
 class StepKind(NamedTuple):
     """All that the host must decide about how a step is computed: on CUDA each kind has a graph of its own.
 
-    work: "decode" or "prefill". sampled: whether any row samples; otherwise every row takes its most likely token.
-    rows: how many rows it has, padding included. tokens: the same for the prompt tokens of a prefill step, else 0.
+    passes: which forward passes it runs: "decode", "prefill" or "mixed" (both).
+    sampled: whether any row samples; otherwise every row takes its most likely token.
+    rows, tokens: how many rows it has, and prompt tokens, padding included.
     """
 
-    work: str
+    passes: str
     sampled: bool
     rows: int
     tokens: int = 0
 
     def __str__(self) -> str:
         of_tokens = f"/{self.tokens}" if self.tokens else ""
-        return f"{self.work}/{'sampled' if self.sampled else 'greedy'}/{self.rows}{of_tokens}"
+        return f"{self.passes}/{'sampled' if self.sampled else 'greedy'}/{self.rows}{of_tokens}"
 
 
 @dataclass
 class BatchPlan:
-    """The rows of one step. tokens: 0 for a decode step; for a prefill step its size, one of `prefill_sizes`."""
+    """The rows of one step: first `num_decode` decode rows, then the prefill rows. tokens: the size of its prefill, one
+    of `prefill_sizes`; 0 without one."""
 
     step: int
     rows: list[Row]
+    num_decode: int
     tokens: int
 
     @property
+    def passes(self) -> str:
+        """`StepKind.passes` of the step."""
+        return "decode" if not self.tokens else "mixed" if self.num_decode else "prefill"
+
+    @property
     def work(self) -> str:
-        """What the step is for, "decode" or "prefill"."""
+        """What the step is for: "decode", or "prefill" if it has any prefill row."""
         return "prefill" if self.tokens else "decode"
 
     @property
@@ -161,7 +169,7 @@ class BatchPlan:
     def kind(self, rows: int) -> StepKind:
         """The step's kind when it is padded to so many rows."""
         sampled = any([row.state.sampled for row in self.rows])
-        return StepKind(self.work, sampled, rows, self.tokens)
+        return StepKind(self.passes, sampled, rows, self.tokens)
 
 
 class Committed(NamedTuple):
@@ -176,19 +184,19 @@ class Committed(NamedTuple):
 class Scheduler:
     """Continuous batching (Yu et al. 2022, "Orca"): requests join and leave the batch at any step.
 
-    A step decodes one token for every running request, or it computes chunks of prompts (prefill). Prefill goes first,
-    for the sooner the batch is full, the more a decode step brings. But those who decode must not wait for long: there
-    is a budget of prompt tokens between two decode steps.
+    A step has a decode row for every running request, and chunks of prompts. While more of these wait, steps of chunks
+    alone come first: the sooner the batch is full, the more a decode step brings. But those who decode must not wait
+    for long: there is a budget of prompt tokens from one decode row of a request to its next.
 
     kv: the books of the block pool (`KVCache`). max_batch_size: rows of a step.
-    prefill_sizes: the sizes of a prefill step, rising: its prompt tokens, those of all rows together.
-    prefill_budget: so many prompt tokens, padding included, between two decode steps; at least the largest size.
+    prefill_sizes: how many prompt tokens a step may have, those of all rows together, padding included; rising.
+    prefill_budget: that budget, padding included; at least the largest size.
     """
 
     def __init__(self, kv, max_batch_size: int, prefill_sizes: Sequence[int], prefill_budget: int = 0):
         self.kv, self.max_batch_size, self.prefill_sizes = kv, max_batch_size, prefill_sizes
         self.prefill_budget = max(prefill_budget, prefill_sizes[-1])
-        self.prefill_left = self.prefill_budget  # of it, until the next decode step
+        self.prefill_left = self.prefill_budget  # of it, until the next decode rows
         self.waiting: deque[RunState] = deque()
         self.running: list[RunState] = []  # in the order of admission: the last one is preempted first
         self.num_steps = 0
@@ -200,15 +208,18 @@ class Scheduler:
 
     def plan(self) -> BatchPlan | None:
         """The next step, or None if no request can go on before another step is committed."""
-        rows, tokens = self._prefill_rows()
-        if not rows:
-            rows, self.prefill_left = self._decode_rows(), self.prefill_budget
-        if not rows:
-            rows, tokens = self._prefill_rows()
+        alone = self._chunks_come_alone()
+        rows = [] if alone else self._decode_rows()
+        num_decode = len(rows)
+        chunks, tokens = self._prefill_rows(free_rows=self.max_batch_size - num_decode)
+        if alone and not chunks:  # there was no room for them
+            rows = self._decode_rows()
+            num_decode = len(rows)
+        rows += chunks
+        self.prefill_left = self.prefill_left - tokens if alone and chunks else self.prefill_budget
         if not rows:
             return None
-        self.prefill_left -= tokens
-        plan = BatchPlan(self.num_steps, rows, tokens)
+        plan = BatchPlan(self.num_steps, rows, num_decode, tokens)
         for index, (state, position, count, _, _) in enumerate(rows):
             state.placed = position + count
             state.carry = (plan.step, index)
@@ -249,24 +260,37 @@ class Scheduler:
         state.num_preemptions += 1
         self.waiting.appendleft(state)
 
-    def _prefill_rows(self) -> tuple[list[Row], int]:
-        """The rows and the size of a prefill step. None, and 0, if there is no chunk, or a decode step is due first."""
+    def _next_chunks(self) -> list[tuple[RunState, int, int]]:
+        """(request, tokens, size) of the chunks that may come next, in order: of started prompts, then of newcomers."""
         candidates = [state for state in self.running if state.placed < state.num_prompt]
         if self.waiting:
             places = self.max_batch_size - sum(not state.fully_launched for state in self.running)
             candidates += islice(self.waiting, max(places, 0))
-        chunks = [next_chunk(state.num_prompt - state.placed, self.prefill_sizes) for state in candidates]
-        if not chunks or chunks[0][1] > self.prefill_left:
-            return [], 0
-        step_size = chunks[0][1]
-        alike = [tokens for tokens, _ in takewhile(lambda chunk: chunk[1] == step_size, chunks)]
-        rows = []
-        for state, count in zip(candidates, alike[: fit_budget(alike, self.max_batch_size, step_size)], strict=False):
+        return [(state, *next_chunk(state.num_prompt - state.placed, self.prefill_sizes)) for state in candidates]
+
+    def _chunks_come_alone(self) -> bool:
+        """Whether the next step has no decode rows: more chunks wait than go into it, and the budget has room for the
+        step after it too."""
+        chunks = self._next_chunks()
+        count = self._fitting(chunks, self.max_batch_size)
+        return 0 < count < len(chunks) and chunks[0][2] + chunks[count][2] <= self.prefill_left
+
+    def _fitting(self, chunks: Sequence[tuple[RunState, int, int]], free_rows: int) -> int:
+        """How many of the chunks one step takes: those of the first one's size, if the budget has room for it."""
+        if not chunks or chunks[0][2] > self.prefill_left:
+            return 0
+        size = chunks[0][2]
+        return fit_budget([count for _, count, _ in takewhile(lambda chunk: chunk[2] == size, chunks)], free_rows, size)
+
+    def _prefill_rows(self, free_rows: int) -> tuple[list[Row], int]:
+        """The prefill rows of a step and its size, one of `prefill_sizes`; none, and 0, if no chunk can go on."""
+        chunks, rows = self._next_chunks(), []
+        for state, count, _ in chunks[: self._fitting(chunks, free_rows)]:
             if state.placed == 0 and not self._admit(state):
                 break
             samples = state.placed + count == state.num_prompt
             rows.append(Row(state, state.placed, count, None, samples))
-        return rows, step_size if rows else 0
+        return rows, chunks[0][2] if rows else 0
 
     def _admit(self, state: RunState) -> bool:
         """Move the first waiting request to the running ones, with blocks for all tokens that it has so far. False if

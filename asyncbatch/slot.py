@@ -37,7 +37,7 @@ class StepShape:
     block_size: int
     num_blocks: int
     max_length: int  # tokens, prompt and output of one request
-    prefill_sizes: tuple[int, ...]  # rising; a prefill step has so many prompt tokens, padding included
+    prefill_sizes: tuple[int, ...]  # rising: so many prompt tokens has a step, padding included
     batch_sizes: tuple[int, ...] = ()  # rising; a step has the smallest that holds its rows; () is (max_batch_size,)
 
     def rows_for(self, count: int) -> int:
@@ -46,10 +46,11 @@ class StepShape:
 
     @cached_property  # a runner looks a command up in it
     def kinds(self) -> list[StepKind]:
-        """All kinds of step, the largest first."""
+        """All kinds of step, the largest first (the memory of a graph is used again by smaller ones)."""
         sizes = sorted({*self.batch_sizes, self.max_batch_size}, reverse=True)
-        works = [("prefill", tokens) for tokens in reversed(self.prefill_sizes)] + [("decode", 0)]
-        return [StepKind(work, s, rows, tokens) for rows in sizes for work, tokens in works for s in (False, True)]
+        of_prefill = [(passes, tokens) for tokens in reversed(self.prefill_sizes) for passes in ("mixed", "prefill")]
+        works = [*of_prefill, ("decode", 0)]
+        return [StepKind(passes, s, rows, tokens) for rows in sizes for passes, tokens in works for s in (False, True)]
 
     @property
     def prefill_tokens(self) -> int:
@@ -117,21 +118,21 @@ class Slot:
         carried = [-1 if row.carry is None else row.carry[0] % slots * batch + row.carry[1] for row in rows]
         fields["carry"][:] = -1
         fields["carry"][:count] = carried
-        if plan.work == "decode":
-            fields["decodes"][:count] = 1
-            fields["input_id"][:count] = [
-                state.generated[position - state.num_prompt] if carry is None else 0
-                for state, position, _, carry, _ in rows
-            ]
-        else:
-            self._fill_prefill(rows)
+        decode = plan.num_decode
+        fields["decodes"][:decode] = 1
+        fields["input_id"][:decode] = [
+            state.generated[position - state.num_prompt] if carry is None else 0
+            for state, position, _, carry, _ in rows[:decode]
+        ]
+        if decode < count:
+            self._fill_prefill(rows, decode)
         self.command = plan.kind(self.shape.rows_for(count))
         if self.command.sampled:
             self._fill_sampling(rows)
 
-    def _fill_prefill(self, rows) -> None:
+    def _fill_prefill(self, rows, first: int) -> None:
         fields, start = self.fields, 0
-        for index, (state, position, count, *_) in enumerate(rows):
+        for index, (state, position, count, *_) in enumerate(rows[first:], first):
             part = slice(start, start + count)
             fields["prefill_start"][index], fields["prefill_count"][index] = start, count
             fields["prefill_id"][part] = state.known_tokens(position, count)

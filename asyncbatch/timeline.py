@@ -36,7 +36,7 @@ class Span(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a step did. kind: "decode" or "prefill". tokens: how many it generated
+    """What a step did. kind: "prefill" if any of its rows is a prefill, else "decode". tokens: how many it generated
     that somebody wanted. wasted: how many it generated for requests that had already ended.
 
     rows: how many rows it had. context: how many tokens the last query of each row attends to (itself included), added

@@ -53,15 +53,15 @@ class TimedRunner(Runner):
     def _step(self, slot: int, kind: StepKind) -> None:
         start = time.perf_counter()
         fields = self.shape.fields(self.inputs[slot], kind)
-        if kind.work == "decode":
-            previous = self._input_ids(fields)
-        else:
-            previous = fields["prefill_id"][(fields["prefill_start"] + fields["prefill_count"] - 1).clamp(min=0)]
+        previous = self._input_ids(fields)
+        if kind.passes != "decode":
+            last = fields["prefill_id"][(fields["prefill_start"] + fields["prefill_count"] - 1).clamp(min=0)]
+            previous = torch.where(fields["decodes"].bool(), previous, last)
         end = fields["position"] + fields["prefill_count"] + fields["decodes"]  # 0 for padding
         self.outputs[slot, : kind.rows] = (previous * 31 + end * 7 + 1) % self.vocab_size
         step_s = self.step_s
         if callable(step_s):
-            step_s = step_s(kind.work, int(end.sum()))
+            step_s = step_s("decode" if kind.passes == "decode" else "prefill", int(end.sum()))
         wait_until(start + step_s)
 
 

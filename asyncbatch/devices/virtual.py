@@ -36,7 +36,7 @@ QUERY_S = 1e-6  # what a `query` that finds nothing costs the host: otherwise a 
 
 
 class StepWork(NamedTuple):
-    """What a cost function is told. kind: "decode" or "prefill". rows: requests in the step.
+    """What a cost function is told. kind: "decode" or "prefill" (any prefill row). rows: requests in the step.
     context: tokens that the rows' last queries attend to, over all rows. num_prefill_tokens: prompt tokens computed.
     For a command that no batcher launched, `kind` is the command, and the others are 0."""
 
@@ -47,7 +47,7 @@ class StepWork(NamedTuple):
 
     @classmethod
     def of(cls, plan: BatchPlan) -> StepWork:
-        prefill = sum(row.num_tokens for row in plan.rows) if plan.work == "prefill" else 0
+        prefill = sum(row.num_tokens for row in plan.rows[plan.num_decode :])
         return cls(plan.work, len(plan.rows), plan.context, prefill)
 
 

@@ -141,7 +141,7 @@ def give_prompts_a_stream(batcher: Any) -> None:
         second = CheckedStream(device, second)
 
     def edit(calls: dict[str, Callable[[], Any]], slot: Any, batcher: Any) -> None:
-        if slot.plan.work == "prefill":
+        if slot.plan.passes == "prefill":
             _, compute, d2h = device.streams
             calls["wait inputs_ready"] = lambda: second.wait_event(slot.inputs_ready)
             calls["step"] = lambda: second.launch(slot.command, slot.index)

@@ -54,15 +54,14 @@ class Device:
 
 
 def check_work(plan, sizes) -> None:
-    """A decode step has one token a row. A prefill step has chunks that fit into it, each the next one of its prompt,
-    cut as it would be if the request were alone."""
-    if plan.work == "decode":
-        assert plan.tokens == 0
-        assert all(row.num_tokens == 1 and row.position >= row.state.num_prompt for row in plan.rows)
-        return
-    assert plan.tokens in sizes
-    assert sum(row.num_tokens for row in plan.rows) <= plan.tokens
-    for row in plan.rows:
+    """Decode rows come first, of one token each, then chunks that fit into the step's size, each the next one of its
+    prompt, cut as it would be if the request were alone."""
+    decode, chunks = plan.rows[: plan.num_decode], plan.rows[plan.num_decode :]
+    assert all(row.num_tokens == 1 and row.position >= row.state.num_prompt for row in decode)
+    assert plan.passes == ("mixed" if decode and chunks else "decode" if decode else "prefill")
+    assert plan.tokens in sizes if chunks else plan.tokens == 0
+    assert sum(row.num_tokens for row in chunks) <= plan.tokens
+    for row in chunks:
         assert (row.position, row.num_tokens, plan.tokens) in chunks_alone(row.state.num_prompt, sizes)
 
 
@@ -78,7 +77,7 @@ def chunks_alone(num_prompt: int, sizes) -> list[tuple[int, int, int]]:
 def serve(requests, depth, *, batch, pool, prefill=(8,), budget=0, cancel=None, arrivals=None):
     kv = KVCache(pool, BLOCK, max_blocks_per_owner=40, max_owners=batch * (depth + 1))
     scheduler, device = Scheduler(kv, batch, prefill, budget), Device(kv)
-    prefilled = 0  # prompt tokens, padding included, while somebody could have decoded
+    prefilled = 0  # prompt tokens, padding included, since somebody who can decode did
     states = [RunState(i, request, frozenset(request.stop_token_ids)) for i, request in enumerate(requests)]
     arrivals = arrivals or [0] * len(states)
     in_flight, wasted, turn = deque(), 0, 0
@@ -89,14 +88,16 @@ def serve(requests, depth, *, batch, pool, prefill=(8,), budget=0, cancel=None, 
         for index, when in (cancel or {}).items():
             if when == turn and arrivals[index] <= turn:
                 scheduler.finish(states[index], "cancelled")
-        decoding = [s for s in scheduler.running if s.num_prompt <= s.placed < s.max_tokens - 1]
+        able = [(s, s.num_preemptions) for s in scheduler.running if s.num_prompt <= s.placed < s.max_tokens - 1]
         plan = scheduler.plan()
         if plan is not None:
             assert 0 < len(plan.rows) <= batch
             assert len({row.state.number for row in plan.rows}) == len(plan.rows)
-            prefilled = prefilled + plan.tokens if plan.work == "prefill" and decoding else 0
             check_work(plan, prefill)
-            assert prefilled <= max(budget, *prefill), "those who decode waited longer than promised"
+            prefilled += plan.tokens
+            decoding = [s for s, before in able if s.num_preemptions == before]  # they were not preempted just now
+            assert prefilled <= max(budget, *prefill) or not decoding, "those who decode waited longer than promised"
+            prefilled = prefilled if decoding and not plan.num_decode else 0
             known = [row.state.known_tokens(row.position, row.num_tokens) for row in plan.rows]
             device.step(plan, [kv.table(row.state.number) for row in plan.rows], known)
             in_flight.append(plan)

@@ -56,7 +56,7 @@ def test_a_plan_is_written_where_the_device_looks_for_it(parts):
         RunState(1, Request([1, 2, 3, 4, 5], 5, sampling, stop_token_ids=()), frozenset()),
         RunState(2, Request([6] * 10, 5, stop_token_ids=()), frozenset()),
     ]
-    for state in states[:2]:
+    for state in states:
         scheduler.add(state)
 
     slots[0].fill(scheduler.plan(), kv)  # the two short prompts, 3 + 5 tokens
@@ -72,35 +72,24 @@ def test_a_plan_is_written_where_the_device_looks_for_it(parts):
     assert fields["uniform"][1] == uniforms(np.array([11], np.uint64), np.array([5]))[0]
     assert (fields["temperature"][1], fields["top_k"][1], fields["top_p"][1]) == (0.5, 3, np.float32(0.8))
 
-    slots[1].fill(scheduler.plan(), kv)  # both decode; step 0 is still in flight
+    slots[1].fill(scheduler.plan(), kv)  # both decode, and the long prompt's first chunk; step 0 is still in flight
     fields = slots[1].fields
-    assert slots[1].command == StepKind("decode", True, 4)
+    assert slots[1].command == StepKind("mixed", True, 4, 8)
     assert fields["decodes"].tolist() == [1, 1, 0, 0]
     assert fields["carry"].tolist() == [0, 1, -1, -1]  # rows 0 and 1 of slot 0
     assert fields["position"].tolist() == [3, 5, 0, 0]
+    assert fields["prefill_count"].tolist() == [0, 0, 8, 0]
     assert fields["uniform"][1] == uniforms(np.array([11], np.uint64), np.array([6]))[0]
-    assert fields["tables"][1, :2].tolist() == kv.table(1)
-    assert not fields["tables"][2:].any()
+    assert fields["tables"][2, :3].tolist() == kv.table(2)
+    assert not fields["tables"][3].any()
 
     scheduler.commit(slots[0].plan, [50, 51])
     slots[0].plan = None
     slots[0].fill(scheduler.plan(), kv)  # step 2: tokens of step 1 are carried from slot 1, nothing is left of step 0
     fields = slots[0].fields
     assert fields["carry"].tolist() == [4, 5, -1, -1]
-    assert fields["position"].tolist() == [4, 6, 0, 0]
-    assert not fields["prefill_id"].any()
-    assert not fields["prefill_count"].any()
-
-    scheduler.commit(slots[1].plan, [52, 53])
-    slots[1].plan = None
-    scheduler.add(states[2])
-    slots[1].fill(scheduler.plan(), kv)  # step 3: the long prompt's first chunk; its rows are counted from 0 again
-    fields = slots[1].fields
-    assert slots[1].command == StepKind("prefill", False, 4, 8)
-    assert fields["prefill_id"].tolist() == [6] * 8
-    assert (fields["prefill_count"].tolist(), fields["carry"].tolist()) == ([8, 0, 0, 0], [-1] * 4)
-    assert fields["tables"][0, :3].tolist() == kv.table(2)
-    assert not fields["tables"][1:].any()
+    assert fields["prefill_id"].tolist() == [6, 6, 0, 0, 0, 0, 0, 0]
+    assert fields["position"].tolist() == [4, 6, 8, 0]
 
 
 def test_a_token_that_the_host_knows_is_not_carried(parts):
@@ -130,7 +119,9 @@ def test_a_step_has_the_smallest_size_that_holds_its_rows(sizes, most, data):
     allowed = {*shape.batch_sizes, most}
     assert rows == min(size for size in allowed if size >= count)
     assert {kind.rows for kind in shape.kinds} == allowed
-    assert len(shape.kinds) == len(set(shape.kinds)) == 2 * (1 + 2) * len(allowed)  # greedy or not, decode or prefill
+    assert (
+        len(shape.kinds) == len(set(shape.kinds)) == 2 * (1 + 2 * 2) * len(allowed)
+    )  # greedy or not; decode, or one of two sizes with or without decode rows
 
 
 @given(st.integers(1, 9), st.sampled_from([0, 3, 8]))

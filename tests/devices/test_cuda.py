@@ -58,7 +58,7 @@ def test_sync_and_async_give_the_tokens_that_each_request_gets_alone(model, num_
             together = batcher.run(requests)
             assert [c.error for c in together] == [None] * len(requests)
             assert [c.token_ids for c in together] == [c.token_ids for c in alone]
-            assert len(batcher.device.program.graphs) == 4 * num_slots  # greedy or not, decode or prefill
+            assert len(batcher.device.program.graphs) == 6 * num_slots
             assert batcher.kv.num_free == num_blocks
             assert batcher.timeline.clock == "cuda"
 
@@ -72,8 +72,8 @@ def test_prefill_sizes_change_no_token_whoever_shares_the_step(model):
     options = {**OPTIONS, "prefill_tokens": (8, 16, 32)}
     with SyncBatcher(model, **options) as batcher:
         alone = [batcher.run([request])[0].token_ids for request in requests]
-        kinds = {(kind.work, kind.tokens) for _, kind in batcher.device.program.graphs}
-    assert kinds == {("decode", 0), ("prefill", 8), ("prefill", 16), ("prefill", 32)}
+        kinds = {(kind.passes, kind.tokens) for _, kind in batcher.device.program.graphs}
+    assert kinds == {("decode", 0), *((passes, size) for passes in ("prefill", "mixed") for size in (8, 16, 32))}
     for batcher_class, slots, blocks in ((SyncBatcher, 1, 64), (AsyncBatcher, 2, 64), (AsyncBatcher, 3, 18)):
         with batcher_class(model, num_slots=slots, num_blocks=blocks, **options) as batcher:
             assert [c.token_ids for c in batcher.run(requests)] == alone
@@ -268,7 +268,7 @@ def test_out_of_memory_in_a_step_fails_its_requests_and_leaves_a_usable_batcher(
 
         def greedy_run(command, slot):
             commands.append(command)
-            if getattr(command, "work", "") == "decode" and len(commands) > 8:
+            if getattr(command, "passes", "") == "decode" and len(commands) > 8:
                 torch.empty(2**50, device="cuda")
             run(command, slot)
 

@@ -2,9 +2,8 @@
 
     python tests/support/examples.py FILE        # writes them; `test_examples.py` compares the committed ones
 
-The tokens were first written down by the code before the package got its folders, and are the same since; the times
-were written anew when a step came to decode or to prefill, not both. Every part that may be rebuilt is in it: both
-loops, one to four slots, small pools (preemption), chunks of prompts, several batch sizes, sampling, stop tokens,
+The committed file was made by the code before the package got its folders. Every part that may be rebuilt is in it:
+both loops, one to four slots, small pools (preemption), chunks of prompts, several batch sizes, sampling, stop tokens,
 cancelled requests, a jittery clock, a busier host and the race checker.
 """
 
