@@ -31,7 +31,7 @@ TESTS = {  # of each module, the fastest first; together under three minutes
     "streams": "core/test_streams.py",
     "slot": "core/test_slot.py",
     "runner": "core/test_runner.py",
-    "scheduler": "core/test_scheduler.py",
+    "scheduler": "core/test_order_of_requests.py core/test_wasted_tokens.py core/test_scheduler.py",
     "sampling": "core/test_random_numbers.py core/test_request.py core/test_runner.py",
     "request": "core/test_stop_strings.py core/test_request.py",
     "timeline": "measure/test_summary_apart.py core/test_timeline.py",

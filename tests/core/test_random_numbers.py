@@ -62,6 +62,23 @@ def test_of_equal_logits_the_first_is_most_likely_and_sampling_goes_through_them
         assert token == chosen[int(place)]
 
 
+@given(st.integers(0, 4), st.data())
+def test_top_p_keeps_as_few_as_together_reach_it_and_top_k_so_many(power, data):
+    """Of 2**n equal logits each has an exact share. The largest random number picks the last token that is kept."""
+    size = 2**power
+    kept, most = data.draw(st.integers(1, size)), data.draw(st.integers(0, size))
+    nearly_one = torch.tensor(1 - 2.0**-24)
+    token = sample(torch.zeros(1, size), fields(1, uniform=nearly_one, top_p=torch.tensor(kept / size), top_k=most))
+    assert token.tolist() == [min(kept, most or size) - 1]
+
+
+def test_of_very_many_tokens_none_is_lost_to_rounding():
+    size = 100_003
+    number = torch.arange(1, 64, dtype=torch.float32) / 64
+    tokens = sample(torch.zeros(63, size), fields(63, uniform=number))
+    assert (tokens - (number * size).floor()).abs().max() <= 1
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 80), st.integers(1, 5), st.data())
 def test_only_a_row_that_is_all_finite_or_forbidden_in_part_has_a_token(size, rows, data):

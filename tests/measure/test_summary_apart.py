@@ -41,7 +41,7 @@ def any_run(draw):
 
 
 def in_plain_python(timeline):
-    """(wall_s, tokens, wasted, steps, decode steps, active, host seconds of a decode step), each from its definition."""
+    """(wall_s, tokens, wasted, steps, decode steps, active, host seconds of a decode step), as they are defined."""
     first = min([span.start for span in timeline.spans], default=0)
     wall_s = max([span.end for span in timeline.spans], default=0) - first
     decode = [step.step for step in timeline.steps if step.kind == "decode"]
