@@ -29,16 +29,16 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 TESTS = {  # of each module, the fastest first; together under three minutes
     "streams": "core/test_streams.py",
-    "slot": "core/test_slot.py",
-    "runner": "core/test_runner.py",
+    "slot": "core/test_filled_slots.py core/test_slot.py",
+    "runner": "core/test_steps_of_the_device.py",
     "scheduler": "core/test_order_of_requests.py core/test_wasted_tokens.py core/test_scheduler.py",
     "sampling": "core/test_random_numbers.py core/test_request.py core/test_runner.py",
     "request": "core/test_stop_strings.py core/test_request.py",
     "timeline": "measure/test_summary_apart.py core/test_timeline.py",
-    "measure/points": "measure/test_points_apart.py measure/test_points.py",
+    "measure/points": "measure/test_points_apart.py measure/test_what_is_recorded.py",
     "measure/point_recorder": "measure/test_what_is_recorded.py measure/test_points.py",
-    "measure/attribution": "measure/test_points_apart.py measure/test_points.py",
-    "measure/simulate": "measure/test_replay_apart.py measure/test_simulate.py measure/test_points.py",
+    "measure/attribution": "measure/test_points_apart.py",
+    "measure/simulate": "measure/test_replay_apart.py measure/test_simulate.py",
 }
 LOADED = ("torch", "transformers.models.llama.modeling_llama", "hypothesis.strategies", "pytest")
 OPERATORS = {"Lt": "LtE", "LtE": "Lt", "Gt": "GtE", "GtE": "Gt", "Eq": "NotEq", "NotEq": "Eq", "Is": "IsNot"}
@@ -154,11 +154,12 @@ def main() -> int:
     source = (ROOT / path).read_text(encoding="utf-8")
     mutants = [mutant for mutant in mutants_of(source) if not options.only or mutant[0] in options.only]
     random.Random(options.seed).shuffle(mutants)
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     for name in LOADED:
         importlib.import_module(name)
     from hypothesis import Phase, settings
 
-    sys.dont_write_bytecode, os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = True, "1"
+    sys.dont_write_bytecode = True
     settings.register_profile("mutate", phases=[Phase.explicit, Phase.generate], derandomize=True, database=None)
     settings.load_profile("mutate")
     with tempfile.TemporaryDirectory() as name:

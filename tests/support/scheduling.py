@@ -70,9 +70,10 @@ def books(scheduler: Scheduler, states: list[RunState]) -> Books:
     )
 
 
-def serve(requests, depth: int, *, batch=4, pool=None, prefill=8, arrivals=None, cancel=None) -> Served:
+def serve(requests, depth: int, *, batch=4, pool=None, prefill=8, arrivals=None, cancel=None, watch=None) -> Served:
     """Serve the requests with `depth` steps in flight (1 is the synchronous loop). arrivals: the turn in which each one
-    comes, all at once unless told. cancel: request number -> turn."""
+    comes, all at once unless told. cancel: request number -> turn. watch: called with each plan and the blocks' books
+    when the plan has been made."""
     enough = sum(blocks_for(len(r.token_ids) + r.max_new_tokens, BLOCK) for r in requests)
     kv = KVCache(enough if pool is None else pool, BLOCK, 40, batch * (depth + 1))
     scheduler = Scheduler(kv, batch, prefill)
@@ -93,6 +94,8 @@ def serve(requests, depth: int, *, batch=4, pool=None, prefill=8, arrivals=None,
         after, committed = books(scheduler, states), None
         if plan is not None:
             in_flight.append(plan)
+            if watch is not None:
+                watch(plan, kv)
         if in_flight and (len(in_flight) == depth or plan is None):
             done = in_flight.popleft()
             committed = done, scheduler.commit(done, [token_of(row, tokens) for row in done.rows])
