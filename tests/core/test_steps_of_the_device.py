@@ -1,4 +1,4 @@
-"""What a step does on the device: the model's own tokens, keys and values where the books say, and nothing elsewhere."""
+"""What a step does on the device: the model's own tokens, and keys and values where the books say and nowhere else."""
 
 from __future__ import annotations
 
