@@ -165,17 +165,20 @@ def test_a_rare_long_step_moves_the_99th_percentile_and_not_the_median():
 
 @settings(max_examples=150, deadline=None)
 @given(host_runs(), st.data())
-def test_each_gap_is_divided_among_what_the_host_was_at_second_by_second(timeline, data):
-    timeline.spans = [span for span in timeline.spans if span.lane in ("host", LANE)]
-    now, moments = data.draw(st.integers(0, 10)), []
-    for step in timeline.steps:
+def test_each_gap_is_divided_among_what_the_host_was_at_second_by_second(run, data):
+    timeline, now, moments = Timeline(), data.draw(st.integers(0, 10)), []
+    for span in run.spans:
+        if span.lane in ("host", LANE):
+            timeline.add(*span)
+    for step in run.steps:
+        timeline.add_step(*step)
         idle, busy = data.draw(st.integers(0, 12)), data.draw(st.integers(1, 9))
         moments.append((now + idle, now + idle + busy))
         timeline.add("compute", "step", step.step, *moments[-1])
         now += idle + busy
     at = {second: name for second, name, _, _ in at_each_second(timeline)}
     expected = []
-    for step, before, own in zip(timeline.steps[1:], moments, moments[1:], strict=False):
+    for step, before, own in zip(list(run.steps)[1:], moments, moments[1:], strict=False):
         if step.kind == "decode" and before[1] < own[0]:
             names = Counter(at.get(second, "nothing recorded") for second in range(before[1], own[0]))
             expected.append((step.step, before[1], own[0], dict(names)))

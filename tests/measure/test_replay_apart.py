@@ -192,6 +192,17 @@ def test_a_step_without_a_time_on_the_device_costs_nothing_and_a_run_without_ste
     assert what_if(Timeline()) == []
 
 
+def test_a_step_on_the_device_that_was_never_noted_leaves_the_costs_to_the_spans():
+    """An interrupt can come in between; then no gap can be told from the time of a step that is missing."""
+    whole, _ = run_of([dict.fromkeys(POINTS, 2)] * 3, ["decode"] * 3, [0, 5, 5])
+    timeline = Timeline()
+    for span in whole.spans:
+        timeline.add(*span)
+    for number in (0, 2):
+        timeline.add_step(number, "decode", 1, 0)
+    assert costs_of(timeline) == [StepCost(8, 2, 2, 2, 4)] * 2
+
+
 # ---- what if ---------------------------------------------------------------------------------------------------------
 
 
@@ -230,6 +241,10 @@ def test_of_an_asynchronous_run_the_callers_time_is_no_point_to_save_and_the_ord
     steps = [{**fast, "callbacks": 9, "schedule": 2, "fill buffers": 4, "step": 50, "copy in": 3, "commit": 5}] * 6
     timeline, _ = run_of(steps, ["decode"] * 6)
     timeline.add(LANE, "no request", 6, 5000, 6000)
+    hidden, last = {**fast, "step": 50, "schedule": 4}, {**fast, "step": 50, "commit": 7}
+    other, _ = run_of([{**fast, "step": 50}, hidden, hidden, last], ["decode"] * 4)
+    assert what_if(other)[0].point == "schedule", "8 seconds of it, more than of commit"
+    assert what_if(other, slots=2)[0].point == "commit", "what is scheduled while a step runs costs nothing"
     of_async, of_sync = what_if(timeline, slots=2), what_if(timeline)
     assert {one.point for one in of_sync} - {one.point for one in of_async} == {"callbacks"}
     assert not {"wait", "no request"} & {one.point for one in of_sync}

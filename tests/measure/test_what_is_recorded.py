@@ -12,6 +12,7 @@ from asyncbatch import AsyncBatcher, Request, SyncBatcher, Timeline
 from asyncbatch.devices.virtual import Costs
 from asyncbatch.measure import attribute, record_points
 from asyncbatch.measure.points import (
+    ADDED,
     CALLBACKS,
     DEVICE_LANE,
     GC,
@@ -98,6 +99,13 @@ def test_a_collection_that_was_under_way_when_recording_began_is_left_out():
     assert points(engine.timeline) == []
 
 
+def test_a_collection_before_anything_ran_is_of_no_run():
+    engine = Engine()
+    with record_points(engine):
+        engine.collect(0.25, 0.5)
+    assert points(engine.timeline) == []
+
+
 def test_callbacks_are_the_time_between_two_turns_and_belong_to_the_step_before():
     """A turn begins with a plan. Time in which there was nothing to serve is told apart from the caller's."""
     engine = Engine()
@@ -165,9 +173,12 @@ def test_a_point_is_as_long_as_its_calls_were_and_without_what_lies_inside_it(lo
         slow(batcher, batcher.kv, "prune", 0.5, calls)
         slow(batcher, batcher.kv, "_grow", 2.0, calls)
         slow(batcher, batcher.scheduler, "_prefill_rows", 8.0, calls)
+        own = batcher.kv.prune
         with record_points(batcher):
             assert batcher.tokenizer.name == "slow", "the caller's tokenizer shows through"
             batcher.run(requests)
+        assert batcher.kv.prune is own, "what somebody had put in its place before is back"
+    assert ADDED not in {name for name, *_ in points(batcher.timeline)}, "nothing was asked for"
     total = {}
     for (name, _), of_step in seconds_by_step(batcher.timeline)[0].items():
         total[name] = total.get(name, 0.0) + sum(of_step.values())
