@@ -15,6 +15,7 @@ from asyncbatch import Request, SamplingParams
 from asyncbatch.attention import NAME
 from asyncbatch.devices.buffers import host_buffers
 from asyncbatch.kv_cache import KVCache
+from asyncbatch.models.toy import toy_llama
 from asyncbatch.runner import Runner
 from asyncbatch.sampling import uniforms
 from asyncbatch.scheduler import RunState, Scheduler, StepKind
@@ -201,6 +202,29 @@ def test_the_callers_model_stays_as_it_is_and_its_weights_are_shared():
         assert not [module for module in model.modules() if hasattr(module, "paged_pools")]
     finally:
         model.train(was_training)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_pools_are_as_large_as_the_books_say_and_of_the_models_own_type(dtype):
+    """One block more than the books have: block 0 belongs to nobody."""
+    model = toy_llama(num_kv_heads=1).to(dtype)
+    runner = Runner(model, shape=SHAPE, host=host_buffers(SHAPE, on_cuda=False))
+    config = model.config
+    for pool in pools_of(runner):
+        assert pool.dtype == dtype
+        assert pool.shape == (SHAPE.num_blocks + 1, 1, SHAPE.block_size, config.head_dim)
+    assert len({pool.data_ptr() for pool in pools_of(runner)}) == 2 * config.num_hidden_layers
+
+
+def test_no_step_keeps_keys_and_values_anywhere_else():
+    runner, kept = a_runner(), []
+    hook = runner.model.register_forward_hook(lambda module, given, output: kept.append(output.past_key_values))
+    try:
+        serve([Request([1, 2, 3] * 4, 3, stop_token_ids=()), Request([5], 3, stop_token_ids=())], depth=2)
+    finally:
+        hook.remove()
+    assert len(kept) >= 4
+    assert set(kept) == {None}
 
 
 def test_four_moments_of_a_step_are_noted_where_somebody_asks_for_them():

@@ -222,6 +222,20 @@ def test_the_parts_of_a_step_follow_each_other_from_its_start(loop):
 
 
 @LOOPS
+def test_parts_of_a_step_that_the_timeline_does_not_have_are_left_out_and_no_others(loop):
+    """Ctrl-C can come between the two. Here somebody asks for the times of a slot that has not had a step."""
+    with batcher_of(loop) as batcher:
+        batcher.device.parts = lambda slot: [0.25, 0.25, 0.25]
+        with record_points(batcher):
+            batcher.device.spans(0)
+            batcher.submit(REQUESTS[0]).result()
+            batcher.turn()
+        steps = batcher.timeline.lane("compute")[1].tolist()
+    assert points(batcher.timeline, DEVICE_LANE)
+    assert [step for _, step, *_ in points(batcher.timeline, DEVICE_LANE)] == [n for n in steps for _ in PARTS]
+
+
+@LOOPS
 def test_each_run_within_one_recording_has_its_points_and_an_earlier_one_is_left_alone(loop):
     with batcher_of(loop) as batcher:
         batcher.run(REQUESTS)
