@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncbatch import Timeline
-from asyncbatch.measure.attribution import attribute
+from asyncbatch.measure.attribution import AttributedGap, attribute
 from asyncbatch.measure.points import DEVICE_LANE, LANE, host_segments, points_of, seconds_by_step
 
 NAMES = {"plan": "schedule", "fill": "fill buffers", "launch": "step launch", "wait": "wait", "commit": "commit"}
@@ -228,3 +228,16 @@ def test_a_gap_stands_out_from_a_fifth_of_a_millisecond_and_three_times_the_medi
 def test_a_device_that_never_waits_has_no_idle_time_to_divide():
     found = run_with_gaps([0, 0])
     assert (found.idle_s, found.by, found.gaps, found.steps) == (0.0, {}, [], 2)
+
+
+@pytest.mark.parametrize(
+    ("host_s", "cause"),
+    [
+        ({"admit": 6.0, "garbage collection": 4.0}, "garbage collection"),
+        ({"admit": 7.0, "garbage collection": 3.0}, "admit"),
+        ({"admit": 3.0, "commit": 4.0, "wait": 3.0}, "commit"),
+        ({"garbage collection": 10.0}, "garbage collection"),
+    ],
+)
+def test_the_cause_of_a_gap_is_its_longest_point_or_a_collection_that_has_a_third_of_it(host_s, cause):
+    assert AttributedGap(3, 5.0, 15.0, host_s).cause == cause
