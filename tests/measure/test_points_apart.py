@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncbatch import Timeline
-from asyncbatch.measure.attribution import AttributedGap, attribute
+from asyncbatch.measure.attribution import AttributedGap, Attribution, attribute
 from asyncbatch.measure.points import DEVICE_LANE, LANE, host_segments, points_of, seconds_by_step
 
 NAMES = {"plan": "schedule", "fill": "fill buffers", "launch": "step launch", "wait": "wait", "commit": "commit"}
@@ -241,3 +241,10 @@ def test_a_device_that_never_waits_has_no_idle_time_to_divide():
 )
 def test_the_cause_of_a_gap_is_its_longest_point_or_a_collection_that_has_a_third_of_it(host_s, cause):
     assert AttributedGap(3, 5.0, 15.0, host_s).cause == cause
+
+
+@pytest.mark.parametrize(("seconds", "longest"), [([1.0, 1.0, 3.0], [3]), ([2e-4], [1]), ([0.0, 0.0, 2e-4], [3])])
+def test_a_gap_of_just_so_much_stands_out(seconds, longest):
+    gaps = [AttributedGap(step, 0.0, end, {}) for step, end in enumerate(seconds, 1) if end]
+    steps = 3 if len(seconds) > 1 else 9
+    assert [gap.step for gap in Attribution(1.0, {}, gaps, steps).longest()] == longest
