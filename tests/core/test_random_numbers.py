@@ -72,6 +72,11 @@ def test_top_p_keeps_as_few_as_together_reach_it_and_top_k_so_many(power, data):
     assert token.tolist() == [min(kept, most or size) - 1]
 
 
+def test_a_number_just_at_the_end_of_a_tokens_share_is_the_next_ones():
+    numbers = torch.arange(8) / 8
+    assert sample(torch.zeros(8, 8), fields(8, uniform=numbers)).tolist() == list(range(8))
+
+
 def test_of_very_many_tokens_none_is_lost_to_rounding():
     size = 100_003
     number = torch.arange(1, 64, dtype=torch.float32) / 64
