@@ -7,7 +7,9 @@ A GPU machine may have torch, transformers and pytest, and nothing of Jupyter. I
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -62,6 +64,22 @@ def pytest_configure(config: pytest.Config) -> None:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_is_left_behind():
+    """After the last test (with xdist, of each of its processes) no child of this process is left, and in /dev/shm
+    nothing of theirs: what they make there bears their numbers, semaphores because of the first line."""
+    multiprocessing.current_process()._config["semprefix"] = f"/mp-{os.getpid()}"
+    yield
+    pids = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
+    device = sys.modules.get("asyncbatch.devices.process")
+    for process in list(device.DeviceProcess._of.values()) if device else ():
+        process.stop()
+    assert multiprocessing.active_children() == []
+    if os.path.isdir("/dev/shm"):
+        theirs = tuple(name for pid in pids for name in (f"sem.mp-{pid}-", f"torch_{pid}_"))
+        assert [name for name in os.listdir("/dev/shm") if name.startswith(theirs)] == []
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,7 +16,7 @@ import threading
 import types
 import weakref
 from collections.abc import Iterator
-from multiprocessing import resource_sharer
+from multiprocessing import resource_sharer, util
 from typing import Any
 
 import torch
@@ -54,6 +54,7 @@ class DeviceProcess:
                 process = cls()
                 try:
                     process.send_model(model)
+                    _forget_name(process.wake)  # it has answered, so it has opened it
                     weakref.finalize(model, process.stop)
                     cls._of[model] = process
                 except BaseException:
@@ -199,6 +200,15 @@ class DeviceProcess:
         if self.process.pid is not None:  # else it has not been started
             self.process.kill()
             self.process.join()  # while it dies it looks alive, and the model's next batcher would ask it
+
+
+def _forget_name(semaphore: Any) -> None:
+    """Take the name of a semaphore out of /dev/shm, once both processes have opened it. multiprocessing does so when
+    the semaphore is collected; of a process group that is killed, tracker and all, the name would stay for ever."""
+    for finalizer in list(getattr(util, "_finalizer_registry", {}).values()):
+        owner = getattr(finalizer, "_weakref", None)
+        if owner is not None and owner() is semaphore:
+            finalizer()
 
 
 def _after_fork() -> None:
