@@ -52,7 +52,7 @@ REQUESTS = st.lists(
 def test_a_slot_holds_its_plan_row_by_row_and_nothing_else(requests, depth, batch, prefill, spare, data):
     smaller = tuple(sorted(data.draw(st.sets(st.integers(1, batch)))))
     pool = max(blocks_for(len(r.token_ids) + r.max_new_tokens, BLOCK) for r in requests) + spare
-    shape = StepShape(batch, depth, BLOCK, pool, 4 * 40, prefill, smaller)
+    shape = StepShape(batch, depth, BLOCK, pool, 4 * 40, (prefill,), smaller)
     slots = [fresh(index, shape) for index in range(depth)]
 
     def watch(plan, kv):
@@ -104,7 +104,7 @@ def in_plain_python(plan, kv, shape):
 
 
 def test_a_slot_begins_empty_with_three_events_of_its_own():
-    shape = StepShape(2, 2, 4, 9, 16, 8)
+    shape = StepShape(2, 2, 4, 9, 16, (8,))
     slot = fresh(1, shape)
     events = slot.inputs_ready, slot.step_done, slot.outputs_ready
     assert events == (("inputs_ready", 1), ("step_done", 1), ("outputs_ready", 1))
@@ -114,7 +114,7 @@ def test_a_slot_begins_empty_with_three_events_of_its_own():
 
 
 def test_a_slot_writes_into_the_buffers_that_it_was_given():
-    shape = StepShape(2, 1, 4, 9, 16, 8)
+    shape = StepShape(2, 1, 4, 9, 16, (8,))
     inputs, outputs = host_buffers(shape, on_cuda=False)[0]
     slot = Slot(0, shape, (inputs, outputs), NoDevice())
     slot.fields["tables"][1, 3] = 77
@@ -124,9 +124,10 @@ def test_a_slot_writes_into_the_buffers_that_it_was_given():
 
 
 def test_kinds_come_with_the_largest_size_first_and_each_pass_greedy_and_sampled():
-    kinds = StepShape(8, 1, 4, 9, 16, 8, (2, 4)).kinds
-    assert [kind.rows for kind in kinds] == [8] * 6 + [4] * 6 + [2] * 6
-    for start in (0, 6, 12):
-        assert [kind[:2] for kind in kinds[start : start + 6]] == [
-            (passes, sampled) for passes in ("decode", "prefill", "mixed") for sampled in (False, True)
+    kinds = StepShape(8, 1, 4, 9, 16, (8, 32), (2, 4)).kinds
+    assert [kind.rows for kind in kinds] == [8] * 10 + [4] * 10 + [2] * 10
+    works = [("mixed", 32), ("prefill", 32), ("mixed", 8), ("prefill", 8), ("decode", 0)]
+    for start in (0, 10, 20):
+        assert [(kind.passes, kind.tokens, kind.sampled) for kind in kinds[start : start + 10]] == [
+            (*work, sampled) for work in works for sampled in (False, True)
         ]

@@ -207,7 +207,8 @@ def test_a_plan_says_what_its_rows_are(run):
         assert plan.passes == ("mixed" if len(kinds) == 2 else kinds.pop())
         assert plan.work == ("decode" if plan.passes == "decode" else "prefill")
         assert plan.context == sum(row.position + row.num_tokens for row in plan.rows)
-        assert plan.kind(9) == (plan.passes, False, 9)
+        assert plan.tokens == (0 if plan.passes == "decode" else run.prefill)
+        assert plan.kind(9) == (plan.passes, False, 9, plan.tokens)
 
 
 def test_a_plan_samples_if_any_of_its_rows_does():

@@ -163,7 +163,8 @@ def test_every_request_gets_the_tokens_that_it_gets_alone(requests, depth, batch
 def test_cancelling_at_any_moment_harms_nobody_else(requests, depth, batch, spare, data):
     pool = max(blocks_for(len(r.token_ids) + r.max_new_tokens, BLOCK) for r in requests) + spare
     cancel = data.draw(st.dictionaries(st.integers(0, len(requests) - 1), st.integers(0, 30), max_size=4))
-    states, _ = serve(requests, depth, batch=batch, pool=pool, cancel=cancel)
+    sizes, budget = data.draw(prefill_sizes), data.draw(st.integers(0, 40))
+    states, _ = serve(requests, depth, batch=batch, pool=pool, prefill=sizes, budget=budget, cancel=cancel)
     for state, request in zip(states, requests, strict=True):
         expected = alone(request)
         assert state.generated == expected[: len(state.generated)]

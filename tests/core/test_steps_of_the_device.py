@@ -21,7 +21,7 @@ from asyncbatch.sampling import uniforms
 from asyncbatch.scheduler import RunState, Scheduler, StepKind
 from asyncbatch.slot import Slot, StepShape
 
-SHAPE = StepShape(4, 2, block_size=4, num_blocks=30, max_length=32, prefill_tokens=8, batch_sizes=(2,))
+SHAPE = StepShape(4, 2, block_size=4, num_blocks=30, max_length=32, prefill_sizes=(8,), batch_sizes=(2,))
 
 
 class NoDevice:
@@ -53,7 +53,7 @@ def serve(requests, depth, watch=lambda plan, kv: None):
     `watch` gives back what is called when the step has run."""
     runner = a_runner()
     kv = KVCache(SHAPE.num_blocks, SHAPE.block_size, SHAPE.max_blocks, 3 * SHAPE.max_batch_size)
-    scheduler = Scheduler(kv, SHAPE.max_batch_size, SHAPE.prefill_tokens)
+    scheduler = Scheduler(kv, SHAPE.max_batch_size, SHAPE.prefill_sizes)
     slots = [Slot(index, SHAPE, pair, NoDevice()) for index, pair in enumerate(runner.host)]
     states = [RunState(i, request, frozenset()) for i, request in enumerate(requests)]
     for state in states:
@@ -170,7 +170,7 @@ def test_copies_bring_the_slots_own_inputs_in_and_its_own_outputs_out():
     assert [each.unique().tolist() for each in runner.inputs] == [[0], [11]]
     runner.run("copy_out", 0)
     assert [each[1].unique().tolist() for each in runner.host] == [[20], [0]]
-    with pytest.raises(ValueError, match="command 'copy': a runner knows copy_in, copy_out, decode/greedy/4"):
+    with pytest.raises(ValueError, match="command 'copy': a runner knows copy_in, copy_out, mixed/greedy/4/8"):
         runner.run("copy", 0)
     with pytest.raises(ValueError, match="decode/greedy/3"):
         runner.run(StepKind("decode", False, 3), 0)
@@ -232,9 +232,9 @@ def test_four_moments_of_a_step_are_noted_where_somebody_asks_for_them():
     runner.inputs[1].fill_(0)
     runner.moments = np.zeros((2, 4))
     try:
-        for passes in ("decode", "prefill", "mixed"):
+        for passes, tokens in (("decode", 0), ("prefill", 8), ("mixed", 8)):
             before = runner.moments.max()
-            runner.run(StepKind(passes, False, 2), 1)
+            runner.run(StepKind(passes, False, 2, tokens), 1)
             assert not runner.moments[0].any()
             assert before < runner.moments[1, 0]
             assert (np.diff(runner.moments[1]) > 0).all()

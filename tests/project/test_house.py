@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "asyncbatch"
 FILES = sorted(PACKAGE.rglob("*.py"))
-CORE_LINES, FILE_LINES, FUNCTION_LINES = 2350, 450, 60
+CORE_LINES, FILE_LINES, FUNCTION_LINES = 2380, 450, 60
 
 
 def name_of(path: Path) -> str:

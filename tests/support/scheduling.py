@@ -76,7 +76,7 @@ def serve(requests, depth: int, *, batch=4, pool=None, prefill=8, arrivals=None,
     when the plan has been made."""
     enough = sum(blocks_for(len(r.token_ids) + r.max_new_tokens, BLOCK) for r in requests)
     kv = KVCache(enough if pool is None else pool, BLOCK, 40, batch * (depth + 1))
-    scheduler = Scheduler(kv, batch, prefill)
+    scheduler = Scheduler(kv, batch, [prefill])
     states = [RunState(i, request, frozenset(request.stop_token_ids or ())) for i, request in enumerate(requests)]
     tokens = [endless_tokens(request, request.max_new_tokens) for request in requests]
     arrivals, turns, in_flight = arrivals or [0] * len(states), [], deque()
