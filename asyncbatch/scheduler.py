@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from itertools import islice, takewhile
 from typing import NamedTuple
 
+from .kv_cache import blocks_for
 from .request import NO_TOKEN, Request, RequestError, finish_reason
 
 
@@ -149,7 +150,7 @@ class BatchPlan:
     step: int
     rows: list[Row]
     num_decode: int
-    tokens: int
+    tokens: int = 0
 
     @property
     def passes(self) -> str:
@@ -300,11 +301,11 @@ class Scheduler:
         newcomer would often be preempted at once."""
         if state in self.running:
             return True
-        kv, number, tokens = self.kv, state.number, state.num_known
-        if not kv.allocate(number, tokens, keep_free=len(self.running)):  # so many suffice: how many do grow?
+        kv, growing = self.kv, len(self.running)
+        if kv.num_free < blocks_for(state.num_known, kv.block_size) + growing:  # then it matters how many do grow
             growing = sum(self._may_grow(other) for other in self.running)
-            if not kv.allocate(number, tokens, keep_free=growing):
-                return False
+        if not kv.allocate(state.number, state.num_known, keep_free=growing):
+            return False
         self.waiting.remove(state)
         self.running.append(state)
         return True

@@ -1,13 +1,13 @@
 """Keeping Python's garbage collector from stopping the loop.
 
 A collection of the oldest generation looks at every object of the process. Beside a compiled model of the 8B shape it
-took 120 to 690 ms (H200), in the middle of a step's 5. So while a device is open, the objects that were there before it
-are frozen: no collection looks at them any more (`gc.freeze`; vLLM and SGLang do the same). And where a collection of
+took 120 to 690 ms (H200), in the middle of a step's 5. So while a GPU is served, the objects that were there before are
+frozen: no collection looks at them any more (`gc.freeze`; vLLM and SGLang do the same). And where a collection of
 what has come since is nearly due, it is done while the host waits for the device anyway.
 
 What is frozen and becomes garbage in a circle of references stays in memory until the last device is closed, or the
 next one opens. Other garbage goes at once, as always. A caller who has switched the collector off, or has frozen
-objects, is left alone.
+objects, is left alone. On a CPU steps are long and the process is small: there all is as it was.
 """
 
 from __future__ import annotations
@@ -17,24 +17,18 @@ import time
 import weakref
 from typing import Any
 
-SELDOM_S = 10.0  # opening a device on a CPU takes a moment, and collecting everything as long: not each time
 LONG_S = 1e-3  # a collection that takes longer than this is too long for a loop: freeze what it looked at
 
 _holders: set[int] = set()  # of the open devices. (No lock: a finalizer runs wherever the collector finds it.)
 _frozen_by_us = False
-_collected_s = float("-inf")
 
 
-def keep_quiet(device: Any, *, always_collect: bool) -> weakref.finalize:
-    """Collect, and freeze what is left, until the finalizer that is returned is called, or `device` is dropped.
-
-    always_collect: also if everything was collected a moment ago."""
-    global _frozen_by_us, _collected_s
+def keep_quiet(device: Any) -> weakref.finalize:
+    """Collect, and freeze what is left, until the finalizer that is returned is called, or `device` is dropped."""
+    global _frozen_by_us
     if gc.isenabled() and (_frozen_by_us or not gc.get_freeze_count()):
         gc.unfreeze()  # devices that were dropped may be among it
-        if always_collect or time.monotonic() - _collected_s > SELDOM_S:
-            gc.collect()
-            _collected_s = time.monotonic()
+        gc.collect()
         gc.freeze()
         _frozen_by_us = True
     _holders.add(id(device))

@@ -89,7 +89,6 @@ class HostDevice(RealTime):
         self.failed = torch.zeros(num_slots, dtype=torch.int32).share_memory_()
         self.moments = torch.zeros(num_slots, 4, dtype=torch.float64).share_memory_()
         self._times, self._moments = self.times.numpy(), self.moments.numpy()
-        self._keep_quiet()
         for number in range(len(STREAMS)):
             self.streams.append(HostStream(self, number))
         try:
@@ -115,5 +114,4 @@ class HostDevice(RealTime):
     def close(self) -> None:
         """Free the program and its memory on the device. The process stays, for the model's next batcher."""
         self._drop()
-        self._quiet()
         self.process.reclaim()

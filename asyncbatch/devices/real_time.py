@@ -17,9 +17,9 @@ class RealTime:
     shape: Any = None
     now = staticmethod(time.perf_counter)
 
-    def _keep_quiet(self, *, always_collect: bool = False) -> None:
-        """The device is open: keep the garbage collector from stopping the loop, until `_quiet` is called."""
-        self._quiet = keep_quiet(self, always_collect=always_collect)
+    def _keep_quiet(self) -> None:
+        """Keep the garbage collector from stopping the loop, until `_quiet` is called."""
+        self._quiet = keep_quiet(self)
 
     def wait_until(self, moment: float) -> None:
         time.sleep(max(0.0, moment - self.now()))

@@ -87,7 +87,7 @@ class Turns:
         measurement.prompts = tuple(len(request.token_ids) for request in self.job.requests)
         measurement.setting = getattr(batcher, "setting", None)
         if key[0] == OWN:
-            measurement.setting = padding_in_words(getattr(batcher.device, "padding", {}))
+            measurement.setting = measurement.setting or padding_in_words(batcher)
             measurement.prefill_tokens = sizes(",".join(map(str, batcher.shape.prefill_sizes)))
         return batcher, measurement
 
@@ -185,8 +185,9 @@ def open_batcher(engine: str, mode: str, settings: Settings, job: Job, parts: bo
     return BATCHERS[mode](job.model, num_slots=slots, host_work_s=host_work_s, step_s=job.step_s, **limits)
 
 
-def padding_in_words(padding: dict[int, int]) -> str | None:
-    """What a report says of `PaddedRunner.padding`; None where no step is padded."""
+def padding_in_words(batcher) -> str | None:
+    """What a report says of a device's `padding`; None where no step is padded."""
+    padding = getattr(getattr(batcher, "device", None), "padding", {})
     more = ", ".join(f"{rows} as {real}" for rows, real in sorted(padding.items()) if real != rows)
     return f"rows or prompt tokens of a step, padded to keep bits the same on this machine: {more}" if more else None
 

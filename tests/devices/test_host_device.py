@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
 import subprocess
@@ -209,8 +208,11 @@ class NoStream:
         if NoStream.broken:
             raise torch.AcceleratorError("CUDA error: device-side assert triggered\nCompile with ...")
 
-    record = wait_event = record_event = lambda self, *_: self.synchronize()
+    record = wait_event = record_event = __enter__ = lambda self, *_: self.synchronize()
     query = None
+
+    def __exit__(self, *_):
+        pass
 
 
 @pytest.fixture
@@ -219,7 +221,6 @@ def cuda_stream(monkeypatch):
 
     monkeypatch.setattr(NoStream, "broken", False)
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_: NoStream())
-    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: NoStream().synchronize())
     program = types.SimpleNamespace(ran=[], fails=None)
 

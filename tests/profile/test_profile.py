@@ -8,6 +8,7 @@ import json
 import math
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -582,8 +583,11 @@ def test_first_and_last_context_are_the_smallest_and_the_largest_in_whatever_ord
 
 
 def test_the_report_says_which_steps_were_padded():
-    assert turns.padding_in_words({}) is None
-    assert turns.padding_in_words({4: 4, 64: 64}) is None
-    assert turns.padding_in_words({9: 12, 5: 8, 64: 64}) == (
+    def words(**device):
+        return turns.padding_in_words(types.SimpleNamespace(device=types.SimpleNamespace(**device)))
+
+    assert words() is None
+    assert words(padding={4: 4, 64: 64}) is None
+    assert words(padding={9: 12, 5: 8, 64: 64}) == (
         "rows or prompt tokens of a step, padded to keep bits the same on this machine: 5 as 8, 9 as 12"
     )

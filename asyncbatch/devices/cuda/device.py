@@ -102,7 +102,7 @@ class CudaDevice(RealTime):
         self.origin_event.synchronize()
         self.origin = time.perf_counter()
         self.padding: dict[int, int] = getattr(program, "padding", {})
-        self._keep_quiet(always_collect=True)
+        self._keep_quiet()
 
     def event(self, name: str = "an event", slot: int | None = None) -> CudaEvent:
         return CudaEvent()
