@@ -215,6 +215,10 @@ class NoStream:
         pass
 
 
+class NoDevice:
+    """What a CudaStream needs of its device."""
+
+
 @pytest.fixture
 def cuda_stream(monkeypatch):
     from asyncbatch.devices.cuda import device as cuda_device
@@ -230,7 +234,9 @@ def cuda_stream(monkeypatch):
             raise program.fails
 
     program.run = run
-    device = types.SimpleNamespace(where=None, errors=[None], timing=[[(NoStream(), NoStream())] * 3], program=program)
+    device = NoDevice()
+    device.where, device.errors, device.program = None, [None], program
+    device.timing = [[(NoStream(), NoStream())] * 3]
     return [cuda_device.CudaStream(device, number) for number in range(3)], device
 
 
@@ -248,6 +254,22 @@ def test_on_cuda_an_error_of_one_step_skips_the_rest_of_it_and_the_next_step_run
         stream.launch("again", 0)
     assert device.errors[0] is None
     assert device.program.ran[2:] == ["again"] * 3
+
+
+def test_on_cuda_streams_do_not_keep_their_device(cuda_stream):
+    """A dropped batcher frees the GPU's memory without the garbage collector, which leaves alone what it froze."""
+    from asyncbatch.devices.cuda.device import CudaStream
+
+    device = NoDevice()
+    device.where = None
+    device.streams = [CudaStream(device, number) for number in range(3)]
+    watched = weakref.ref(device)
+    gc.disable()
+    try:
+        del device
+        assert watched() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("call", ["launch", "record_event", "wait_event", "synchronize"])

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import time
 import traceback
+import weakref
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,9 @@ class CudaStream:
     """A torch.cuda.Stream that launches a program's commands, each between two timing events."""
 
     def __init__(self, device: CudaDevice, number: int):
-        self.device, self.number, self.name = device, number, STREAMS[number]
+        # Not in a circle with the device: what is dropped must go at once, since the collector leaves it alone.
+        self.device: CudaDevice = weakref.proxy(device)
+        self.number, self.name = number, STREAMS[number]
         self.stream = torch.cuda.Stream(device.where)
         self.query = self.stream.query
 
