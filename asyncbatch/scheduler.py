@@ -274,7 +274,7 @@ class Scheduler:
     def _chunks_come_alone(self) -> bool:
         """Whether the next step has no decode rows: more chunks wait than go into it, and the budget has room for the
         step after it too."""
-        chunks = self._next_chunks()
+        chunks = self._next_chunks() if 2 * self.prefill_sizes[0] <= self.prefill_left else []  # no room for two steps
         count = self._fitting(chunks, self.max_batch_size)
         return 0 < count < len(chunks) and chunks[0][2] + chunks[count][2] <= self.prefill_left
 
