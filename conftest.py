@@ -15,6 +15,13 @@ from pathlib import Path
 
 import pytest
 
+if find_spec("hypothesis") is not None:
+    from hypothesis import HealthCheck, settings
+
+    # A busy machine is normal: how long an example takes is no result.
+    settings.register_profile("asyncbatch", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("asyncbatch")
+
 collect_ignore = []
 try:
     import nbval.plugin

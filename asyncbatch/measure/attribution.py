@@ -1,30 +1,35 @@
-"""Attribution: what the host was doing while the device was idle.
+"""Attribution: why the device was idle, gap by gap.
 
     print(attribute(batcher.timeline))
 
-Every idle gap of the device before a decode step is divided among the latency points (`points.py`) of the host in that
-time. The innermost point counts, so the parts add up to the gap.
+Every idle gap of the device before a decode step is divided at the step's moments (`moments.py`). Until the host has
+launched the step, the gap is the host's: the innermost latency point (`points.py`) counts; and where the host itself
+waits, it is the copy out that is late, or the host's thread that has not woken up yet. From the launch on, the device
+has the work: its copy in runs, or it has not begun. The parts add up to the gap.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..timeline import Gap, Timeline
-from .points import GC, MEANING, NOTHING, Segment, host_segments
+from .moments import moments_of
+from .points import COPY_IN, COPY_OUT, GC, MEANING, NOT_BEGUN, NOTHING, WAIT, WAKING, Segment, host_segments
 
 MOST_LISTED = 10
 
 
 @dataclass(frozen=True)
 class AttributedGap(Gap):
-    """A gap of the timeline whose `host_s` is seconds by latency point, not by host span; they add up to the gap."""
+    """A gap of the timeline whose `host_s` is seconds by cause, not by host span; they add up to the gap."""
 
     @property
     def cause(self) -> str:
-        """The point with the largest share; or the garbage collection, if it has a third: it strikes in the middle of
+        """The cause with the largest share; or the garbage collection, if it has a third: it strikes in the middle of
         some other point."""
         if self.host_s.get(GC, 0.0) > self.seconds / 3:
             return GC
@@ -33,10 +38,10 @@ class AttributedGap(Gap):
 
 @dataclass(frozen=True)
 class Attribution:
-    """All idle time of the device before decode steps, and what the host was doing in it.
+    """All idle time of the device before decode steps (or all steps), and why.
 
-    `idle_s`: seconds. `by`: seconds by latency point, the largest first; they add up to `idle_s`. `gaps`: each gap by
-    itself, in order of time. `steps`: the number of decode steps, with and without a gap."""
+    `idle_s`: seconds. `by`: seconds by cause, the largest first; they add up to `idle_s`. `gaps`: each gap by itself,
+    in order of time. `steps`: the number of those steps, with and without a gap."""
 
     idle_s: float
     by: dict[str, float]
@@ -53,10 +58,8 @@ class Attribution:
 
     def __str__(self) -> str:
         if not self.idle_s:
-            return "the device was never idle between decode steps"
-        lines = [
-            f"the device was idle for {1e3 * self.idle_s:.3f} ms before {self.steps} decode steps; meanwhile the host"
-        ]
+            return "the device was never idle between two steps"
+        lines = [f"the device was idle for {1e3 * self.idle_s:.3f} ms before {self.steps} steps, because of"]
         for name, seconds in self.by.items():
             lines.append(
                 f"  {name:<20}{1e3 * seconds:>12.3f} ms {seconds / self.idle_s:>7.1%}  {MEANING.get(name, '')}"
@@ -64,25 +67,45 @@ class Attribution:
         return "\n".join(lines)
 
 
-def attribute(timeline: Timeline) -> Attribution:
-    """Divide every idle gap of the device before a decode step among what the host was doing in it.
+def attribute(timeline: Timeline, all_steps: bool = False) -> Attribution:
+    """Divide every idle gap of the device before a decode step among its causes; with `all_steps` those before every
+    other step too.
 
     `timeline`: that of a run within `record_points`, or any other; then the host spans themselves are all that is known
     of the host. ValueError if it has dropped steps."""
-    timeline.check_whole("attribution")
-    gaps = timeline.gaps()
-    decode = sum(step.kind == "decode" for step in timeline.steps)
-    if not gaps:
-        return Attribution(0.0, {}, [], decode)
-    starts, ends = np.array([gap.start for gap in gaps]), np.array([gap.end for gap in gaps])
-    shares = _seconds_by_point(host_segments(timeline), starts, ends)
-    attributed = [AttributedGap(gap.step, gap.start, gap.end, by) for gap, by in zip(gaps, shares, strict=True)]
+    moments = [one for one in moments_of(timeline) if all_steps or one.kind == "decode"]
+    late = [one for one in moments if one.computed[0] > one.ready > -math.inf]
+    if not late:
+        return Attribution(0.0, {}, [], len(moments))
+    begins, stops = np.array([one.ready for one in late]), np.array([one.computed[0] for one in late])
+    launched = np.clip([one.launched for one in late], begins, stops)
+    arrived = {span.step: span.end for span in timeline.spans if span.lane == "D2H"}
+    shares = _seconds_by_point(list(_with_waiting_told(host_segments(timeline), arrived)), begins, launched)
+    for one, by, low, high in zip(late, shares, launched.tolist(), stops.tolist(), strict=True):
+        copying = max(min(one.copy_in[1], high) - max(one.copy_in[0], low), 0.0)
+        for name, seconds in ((COPY_IN, copying), (NOT_BEGUN, high - low - copying)):
+            if seconds > 1e-12:
+                by[name] = by.get(name, 0.0) + seconds
+    gaps = [AttributedGap(one.step, one.ready, one.computed[0], by) for one, by in zip(late, shares, strict=True)]
     total: dict[str, float] = {}
     for by in shares:
         for name, seconds in by.items():
             total[name] = total.get(name, 0.0) + seconds
     ordered = dict(sorted(total.items(), key=lambda item: -item[1]))
-    return Attribution(sum(ordered.values()), ordered, attributed, decode)
+    return Attribution(sum(ordered.values()), ordered, gaps, len(moments))
+
+
+def _with_waiting_told(segments: Iterable[Segment], arrived: dict[int, float]) -> Iterator[Segment]:
+    """The segments, with what waiting was for in its place: `arrived` says when a step's results were on the host."""
+    for one in segments:
+        if one.name != WAIT:
+            yield one
+            continue
+        cut = min(max(arrived.get(one.step, one.end), one.start), one.end)
+        if cut > one.start:
+            yield one._replace(name=COPY_OUT, end=cut)
+        if cut < one.end:
+            yield one._replace(name=WAKING, start=cut)
 
 
 def _seconds_by_point(segments: list[Segment], starts: np.ndarray, ends: np.ndarray) -> list[dict[str, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 
@@ -22,3 +23,21 @@ def percentile(values: Iterable[float], percent: int) -> float:
 def p99(values: Iterable[float]) -> float:
     """The 99th percentile, see `percentile`."""
     return percentile(values, 99)
+
+
+def median_lies_within(values: Iterable[float]) -> tuple[float, float, float] | None:
+    """(low, high, confidence): where the median lies with at least 95 % confidence, of which these values are a sample.
+    Of fewer than 6 values all lie in between, and the confidence is less, for 2 of them 50 %. None for fewer than 2.
+
+    It holds for any distribution: the number of values below the true median is binomial with chance 1/2 (the sign
+    test)."""
+    ordered = sorted(values)
+    count = len(ordered)
+    if count < 2:
+        return None
+    outside = 2  # of 2**count equally likely ways to lie about the median, those with all values on one side
+    below = 0
+    while 2 * sum(math.comb(count, number) for number in range(below + 2)) <= 0.05 * 2**count:
+        below += 1
+        outside = 2 * sum(math.comb(count, number) for number in range(below + 1))
+    return ordered[below], ordered[count - 1 - below], 1 - outside / 2**count

@@ -43,12 +43,14 @@ MEANING = {
     "no request": "nothing to serve: the next request had not arrived",
     "added host work": "what host_work_s burns, for lessons",
     "nothing recorded": "in none of these: between two of them, or the operating system",
+    "waking up": "the output ids had arrived, and the host's thread had not woken up yet: the operating system",
     "copy in": "the inputs, host to device",
     "carry-over": "tokens of the step before become inputs",
     "forward": "the model",
     "sample": "choosing the next tokens",
     "step": "the whole step on the device, where its parts are not told apart (a timed device, another engine)",
     "copy out": "the output ids, device to host",
+    "not begun": "the step, or its copy in, was launched, and the device had not begun it: the driver, the device",
 }
 OF_SPAN = {
     "plan": "schedule",
@@ -60,7 +62,7 @@ LAUNCHES = ("H2D launch", "step launch", "D2H launch")
 PARTS = ("carry-over", "forward", "sample")
 AFTER = ("commit", "prune", "detokenize")  # the points that come after their step; all others come before it
 NOTHING, WAIT, GC, CALLBACKS, ADDED = "nothing recorded", "wait", "garbage collection", "callbacks", "added host work"
-NO_REQUEST = "no request"
+NO_REQUEST, COPY_IN, COPY_OUT, WAKING, NOT_BEGUN = "no request", "copy in", "copy out", "waking up", "not begun"
 
 
 class Segment(NamedTuple):

@@ -19,26 +19,31 @@ latency point (`points.py`), or half of it, and follows both loops again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import bisect
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..timeline import Timeline, device_activity
-from .points import CALLBACKS, NO_REQUEST, WAIT, seconds_by_step
+from .moments import Moments, moments_of
+from .points import NO_REQUEST, NOT_BEGUN, WAIT, WAKING, host_segments, seconds_by_step
 from .recording import Recording
 from .steps import steps_of
 from .text import table_line
 
-HOST = ("plan", "fill", "launch", "commit")
 WORTH_IT = 1.02  # on most machines a smaller gain is lost in the noise
 
 
 class StepCost(NamedTuple):
-    """Seconds of one step: on the host (before: plan, fill and launch; commit) and on the device (copy_in, step,
-    copy_out). `decode`: whether the step counts for active and idle. `hidden`: seconds of host work right after the
-    launch, for which the device does not wait even in the synchronous loop."""
+    """Seconds of one step: on the host (before: until the copy in is launched; commit) and on the device (copy_in,
+    step, copy_out). `decode`: whether the step counts for active and idle.
+
+    Of the host, more: `between` the launch of the copy and that of the step; `hidden` after that, within the launch,
+    for which the device does not wait even in the synchronous loop; `waking` up, where it had to wait for the results.
+    `begin`: what the device takes to begin a step that has been launched and has its inputs, where it is idle."""
 
     before: float
     copy_in: float
@@ -47,6 +52,9 @@ class StepCost(NamedTuple):
     commit: float
     decode: bool = True
     hidden: float = 0.0
+    between: float = 0.0
+    waking: float = 0.0
+    begin: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -78,12 +86,13 @@ def simulate(costs: Sequence[StepCost], slots: int) -> SimulatedRun:
         host += cost.before
         # Three streams, each in order: a step waits for its inputs and for the step before it.
         copied_in = max(copied_in, host) + cost.copy_in
-        host += cost.hidden
-        starts.append(max(step_end, copied_in))
+        host += cost.between
+        starts.append(max(step_end, max(copied_in, host) + cost.begin))
         step_end = starts[-1] + cost.step
-        copied_out = max(copied_out, step_end) + cost.copy_out
+        host += cost.hidden
+        copied_out = max(copied_out, step_end, host) + cost.copy_out
         ends.append(step_end)
-        outputs.append(copied_out)
+        outputs.append(copied_out + cost.waking)
         if number - committed + 1 == slots:
             host = max(host, outputs[committed]) + costs[committed].commit
             committed += 1
@@ -94,31 +103,35 @@ def simulate(costs: Sequence[StepCost], slots: int) -> SimulatedRun:
     return SimulatedRun(slots, np.array(starts), np.array(ends), host, active)
 
 
-def costs_of(timeline: Timeline, slots: int = 1) -> list[StepCost]:
-    """The costs of each step that has a span on the device, from its spans.
+def costs_of(timeline: Timeline) -> list[StepCost]:
+    """The costs of each step that has a span on the device, from its moments (`moments.py`).
 
-    slots: how many the run had. With 1 (a synchronous run) the idle times of the device are those of the timeline. What
-    the device waited beyond the spans (a host that had to wake up, time between two spans) is added to `before`; what
-    of the spans it did not wait for (the rest of a launch, while the step runs) becomes `hidden`. ValueError if the
-    timeline has dropped steps."""
-    timeline.check_whole("a prediction")
-    seconds: dict[tuple[int, str], float] = {}
-    for span in timeline.spans:
-        seconds[span.step, span.name] = seconds.get((span.step, span.name), 0.0) + span.end - span.start
+    All of the host's time has its place, that of no span too. A simulation with the slots that the run had is the run
+    itself: its totals and its idle times. ValueError if the timeline has dropped steps."""
+    return _costs(moments_of(timeline))
+
+
+def _costs(moments: Sequence[Moments]) -> list[StepCost]:
     costs = []
-    for step in timeline.steps:
-        if (step.step, "step") in seconds:
-            of = {name: seconds.get((step.step, name), 0.0) for name in (*HOST, "copy_in", "step", "copy_out")}
-            before = of["plan"] + of["fill"] + of["launch"]
-            device = of["copy_in"], of["step"], of["copy_out"]
-            costs.append(StepCost(before, *device, of["commit"], step.kind == "decode"))
-    _, _, starts, ends = timeline.lane("compute")
-    run = simulate(costs, 1)
-    if slots == 1 and len(starts) == len(costs) > 1:
-        unexplained = (starts[1:] - ends[:-1]) - (run.starts[1:] - run.ends[:-1])
-        for number, more in enumerate(np.where(abs(unexplained) > 1e-9, unexplained, 0.0).tolist(), 1):
-            before = max(costs[number].before + more, 0.0)
-            costs[number] = costs[number]._replace(before=before, hidden=max(-more, 0.0))
+    copied_in = copied_out = -math.inf
+    for one in moments:
+        (start, end), in_end, out_end = one.computed, one.copy_in[1], one.copy_out[1]
+        output_at = max(copied_out, end, one.launch_end)
+        costs.append(
+            StepCost(
+                before=one.copy_launched - one.free,
+                copy_in=max(in_end - max(copied_in, one.copy_launched), 0.0),
+                step=end - start,
+                copy_out=max(out_end - output_at, 0.0),
+                commit=one.committed - one.waited[1],
+                decode=one.kind == "decode",
+                hidden=one.launch_end - one.launched,
+                between=one.launched - one.copy_launched,
+                waking=max(one.waited[1] - max(out_end, output_at, one.waited[0]), 0.0),
+                begin=max(start - max(one.ready, in_end, one.launched), 0.0),
+            )
+        )
+        copied_in, copied_out = max(copied_in, in_end), max(copied_out, out_end)
     return costs
 
 
@@ -132,12 +145,14 @@ def costs_of_recording(run: dict[str, Any]) -> list[StepCost]:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Both runs simulated from the same costs. host_s, device_s: medians over the steps, in seconds, of the host's work
-    with both copies, and of the step on the device."""
+    """Both runs simulated from the same costs. Medians over the steps, in seconds: host_s, the host's work; between_s,
+    what lies between two steps in the synchronous loop (host work that is not hidden, copies, waking up, beginning);
+    device_s, the step on the device."""
 
     sync: SimulatedRun
     asynchronous: SimulatedRun
     host_s: float
+    between_s: float
     device_s: float
 
     @property
@@ -151,13 +166,13 @@ class Prediction:
 
     def __str__(self) -> str:
         sync, other = self.sync, self.asynchronous
-        times = f"{1e3 * self.host_s:.3f} ms of host work and copies beside {1e3 * self.device_s:.3f} ms on the device"
+        times = f"{1e3 * self.between_s:.3f} ms between two steps of {1e3 * self.device_s:.3f} ms on the device"
         if not self.helps:
             meaning = f"It will not help: there are only {times} to hide."
         elif self.host_s > self.device_s:
-            meaning = f"It helps, but the host is the slower one ({times}), so the device still waits in every step."
+            meaning = f"It helps, but the host works longer than the device ({times}), which still waits in every step."
         else:
-            meaning = f"It helps: {times}, so the host's work disappears behind the device's."
+            meaning = f"It helps: {times}, and what lies between them disappears behind the device's work."
         return (
             f"synchronous:  {sync.total_s:.3f} s, device active {sync.active:.1%}\n"
             f"asynchronous: {other.total_s:.3f} s predicted ({self.gain:.3f}x), device active {other.active:.1%}\n"
@@ -178,10 +193,12 @@ def predict(costs: Sequence[StepCost], slots: int = 2, early_stops: int = 0, row
         raise ValueError("there is no step to predict from: it takes a synchronous run with device times")
     if early_stops < 0 or rows < 1:
         raise ValueError(f"early_stops is {early_stops} and rows {rows}: allowed are from 0, and from 1")
-    host = float(np.median([cost.before + cost.copy_in + cost.copy_out + cost.commit for cost in costs]))
-    device = float(np.median([cost.step for cost in costs]))
+    columns = StepCost._make(np.array(costs, float).T)
+    host = columns.before + columns.between + columns.commit
+    between = host + columns.copy_in + columns.begin + columns.copy_out + columns.waking
+    medians = (float(np.median(each)) for each in (host + columns.hidden, between, columns.step))
     more = [costs[len(costs) // 2]] * round(early_stops * (slots - 1) / rows)
-    return Prediction(simulate(costs, 1), simulate([*costs, *more], slots), host, device)
+    return Prediction(simulate(costs, 1), simulate([*costs, *more], slots), *medians)
 
 
 class WhatIf(NamedTuple):
@@ -203,18 +220,20 @@ def what_if(timeline: Timeline, slots: int = 1, async_slots: int = 2) -> list[Wh
     """For each latency point of a run with `slots` slots: the totals of both loops if it took no time, or half.
 
     Points of the host come first, then those of the device; on each side the first is the one that saves most in the
-    loop that ran. Waiting is not among them: it is what the other points leave. Empty where no step was measured."""
-    costs = costs_of(timeline, slots)
-    if not costs:
+    loop that ran. Waiting is not among them: it is what the other points leave. But what the device takes to begin, and
+    the host to wake up, is. Empty where no step was measured."""
+    moments = moments_of(timeline)
+    if not moments:
         return []
-    times = np.array([cost[:5] for cost in costs])
+    costs = _costs(moments)
+    times = np.array(costs, float)
     base = [simulate(costs, number).total_s for number in (1, async_slots)]
-    removable = _seconds_in_costs(timeline, slots)
+    removable = _seconds_in_costs(timeline, moments, costs)
     rows = []
     for (point, where), seconds in removable.items():
         for factor in (0.0, 0.5):
             remaining = np.maximum(times - (1 - factor) * seconds, 0.0).tolist()
-            new_costs = [StepCost._make([*row, *cost[5:]]) for row, cost in zip(remaining, costs, strict=True)]
+            new_costs = [StepCost._make(row) for row in remaining]
             totals = [simulate(new_costs, number).total_s for number in (1, async_slots)]
             saves = [1 - total / before if before else 0.0 for total, before in zip(totals, base, strict=True)]
             rows.append(WhatIf(point, where, factor, *totals, *saves))
@@ -223,29 +242,55 @@ def what_if(timeline: Timeline, slots: int = 1, async_slots: int = 2) -> list[Wh
     return sorted(rows, key=lambda row: (row.where == "device", -best[row.point, row.where], row.point, row.factor))
 
 
-def _seconds_in_costs(timeline: Timeline, slots: int) -> dict[tuple[str, str], np.ndarray]:
-    """By (point, "host" or "device") how many seconds the point has in each cost: float64 [N, 5], N as in `costs_of`,
-    and the columns are the first five fields of `StepCost`."""
-    on_device = {span.step for span in timeline.spans if span.lane == "compute"}
-    order = [step.step for step in timeline.steps if step.step in on_device]  # as in `costs_of`
-    place = {step: index for index, step in enumerate(order)}
+def _seconds_in_costs(
+    timeline: Timeline, moments: Sequence[Moments], costs: Sequence[StepCost]
+) -> dict[tuple[str, str], np.ndarray]:
+    """By (point, "host" or "device") how many seconds the point has in each cost: float64 [N, 10], a row for each of
+    `moments` and a column for each field of `StepCost`."""
+    place = {one.step: index for index, one in enumerate(moments)}
     seconds_in: dict[tuple[str, str], np.ndarray] = {}
 
-    def add(point: str, where: str, field: str, of_step: dict[int, float]) -> None:
-        seconds_of_point = seconds_in.setdefault((point, where), np.zeros((len(order), 5)))
-        for step, seconds in of_step.items():
-            if step in place:
-                seconds_of_point[place[step], StepCost._fields.index(field)] += seconds
+    def add(point: str, where: str, field: str, row: int, seconds: float) -> None:
+        if seconds > 0:
+            of_point = seconds_in.setdefault((point, where), np.zeros((len(moments), len(StepCost._fields))))
+            of_point[row, StepCost._fields.index(field)] += seconds
 
-    host, device = seconds_by_step(timeline)
-    for (point, after), of_step in host.items():
-        # Between two turns of the asynchronous loop, the device is seldom waiting for the caller.
-        if point not in (WAIT, NO_REQUEST) and not (point == CALLBACKS and slots > 1):
-            add(point, "host", "commit" if after else "before", of_step)
+    for point, row, field, seconds in _host_seconds(timeline, moments, place):
+        if point not in (WAIT, NO_REQUEST):
+            add(point, "host", field, row, seconds)
     fields = {"copy in": "copy_in", "copy out": "copy_out"}
-    for point, of_step in device.items():
-        add(point, "device", fields.get(point, "step"), of_step)
+    for point, of_step in seconds_by_step(timeline)[1].items():
+        for step in of_step.keys() & place.keys():
+            add(point, "device", fields.get(point, "step"), place[step], of_step[step])
+    copied = -math.inf
+    for row, (one, cost) in enumerate(zip(moments, costs, strict=True)):
+        add(WAKING, "host", "waking", row, cost.waking)
+        add(NOT_BEGUN, "device", "begin", row, cost.begin)
+        add(NOT_BEGUN, "device", "copy_in", row, one.copy_in[0] - max(copied, one.copy_launched))
+        copied = max(copied, one.copy_in[1])
     return seconds_in
+
+
+def _host_seconds(
+    timeline: Timeline, moments: Sequence[Moments], place: dict[int, int]
+) -> Iterator[tuple[str, int, str, float]]:
+    """(point, row, field, seconds): each stretch of the host's time, cut where a step's launching and its hiding begin.
+    Time between two turns belongs to the step that is launched next."""
+    by_launch = sorted(range(len(moments)), key=lambda row: moments[row].launch_end)
+    ends = [moments[row].launch_end for row in by_launch]
+    for name, step, start, end, after in host_segments(timeline):
+        if after:
+            if step in place:
+                yield name, place[step], "commit", end - start
+            continue
+        next_launch = bisect.bisect_right(ends, start)
+        if next_launch == len(ends):
+            continue  # after the last launch: no step waits for it
+        row = by_launch[next_launch]
+        one = moments[row]
+        cuts = (one.free, one.copy_launched, one.launched, one.launch_end)
+        for field, low, high in zip(("before", "between", "hidden"), cuts, cuts[1:], strict=False):
+            yield name, row, field, min(end, high) - max(start, low)
 
 
 def main() -> int:

@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 
+def in_seconds(value: float) -> str:
+    """A time with the digits that count: "234.5 s", "14.50 s", "0.0993 s"."""
+    return f"{value:.{1 if value >= 100 else 2}f} s" if value >= 1 else f"{value:.3g} s"
+
+
 def table_line(cells: Sequence[object], widths: Sequence[int], align: str = "<>", gap: int = 0) -> str:
     """One line of a table, without spaces at its end. A cell that is wider than its column pushes the rest aside.
 

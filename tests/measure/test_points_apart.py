@@ -165,8 +165,9 @@ def test_a_rare_long_step_moves_the_99th_percentile_and_not_the_median():
 
 @settings(max_examples=150, deadline=None)
 @given(host_runs(), st.data())
-def test_each_gap_is_divided_among_what_the_host_was_at_second_by_second(run, data):
-    timeline, now, moments = Timeline(), data.draw(st.integers(0, 10)), []
+def test_each_gap_is_divided_at_its_moments_second_by_second(run, data):
+    timeline, now, moments, copied = Timeline(), data.draw(st.integers(0, 10)), [], {}
+    launched = {span.step: span.end for span in run.spans if span.name == "launch"}
     for span in run.spans:
         if span.lane in ("host", LANE):
             timeline.add(*span)
@@ -175,12 +176,28 @@ def test_each_gap_is_divided_among_what_the_host_was_at_second_by_second(run, da
         idle, busy = data.draw(st.integers(0, 12)), data.draw(st.integers(1, 9))
         moments.append((now + idle, now + idle + busy))
         timeline.add("compute", "step", step.step, *moments[-1])
+        for lane, name, start in (("H2D", "copy_in", now), ("D2H", "copy_out", now + idle + busy)):
+            if data.draw(st.booleans()):
+                begin = start + data.draw(st.integers(0, 5))
+                copied[name, step.step] = begin, begin + data.draw(st.integers(0, 5))
+                timeline.add(lane, name, step.step, *copied[name, step.step])
         now += idle + busy
-    at = {second: name for second, name, _, _ in at_each_second(timeline)}
+    at = {second: (name, step) for second, name, step, _ in at_each_second(timeline)}
+
+    def cause(second, number):
+        if second >= launched[number]:
+            begin, end = copied.get(("copy_in", number), (0, 0))
+            return "copy in" if begin <= second < end else "not begun"
+        name, of_step = at.get(second, ("nothing recorded", None))
+        if name != "wait":
+            return name
+        arrived = copied.get(("copy_out", of_step))
+        return "copy out" if arrived is None or second < arrived[1] else "waking up"
+
     expected = []
     for step, before, own in zip(list(run.steps)[1:], moments, moments[1:], strict=False):
         if step.kind == "decode" and before[1] < own[0]:
-            names = Counter(at.get(second, "nothing recorded") for second in range(before[1], own[0]))
+            names = Counter(cause(second, step.step) for second in range(before[1], own[0]))
             expected.append((step.step, before[1], own[0], dict(names)))
     found = attribute(timeline)
     assert [(gap.step, gap.start, gap.end, gap.host_s) for gap in found.gaps] == expected

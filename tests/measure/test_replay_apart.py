@@ -23,7 +23,7 @@ COSTS = st.lists(
         StepCost,
         *[SECONDS] * 5,
         decode=st.booleans(),
-        hidden=st.one_of(st.just(0), SECONDS),
+        **dict.fromkeys(("hidden", "between", "waking", "begin"), st.one_of(st.just(0), SECONDS)),
     ),
     max_size=12,
 )
@@ -34,20 +34,26 @@ def replay(costs, slots):
     tasks, last = {}, None  # name -> (seconds, names of what it waits for)
     order = []  # the host's: launch `slots` steps ahead, then commit the oldest
     for step in range(len(costs)):
-        order += [("before", step), ("hidden", step)]
+        order += [("before", step), ("between", step), ("hidden", step)]
         if step + 1 >= slots:
             order.append(("commit", step + 1 - slots))
     order += [("commit", step) for step in range(max(0, len(costs) - slots + 1), len(costs))]
     for name, step in order:
         waits = [last] if last else []
         if name == "commit":
-            waits.append(("copy_out", step))
+            waits.append(("waking", step))
         tasks[name, step] = getattr(costs[step], name), waits
         last = name, step
     for step, cost in enumerate(costs):
-        for name, after in (("copy_in", "before"), ("step", "copy_in"), ("copy_out", "step")):
-            waits = [(after, step)] + ([(name, step - 1)] if step else [])
-            tasks[name, step] = getattr(cost, name), waits
+        for name, *after in (
+            ("copy_in", "before"),
+            ("begin", "copy_in", "between"),
+            ("step", "begin"),
+            ("copy_out", "step", "hidden"),
+            ("waking", "copy_out"),
+        ):
+            in_order = step and name in ("copy_in", "step", "copy_out")  # those of a stream follow each other
+            tasks[name, step] = getattr(cost, name), [(a, step) for a in after] + [(name, step - 1)] * bool(in_order)
     ends = {}
 
     def end(task):
@@ -108,7 +114,7 @@ STEP = st.fixed_dictionaries({name: SECONDS for name in POINTS})
 
 def run_of(steps, kinds, before_s=None):
     """The timeline of a synchronous loop whose steps take these seconds for each point, and its costs. before_s: of
-    each step the seconds that no span tells, before it starts on the device."""
+    each step the seconds from the end of its launch until the device begins with it."""
     timeline, now, costs = Timeline("sync", "virtual"), 100, []
     for number, (of, kind) in enumerate(zip(steps, kinds, strict=True)):
         if number:
@@ -134,7 +140,7 @@ def run_of(steps, kinds, before_s=None):
         timeline.add(LANE, "prune", number, now, now + of["prune"])
         now += of["commit"] + of["prune"]
         timeline.add_step(number, kind, 1, 0)
-        costs.append(cost_of(of, number, kind, before_s[number] if before_s and number else 0))
+        costs.append(cost_of(of, number, kind, before_s[number] if before_s else 0))
     return timeline, costs
 
 
@@ -142,7 +148,7 @@ def cost_of(of, number, kind, more=0):
     sums = dict.fromkeys(StepCost._fields[:5], 0)
     for point, field in POINTS.items():
         sums[field] += of[point] if number or point != "callbacks" else 0
-    sums["before"] += more
+    sums["copy_in"] += more
     return StepCost(**sums, decode=kind == "decode")
 
 
@@ -152,14 +158,10 @@ RUNS = st.lists(st.tuples(STEP, KINDS, SECONDS), min_size=1, max_size=8)
 
 @settings(max_examples=100, deadline=None)
 @given(RUNS)
-def test_the_costs_of_a_synchronous_run_are_its_points_and_the_time_that_no_span_tells(run):
+def test_the_costs_of_a_synchronous_run_are_its_points_and_what_the_device_takes_to_begin(run):
     steps, kinds, untold = map(list, zip(*run, strict=True))
     timeline, costs = run_of(steps, kinds, untold)
     assert costs_of(timeline) == costs
-    of_other_slots = costs_of(timeline, slots=2)  # there the gaps are not the host's: its spans count, and they only
-    assert [cost.decode for cost in of_other_slots] == [kind == "decode" for kind in kinds]
-    spans = [{**of, "callbacks": 0} for of in steps]
-    assert of_other_slots == [cost_of(of, number, kinds[number]) for number, of in enumerate(spans)]
 
 
 def test_what_the_host_does_while_the_step_runs_is_hidden():
@@ -193,14 +195,14 @@ def test_a_step_without_a_time_on_the_device_costs_nothing_and_a_run_without_ste
 
 
 def test_a_step_on_the_device_that_was_never_noted_leaves_the_costs_to_the_spans():
-    """An interrupt can come in between; then no gap can be told from the time of a step that is missing."""
+    """An interrupt can come in between. The step after it is told by its own moments."""
     whole, _ = run_of([dict.fromkeys(POINTS, 2)] * 3, ["decode"] * 3, [0, 5, 5])
     timeline = Timeline()
     for span in whole.spans:
         timeline.add(*span)
     for number in (0, 2):
         timeline.add_step(number, "decode", 1, 0)
-    assert costs_of(timeline) == [StepCost(8, 2, 2, 2, 4)] * 2
+    assert costs_of(timeline) == [StepCost(8, 2, 2, 2, 4), StepCost(10, 7, 2, 2, 4)]  # 2 for the caller, 5 to begin
 
 
 # ---- what if ---------------------------------------------------------------------------------------------------------
@@ -214,16 +216,64 @@ def test_without_a_point_both_loops_take_what_the_replay_without_it_takes(run, a
     base = {slots: replay(costs, slots)[1] for slots in (1, async_slots)}
     found = what_if(timeline, async_slots=async_slots)
     there = {p for n, of in enumerate(steps) for p in POINTS if of[p] and (n or p != "callbacks")}
-    there |= {"copy in", "step", "copy out"}
+    there |= {"not begun"} if any(untold) else set()
     assert sorted((one.point, one.factor) for one in found) == sorted((p, f) for p in there for f in (0.0, 0.5))
     for point, where, factor, *numbers in found:
-        less = [{**of, point: factor * of[point]} for of in steps]
-        changed = [cost_of(of, n, kinds[n], untold[n] if n else 0) for n, of in enumerate(less)]
+        less = [{**of, point: factor * of.get(point, 0)} for of in steps]
+        begin = factor if point == "not begun" else 1
+        changed = [cost_of(of, n, kinds[n], begin * untold[n]) for n, of in enumerate(less)]
         totals = [replay(changed, slots)[1] for slots in (1, async_slots)]
         saved = [1 - total / base[slots] if base[slots] else 0.0 for total, slots in zip(totals, base, strict=True)]
         assert numbers == pytest.approx([*totals, *saved])
-        assert where == ("device" if point in ("copy in", "step", "copy out") else "host")
+        assert where == ("device" if point in ("copy in", "step", "copy out", "not begun") else "host")
     assert in_order(found, "sync_saves")
+
+
+LAUNCHING = st.fixed_dictionaries(
+    {name: SECONDS for name in ("schedule", "H2D launch", "step launch", "D2H launch", "commit", "wake")}
+    | {"early": st.integers(0, 80), "step": st.integers(1, 40), "copy in": st.integers(0, 9)}
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(LAUNCHING, min_size=1, max_size=8))
+def test_a_point_saves_the_synchronous_loop_its_time_in_which_the_device_was_idle(steps):
+    """The device begins `early`, before the host is done with launching: what lies behind that can save nothing. (The
+    copy in takes its time while the host goes on launching, or not: then it is the one that can save nothing.)"""
+    timeline, now, idle, free = Timeline("sync", "virtual"), 0, {}, 0
+
+    def host(point, number, seconds, lane=LANE):
+        nonlocal now
+        if seconds:
+            timeline.add(lane, point, number, now, now + seconds)
+        now += seconds
+
+    for number, of in enumerate(steps):
+        host("plan", number, of["schedule"], "host")
+        parts, begun = {"schedule": (now - of["schedule"], now)}, now
+        for point in ("H2D launch", "step launch", "D2H launch"):
+            parts[point] = now, now + of[point]
+            host(point, number, of[point])
+        timeline.add("host", "launch", number, begun, now)
+        copied = parts["H2D launch"][1] + of["copy in"]
+        start = max(parts["step launch"][1] - of["early"], copied, free)
+        timeline.add("H2D", "copy_in", number, copied - of["copy in"], copied)
+        end = max(start + of["step"], now)  # it lasts until the host is done with launching, so that nothing else waits
+        timeline.add("compute", "step", number, start, end)
+        timeline.add("D2H", "copy_out", number, end, end)
+        timeline.add("host", "wait", number, now, end + of["wake"])
+        now = end + of["wake"]
+        host("commit", number, of["commit"], "host")
+        timeline.add_step(number, "decode", 1, 0)
+        for point, (low, high) in parts.items():
+            beside = max(0, min(high, start, copied) - max(low, copied - of["copy in"]))  # while the copy ran
+            idle[point] = idle.get(point, 0) + max(0, min(high, start) - low) - beside
+        idle["commit"] = idle.get("commit", 0) + of["commit"]
+        free = end
+    total = simulate(costs_of(timeline), 1).total_s
+    assert total == now
+    saved = {one.point: total - one.sync_s for one in what_if(timeline) if one.factor == 0 and one.where == "host"}
+    assert {point: saved.get(point, 0) for point in idle} == idle
 
 
 def in_order(found, key):
@@ -236,7 +286,7 @@ def in_order(found, key):
     return places == sorted(places)
 
 
-def test_of_an_asynchronous_run_the_callers_time_is_no_point_to_save_and_the_order_is_that_of_its_own_loop():
+def test_the_order_is_that_of_the_loop_that_ran():
     fast = dict.fromkeys(POINTS, 0)
     steps = [{**fast, "callbacks": 9, "schedule": 2, "fill buffers": 4, "step": 50, "copy in": 3, "commit": 5}] * 6
     timeline, _ = run_of(steps, ["decode"] * 6)
@@ -246,12 +296,12 @@ def test_of_an_asynchronous_run_the_callers_time_is_no_point_to_save_and_the_ord
     assert what_if(other)[0].point == "schedule", "8 seconds of it, more than of commit"
     assert what_if(other, slots=2)[0].point == "commit", "what is scheduled while a step runs costs nothing"
     of_async, of_sync = what_if(timeline, slots=2), what_if(timeline)
-    assert {one.point for one in of_sync} - {one.point for one in of_async} == {"callbacks"}
+    assert {one.point for one in of_sync} == {one.point for one in of_async}
     assert not {"wait", "no request"} & {one.point for one in of_sync}
     assert in_order(of_async, "async_saves")
     assert in_order(of_sync, "sync_saves")
     (step,) = [one for one in of_async if (one.point, one.factor) == ("step", 0.5)]
-    costs = [StepCost(6, 3, 50, 0, 5)] * 6
+    costs = [StepCost(6, 3, 50, 0, 5), *[StepCost(15, 3, 50, 0, 5)] * 5]
     assert step.async_s == replay([cost._replace(step=25) for cost in costs], 2)[1]
     assert step.async_saves == pytest.approx(1 - step.async_s / replay(costs, 2)[1])
 
@@ -278,7 +328,10 @@ def test_a_prediction_replays_both_loops_with_the_steps_that_early_stops_add(cos
     more = [costs[len(costs) // 2]] * round(early_stops * (slots - 1) / rows)
     assert (found.sync.total_s, found.sync.slots) == (replay(costs, 1)[1], 1)
     assert (found.asynchronous.total_s, found.asynchronous.slots) == (replay(costs + more, slots)[1], slots)
-    assert found.host_s == statistics.median(c.before + c.copy_in + c.copy_out + c.commit for c in costs)
+    own = [c.before + c.between + c.commit for c in costs]
+    assert found.host_s == statistics.median(a + c.hidden for a, c in zip(own, costs, strict=True))
+    others = [c.copy_in + c.begin + c.copy_out + c.waking for c in costs]
+    assert found.between_s == statistics.median(a + b for a, b in zip(own, others, strict=True))
     assert found.device_s == statistics.median(c.step for c in costs)
     if found.asynchronous.total_s:
         assert found.gain == found.sync.total_s / found.asynchronous.total_s
@@ -290,4 +343,4 @@ def test_a_prediction_asks_for_two_slots_and_no_early_stop_unless_told():
     assert predict(costs).asynchronous.total_s == replay(costs, 2)[1]
     assert predict(costs, early_stops=3).asynchronous.total_s == replay(costs[:1] * 12, 2)[1]
     assert costs_of(run_of([dict.fromkeys(POINTS, 1)], ["prefill"])[0])[0].decode is False
-    assert StepCost(1, 1, 1, 1, 1)[5:] == (True, 0.0)
+    assert StepCost(1, 1, 1, 1, 1)[5:] == (True, 0.0, 0.0, 0.0, 0.0)
