@@ -4,7 +4,6 @@ same share of active time (`kineto`)?"""
 from __future__ import annotations
 
 import functools
-import math
 import statistics
 import tempfile
 import time
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..measure.percentile import median_lies_within
 from ..measure.point_recorder import record_points
 from ..request import Request
 from ..timeline import Timeline, device_activity
@@ -51,7 +51,8 @@ def overhead(measuring, plain, requests: list[Request]) -> Overhead | None:
     each = [with_ / without - 1 for with_, without in times]
     share = statistics.median(each)
     ms_per_step = 1e3 * share * statistics.median(without for _, without in times)
-    return Overhead(share, _median_lies_within(sorted(each)), ms_per_step, tuple(each))
+    low, high, sure = median_lies_within(each) or (0.0, 0.0, 0.0)
+    return Overhead(share, (low, high) if sure >= 0.95 else None, ms_per_step, tuple(each))
 
 
 def _pairs(measuring, plain, requests: list[Request]) -> list[tuple[float, float]]:
@@ -77,17 +78,6 @@ def _pairs(measuring, plain, requests: list[Request]) -> list[tuple[float, float
         if handle.completion.error is not None:
             raise handle.completion.error
     return pairs
-
-
-def _median_lies_within(ordered: list[float]) -> tuple[float, float] | None:
-    """The 95 % confidence interval of the median of values in rising order; None for fewer than 6 of them.
-
-    It holds for any distribution: the number of values below the true median is binomial with chance 1/2 (the sign
-    test)."""
-    count, below = len(ordered), -1
-    while 2 * sum(math.comb(count, number) for number in range(below + 2)) <= 0.05 * 2**count:
-        below += 1
-    return None if below < 0 else (ordered[below], ordered[count - 1 - below])
 
 
 def kineto(batcher, requests: list[Request]) -> Kineto:

@@ -12,20 +12,20 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from operator import attrgetter
 from typing import Any
 
 import numpy as np
 
 from ..measure.bandwidth import requests_floor, run_floor_s, step_floor_s
 from ..measure.law import idle_share
-from ..measure.points import LANE, MEANING, NO_REQUEST
+from ..measure.points import LANE, NO_REQUEST
 from ..measure.recording import Recording
 from ..measure.steps import Steps, steps_from, steps_of
-from ..timeline import Timeline, busy_curve
+from ..timeline import Timeline, busy_curve, device_activity
 from .machine import machine_name, versions
 from .measurement import Measurement
 from .options import Settings
+from .pairs import Pairs
 from .report import (
     OWN,
     SCHEMA,
@@ -42,11 +42,10 @@ from .report import (
     Run,
     workload_key,
 )
+from .verdict import OVER_TIME, first_line, gain_line, idle_line, judged, trust, why_line
 from .workload import latency
 
-OVER_TIME = "Requests arrive over time, so no total time is predicted: compare the latencies of the two loops."
-WORTH_SAYING = 0.01  # a latency point that would give back less is not worth eliminating
-LOOPS = {"sync": "synchronous", "async": "asynchronous"}
+MEANS = ("wall_s", "device_active", "idle", "host_ms_per_step")  # of a summary, where two runs are in the middle
 
 
 @dataclass(frozen=True)
@@ -70,18 +69,18 @@ def make_report(
 ) -> tuple[Report, list[Timeline]]:
     """The report, and the timeline of each of its runs, in the same order."""
     runs = tuple(run_of(one, place) for one in measurements)
-    compared = tuple(comparison(group) for group in by_workload(runs))
+    compared = tuple(comparison(group, measurements) for group in by_workload(runs))
     same = same_tokens(measurements)
     recording, conditions = place.recording, settings.conditions
     only = compared[0] if len(compared) == 1 else None
-    first, verdict = conclusion(runs, only, conditions.over_time)
+    same_own = same.pop(OWN, True)
     report = Report(
         schema=SCHEMA,
         model=settings.model,
         device=place.device,
         emulated=recording.name if recording else None,
         preset=settings.preset,
-        same_tokens=same.pop(OWN, True),
+        same_tokens=same_own,
         peers_same_tokens=same,
         runs=runs,
         failed=tuple(failed),
@@ -97,8 +96,7 @@ def make_report(
         machine=machine_name(),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         command=shlex.join(["python", "-m", "asyncbatch.profile", *settings.command]),
-        first=first,
-        verdict=verdict,
+        **(conclusion(runs, only, same_own, conditions.over_time) if only else {}),
         matmul_flops_per_s=place.matmul,
     )
     return report, [one.typical for one in measurements]
@@ -107,7 +105,7 @@ def make_report(
 def run_of(one: Measurement, place: Place) -> Run:
     """The typical run of a measurement, with everything that the report has about it."""
     timeline, completions = one.typical_run
-    summary = timeline.summary().as_dict()
+    summary = middle_summary(one)
     floor = None
     if place.bandwidth is not None:
         facts = place.models.get(one.workload.model)
@@ -117,7 +115,7 @@ def run_of(one: Measurement, place: Place) -> Run:
         engine=one.engine,
         mode=one.mode,
         **summary,
-        device_ms_per_step=device_ms(timeline),
+        device_ms_per_step=mean([device_ms(each) for each, _ in one.middle]),
         model=one.workload.model,
         batch_size=one.workload.batch_size,
         requests=one.workload.requests,
@@ -139,7 +137,23 @@ def run_of(one: Measurement, place: Place) -> Run:
         workload=one.workload.name,
         longest_gap_ms=longest_gap_ms(timeline),
         request_floor=request_floor(one, summary["wall_s"], place),
+        measured_steps=measured_steps(timeline),
+        idle_all_steps=idle_all_steps(timeline),
     )
+
+
+def middle_summary(one: Measurement) -> dict[str, Any]:
+    """The summary of the run in the middle; of two, the means of their times and shares."""
+    each = [timeline.summary().as_dict() for timeline, _ in one.middle]
+    made = {**each[-1], **{key: mean([of[key] for of in each]) for key in MEANS}}
+    made["tokens_per_s"] = made["tokens"] / made["wall_s"] if made["wall_s"] else 0.0
+    return made
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """None where one of them is not known."""
+    known = [value for value in values if value is not None]
+    return statistics.mean(known) if len(known) == len(values) else None
 
 
 def by_workload(runs: Iterable[Run]) -> list[list[Run]]:
@@ -154,28 +168,39 @@ def same_tokens(measurements: Iterable[Measurement]) -> dict[str, bool]:
     """For each engine whether all of its runs on one workload gave the same tokens."""
     tokens: dict[tuple[str, Any], list[Any]] = {}
     for one in measurements:
-        workload = one.workload.name, one.workload.model, one.workload.batch_size
-        tokens.setdefault((one.engine, workload), []).extend(one.tokens)
+        tokens.setdefault((one.engine, workload_of(one)), []).extend(one.tokens)
     same: dict[str, bool] = {}
     for (engine, _), of_runs in tokens.items():
         same[engine] = same.get(engine, True) and all(other == of_runs[0] for other in of_runs[1:])
     return same
 
 
-def comparison(runs: Sequence[Run]) -> Comparison:
-    """This package's two loops among the runs on one workload."""
+def comparison(runs: Sequence[Run], measurements: Sequence[Measurement] = ()) -> Comparison:
+    """This package's two loops among the runs on one workload. measurements: theirs, and others."""
     own = {run.mode: run for run in runs if run.engine == OWN and not run.interrupted}
     sync, law = own.get("sync"), None
     if sync and sync.device_ms_per_step is not None and sync.host_ms_per_step is not None:
         law = idle_share(sync.host_ms_per_step, sync.device_ms_per_step)
-    speedup = statistics.median(speedups(own["sync"], own["async"])) if len(own) == 2 else None
-    return Comparison(runs[0].model, runs[0].batch_size, speedup, law, runs[0].workload)
+    of = {one.mode: [timeline for timeline, _ in one.runs] for one in measurements
+          if one.engine == OWN and not one.interrupted and workload_of(one) == workload_key(runs[0])}  # fmt: skip
+    pairs = Pairs.of(of["sync"], of["async"]) if len(own) == len(of) == 2 else Pairs()
+    low_high = pairs.interval
+    return Comparison(
+        runs[0].model,
+        runs[0].batch_size,
+        pairs.speedup,
+        low_high[:2] if low_high else None,
+        low_high[2] if low_high else None,
+        pairs.speedups,
+        tuple(1.0 if ratio is None else ratio for ratio in pairs.device_ratios),
+        law,
+        runs[0].workload,
+    )
 
 
-def speedups(sync: Run, other: Run) -> list[float]:
-    """Synchronous over asynchronous wall time of each repeat."""
-    pairs = zip(sync.wall_s_of_each_run, other.wall_s_of_each_run, strict=False)  # one that failed half way has fewer
-    return [sync_s / async_s for sync_s, async_s in pairs]
+def workload_of(one: Measurement) -> tuple[str | None, str | None, int | None]:
+    """As `workload_key` of its run."""
+    return one.workload.name, one.workload.model, one.workload.batch_size
 
 
 # ---- numbers of a run ---------------------------------------------------------------------------------------------
@@ -187,6 +212,18 @@ def device_ms(timeline: Timeline) -> float | None:
     decode = {step.step for step in timeline.steps if step.kind == "decode"}
     times = [1e3 * (s.end - s.start) for s in timeline.spans if s.lane == "compute" and s.step in decode]
     return statistics.median(times) if times else None
+
+
+def measured_steps(timeline: Timeline) -> int:
+    """How many decode steps active and idle are of: those that come after another step."""
+    decode = [step.step for step in timeline.steps if step.kind == "decode"]
+    return int(np.isin(timeline.lane("compute")[1][1:], decode).sum())
+
+
+def idle_all_steps(timeline: Timeline) -> float | None:
+    """The idle share over all steps but the first; None with fewer than two."""
+    active_s, period_s = device_activity(*timeline.lane("compute")[2:])
+    return max(1 - active_s / period_s, 0.0) if period_s > 0 else None
 
 
 def longest_gap_ms(timeline: Timeline) -> float | None:
@@ -242,16 +279,16 @@ def floor_numbers(steps: Steps, wall_s: float, model: ModelFacts | None, bandwid
     count = max(1, min(32, len(full) // 8))
 
     def at(part: np.ndarray) -> ContextSteps:
-        context = float(np.median(steps.context[part]))
+        context = float(np.median(steps.context[part])) / rows
         ms = 1e-3 * float(np.median(steps.device_us[part]))
-        floor_ms = 1e3 * step_floor_s(weights, kv, context, bandwidth)
+        floor_ms = 1e3 * step_floor_s(weights, kv, rows * context, bandwidth)
         return ContextSteps(rows, context, ms, floor_ms, ms / floor_ms)
 
     first, last, rate = at(full[:count]), at(full[-count:]), None
     assert first.ms is not None
     assert last.ms is not None
     if last.context >= 8 * first.context and last.ms > first.ms:
-        rate = 1e3 * (last.context - first.context) * kv / (last.ms - first.ms)
+        rate = 1e3 * rows * (last.context - first.context) * kv / (last.ms - first.ms)
     return Floor(floor_s, wall_s / floor_s, first, last, rate)
 
 
@@ -288,45 +325,18 @@ def _recorded_run(recording: Recording, recorded: dict[str, Any], run: Run, even
 # ---- in words -----------------------------------------------------------------------------------------------------
 
 
-def conclusion(runs: Sequence[Run], only: Comparison | None, over_time: bool) -> tuple[str | None, str | None]:
-    """(first, verdict): what to eliminate first, and what asynchronous batching brings. None with several workloads."""
-    first = first_line(runs) if only else None
-    if over_time:
-        return first and f"{first} (As if there were always requests waiting.)", OVER_TIME
-    return first, verdict_line(runs, only.async_speedup) if only else None
-
-
-def first_line(runs: Sequence[Run]) -> str | None:
-    """What to eliminate first: the host's latency point that would give most back, of this package's synchronous run,
-    else of the first run. None where no step was measured."""
-    for run in sorted(runs, key=lambda run: (run.engine != OWN, run.mode != "sync")):
-        loop, saves = LOOPS[str(run.mode)], attrgetter(f"{run.mode}_saves")
-        entirely = [one for one in run.what_if if one.where == "host" and one.factor == 0.0]
-        if not entirely:
-            continue
-        best = max(entirely, key=saves)
-        median = next(point.median_ms for point in run.points if point.name == best.point)
-        what = f"{best.point} ({MEANING.get(best.point, best.point)}), {median or 0:.3f} ms of each step"
-        if saves(best) < WORTH_SAYING:
-            return (
-                f"Eliminate this first: nothing on the host. The largest, {what}, would give back {saves(best):.1%} of "
-                f"the {loop} run."
-            )
-        other = "" if run.mode == "async" else f", the asynchronous one {max(best.async_saves or 0.0, 0):.1%}"
-        return f"Eliminate this first: {what}. Without it the {loop} run takes {saves(best):.1%} less time{other}."
-    return None
-
-
-def verdict_line(runs: Sequence[Run], speedup: float | None) -> str | None:
-    """What asynchronous batching brings here: predicted from the synchronous run, and measured (`speedup`). None
-    without a synchronous run."""
-    guess = next((run.prediction for run in runs if run.prediction), None)
-    if guess is None or guess.host_ms is None or guess.device_ms is None:
-        return None
-    beside = f"{guess.host_ms:.3f} ms of host work and copies beside {guess.device_ms:.3f} ms on the device"
-    numbers = f"predicted {guess.gain:.3f}x" + ("" if speedup is None else f", measured {speedup:.3f}x")
-    if not guess.helps:
-        return f"Asynchronous batching gains less than 2 % here ({numbers}): each step has only {beside}."
-    if guess.host_ms > guess.device_ms:
-        return f"Asynchronous batching: {numbers}. The host is the slower one ({beside}), so the device still waits."
-    return f"Asynchronous batching: {numbers}. It hides the host's part of each step ({beside})."
+def conclusion(runs: Sequence[Run], only: Comparison, same_tokens: bool, over_time: bool) -> dict[str, Any]:
+    """The report's first sentences, by their names in it."""
+    run = judged(runs)
+    if run is None:
+        return {}
+    first = first_line(run)
+    if over_time and first:
+        first = f"{first} (As if there were always requests waiting.)"
+    return {
+        "idleness": idle_line(run),
+        "causes": why_line(run),
+        "first": first,
+        "verdict": OVER_TIME if over_time else gain_line(run, only),
+        "trust": trust(run, only, same_tokens, over_time),
+    }

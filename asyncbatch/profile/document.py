@@ -20,6 +20,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from ..measure.text import in_seconds
 from ..pictures import plot
 from ..pictures.timelines import WIDGET
 from ..timeline import Timeline
@@ -193,7 +194,7 @@ def milliseconds(value: float | None) -> str:
 
 
 def seconds(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f} s"
+    return "-" if value is None else in_seconds(value)
 
 
 def signed(share: float | None, digits: int = 2) -> str:

@@ -16,9 +16,9 @@ from .workload import Sizes, Workload
 class Measurement:
     """One engine in one mode on one workload, and its runs so far.
 
-    prompts: the length of each request's prompt. slots: of the asynchronous batcher, also where this is a synchronous
-    one. setting, prefill_tokens: what the batcher says of itself. interrupted: its only run was ended by Ctrl-C: times
-    and steps of what ran, and no completions."""
+    prompts, limits: the length of each request's prompt, and its limit of new tokens. slots: of the asynchronous
+    batcher, also where this is a synchronous one. setting, prefill_tokens: what the batcher says of itself.
+    interrupted: its only run was ended by Ctrl-C: times and steps of what ran, and no completions."""
 
     workload: Workload
     sizes: Sizes
@@ -26,6 +26,7 @@ class Measurement:
     mode: str
     slots: int = 2
     prompts: tuple[int, ...] = ()
+    limits: tuple[int, ...] = ()
     setting: str | None = None
     prefill_tokens: int | str | None = None
     runs: list[tuple[Timeline, list[Completion]]] = field(default_factory=list)
@@ -34,10 +35,15 @@ class Measurement:
     interrupted: bool = False
 
     @property
-    def typical_run(self) -> tuple[Timeline, list[Completion]]:
-        """The run of median wall time; with an even number of runs, the faster one of the two in the middle."""
+    def middle(self) -> list[tuple[Timeline, list[Completion]]]:
+        """The run of median wall time; of an even number of runs the two in the middle, the faster one first."""
         by_wall = sorted(self.runs, key=lambda run: run[0].summary().wall_s)
-        return by_wall[(len(by_wall) - 1) // 2]
+        return by_wall[(len(by_wall) - 1) // 2 : len(by_wall) // 2 + 1]
+
+    @property
+    def typical_run(self) -> tuple[Timeline, list[Completion]]:
+        """The run that is drawn and explained: of two in the middle, the slower one."""
+        return self.middle[-1]
 
     @property
     def typical(self) -> Timeline:
@@ -46,7 +52,13 @@ class Measurement:
     @cached_property
     def explanation(self) -> Explanation:
         """Of the typical run, made once: a preset writes its report again after each workload."""
-        return Explanation.of(self.typical, self.mode, self.slots)
+        return Explanation.of(self.typical, self.mode, self.slots, self.early_stops, len(self.prompts))
+
+    @property
+    def early_stops(self) -> int:
+        """How many requests of the typical run ended before their length limit."""
+        limits = zip(self.typical_run[1], self.limits, strict=False)
+        return sum(len(completion.token_ids) < limit for completion, limit in limits)
 
     @property
     def served(self) -> list[tuple[int, int]]:

@@ -23,7 +23,6 @@ from .document import (
     Meter,
     ShowButton,
     Table,
-    causes_table,
     milliseconds,
     percent,
     ratio,
@@ -49,7 +48,18 @@ from .report import (
     workload_key,
     workload_words,
 )
-from .text import FLOOR_ROWS, LATENCY_ROWS, LATER_FLOOR_ROWS, LATER_ROWS, ROWS, cost_in_words, number, with_hundredths
+from .text import (
+    FLOOR_ROWS,
+    LATENCY_ROWS,
+    LATER_FLOOR_ROWS,
+    LATER_ROWS,
+    ROWS,
+    by_the_law,
+    cost_in_words,
+    number,
+    with_hundredths,
+)
+from .verdict import who
 
 SECTIONS = {
     "summary": "Summary",
@@ -131,16 +141,14 @@ class Header(NamedTuple):
 
 def _header(report: Report) -> Header:
     about = ", ".join(text for text in (report.model, report.device, report.date) if text)
-    # The first sentence is what to do; it is followed by what that would bring.
-    head, stop, rest = (report.first or f"Profile of {report.model or 'an unknown model'}").partition(". ")
-    verdicts = [text for text in (rest, report.verdict) if text]
-    return Header(about, head + stop.strip(), verdicts, list(_notices(report)))
+    heading, *verdicts = report.sentences or [f"Profile of {report.model or 'an unknown model'}"]
+    return Header(about, heading, verdicts, list(_notices(report)))
 
 
 def _notices(report: Report) -> Iterator[tuple[str, str]]:
     """What has to be known before any number is read."""
     workload = report.workload
-    if report.same_tokens is False:
+    if report.same_tokens is False and not report.trust:
         yield "The tokens differ.", "That is a fault, and the comparison is void."
     for engine, same in report.peers_same_tokens.items():
         if not same:
@@ -219,11 +227,8 @@ def _busy(kineto: Kineto) -> str:
 
 
 def _sentences(report: Report) -> Iterator[str]:
-    if report.async_speedup is not None:
-        yield f"Async / sync speed: {report.async_speedup:.3f}x, the median over the repeats."
     if report.law_idle is not None:
-        idle = percent(report.law_idle)
-        yield f"By the law idle = host / (host + device) the synchronous device is idle for {idle} of a step."
+        yield " ".join(by_the_law(report.law_idle))
     if any(run.engine == OWN for run in report.runs) and report.same_tokens:
         yield "All runs gave the same tokens."
     if side_by_side.has_names(report):
@@ -244,7 +249,7 @@ def _latency_cells(latency: Latency) -> Iterator[str]:
 
 def _contexts(runs: list[tuple[str, Totals]]) -> Table:
     rows = [
-        [f"{name}, {words} context", f"{steps.context / steps.rows:.0f}", milliseconds(steps.ms),
+        [f"{name}, {words} context", f"{steps.context:.0f}", milliseconds(steps.ms),
          milliseconds(steps.floor_ms), number(steps.over_floor, "{:.3f}x")]
         for name, run in runs
         for words, steps in (("smallest", run.first_context), ("largest", run.last_context))
@@ -260,8 +265,25 @@ def _contexts(runs: list[tuple[str, Totals]]) -> Table:
 def _gaps(runs: list[NamedRun]) -> list[list[Table]]:
     """For each run its idle time by cause, and the gaps that stand out."""
     gaps = [(name, run.gaps) for name, run in runs if run.gaps]
-    most_s = max((idle_s for _, one in gaps for idle_s in one.by.values()), default=0.0)
-    return [[causes_table(name, one.by, one.idle_s, most_s), *_longest(name, one)] for name, one in gaps]
+    walls = {name: run.wall_s or 0.0 for name, run in runs}
+    return [[*_causes(name, one, walls[name]), *_longest(name, one)] for name, one in gaps]
+
+
+def _causes(name: str, gaps: IdleTime, wall_s: float) -> Iterator[Table]:
+    """Idle time by cause, before all steps and before decode steps. The bars are shares of the whole run."""
+    everywhere = gaps.all_by or gaps.by
+    rows: list[tuple[Cell, ...]] = []
+    for cause, long_s in sorted(everywhere.items(), key=lambda item: -item[1]):
+        share, decode_ms = ratio(long_s, wall_s), milliseconds(1e3 * gaps.by.get(cause, 0.0))
+        rows.append((cause, decode_ms, milliseconds(1e3 * long_s), Meter(percent(share), share, "idle"), who(cause)))
+    total_s = sum(everywhere.values())
+    total = Meter(percent(ratio(total_s, wall_s)), ratio(total_s, wall_s), "none")
+    rows.append(("all gaps", milliseconds(1e3 * gaps.idle_s), milliseconds(1e3 * total_s), total, ""))
+    columns = (
+        "Cause", "before decode steps", "before all steps", Column("share of the run", "text"),
+        Column("who could mend it", "text"),
+    )  # fmt: skip
+    yield Table.of(f"{name}: why the device was idle", columns, rows)
 
 
 def _longest(name: str, gaps: IdleTime) -> Iterator[Table]:
@@ -306,9 +328,6 @@ def _what_if_table(name: str, run: Run, side: str) -> Table:
     for one in run.what_if:
         if one.where == side:
             points.setdefault(one.point, {})[one.factor] = one
-    shares = (share for of_factor in points.values() for one in of_factor.values()
-              for share in (one.sync_saves, one.async_saves))  # fmt: skip
-    most = max(share or 0.0 for share in shares)
     rows = []
     for point, of_factor in points.items():
         cells: list[Cell] = [point, milliseconds(median.get(point))]
@@ -316,7 +335,7 @@ def _what_if_table(name: str, run: Run, side: str) -> Table:
             one = of_factor.get(factor, WhatIf())
             total, saved = getattr(one, f"{mode}_s"), getattr(one, f"{mode}_saves")
             note = None if saved is None else signed(-saved, 1)
-            cells.append(Meter(seconds(total), ratio(saved, most), "saves", note))
+            cells.append(Meter(seconds(total), max(saved or 0.0, 0.0), "saves", note))
         rows.append(cells)
     heads = (Column(f"{mode}, if it took {'half' if factor else 'no time'}", "text") for mode, factor in cases)
     return Table.of(f"From the {name} run: points on the {side}", ("Latency point", "takes now", *heads), rows)

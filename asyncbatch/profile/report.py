@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from .record import AnyRecord, Record
 
-SCHEMA = 4
+SCHEMA = 5
 OWN = "asyncbatch"  # the name of this package among the engines
 
 
@@ -35,7 +35,7 @@ class PointTimes(Record):
 
 @dataclass(frozen=True)
 class IdleGap(Record):
-    """The device idle before decode step `step`: since when, for how long, and what the host was at for most of it."""
+    """The device idle before decode step `step`: since when, for how long, and why for most of it."""
 
     step: int | None = None
     at_s: float = 0.0
@@ -45,11 +45,14 @@ class IdleGap(Record):
 
 @dataclass(frozen=True)
 class IdleTime(Record):
-    """All idle time before decode steps, in seconds; `by` latency point it adds up to `idle_s`."""
+    """All idle time before decode steps, in seconds; `by` cause it adds up to `idle_s`. all_idle_s, all_by: the same
+    before all steps, prefill and mixed ones too."""
 
     idle_s: float = 0.0
     by: dict[str, float] = field(default_factory=dict)
     longest: tuple[IdleGap, ...] = ()
+    all_idle_s: float | None = None
+    all_by: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,14 +70,19 @@ class WhatIf(Record):
 
 @dataclass(frozen=True)
 class Prediction(Record):
-    """Both loops simulated from a synchronous run; host_ms and device_ms are of one step."""
+    """Both loops simulated from a synchronous run. Of one step, in the median: host_ms, the host's work; between_ms,
+    what lies between two steps, copies and waking up too; device_ms, the step on the device. slots: of the
+    asynchronous loop; early_stops: requests that ended before their length limit, each of which costs it tokens."""
 
     sync_s: float | None = None
     async_s: float | None = None
     gain: float | None = None
     helps: bool | None = None
     host_ms: float | None = None
+    between_ms: float | None = None
     device_ms: float | None = None
+    slots: int | None = None
+    early_stops: int | None = None
     text: str | None = None
 
 
@@ -98,7 +106,7 @@ class Latency(Record):
 @dataclass(frozen=True)
 class ContextSteps(Record):
     """Decode steps of about one context: medians of their time on the device, beside what the bandwidth allows.
-    context: tokens of all rows together."""
+    context: tokens of a row, the mean over the rows."""
 
     rows: int = 1
     context: float = 0.0
@@ -223,15 +231,17 @@ class RecordedRun(Totals):
 
 @dataclass(frozen=True)
 class Run(Totals):
-    """Of all runs of one engine in one mode on one workload, the one of median wall time.
+    """The runs of one engine in one mode on one workload: the one of median wall time; of an even number of runs the
+    figures are the means of the two in the middle, and points, gaps, what-if and prediction are of the slower of these.
 
+    measured_steps: how many decode steps active and idle are of. idle_all_steps: idle over all steps but the first.
     interrupted: it was ended by Ctrl-C, so its numbers are about what ran until then. workload: its name, in a preset
     whose workloads have one. longest_gap_ms: the longest that the device was idle between two steps of any kind."""
 
     ORDER = ("engine", "mode", *SUMMARY, "device_ms_per_step", "latency", "wall_s_of_each_run", *SERVED, "setting",
              "prefill_tokens", "interrupted", "overhead", "kineto", "points", "gaps", "what_if", "prediction",
-             "workload", "longest_gap_ms", "request_floor", "floor")  # fmt: skip
-    LATER = ("workload", "longest_gap_ms", "request_floor")
+             "workload", "longest_gap_ms", "request_floor", "measured_steps", "idle_all_steps", "floor")  # fmt: skip
+    LATER = ("workload", "longest_gap_ms", "request_floor", "measured_steps", "idle_all_steps")
 
     latency: Latency | None = None
     wall_s_of_each_run: tuple[float, ...] = ()
@@ -245,6 +255,8 @@ class Run(Totals):
     workload: str | None = None
     longest_gap_ms: float | None = None
     request_floor: RequestFloor | None = None
+    measured_steps: int | None = None
+    idle_all_steps: float | None = None
 
     @property
     def request_floor_s(self) -> float | None:
@@ -259,14 +271,20 @@ class Run(Totals):
 class Comparison(Record):
     """This package's two loops on one workload.
 
-    async_speedup: synchronous over asynchronous wall time, median over the repeats. law_idle: the idle share of the
-    synchronous device by the law host / (host + device)."""
+    async_speedup: synchronous over asynchronous wall time, the median over the pairs of runs that count; None where
+    that is void. interval: where that median lies, with the share `confidence`. pairs: the ratio of each pair.
+    device_ratios: for each pair how much longer equal steps took the device in the asynchronous run.
+    law_idle: the idle share of the synchronous device by the law host / (host + device)."""
 
     LATER = ("workload",)
 
     model: str | None = None
     batch_size: int | None = None
     async_speedup: float | None = None
+    interval: tuple[float, ...] | None = None
+    confidence: float | None = None
+    pairs: tuple[float, ...] = ()
+    device_ratios: tuple[float, ...] = ()
     law_idle: float | None = None
     workload: str | None = None
 
@@ -357,8 +375,9 @@ class Report(Record):
     """All that a session of the profiling script says.
 
     same_tokens: whether all runs of this package on one workload gave the same tokens; peers_same_tokens: the same of
-    each other engine. async_speedup, law_idle, first and verdict: only where there is one workload. first: what to
-    eliminate first. verdict: what asynchronous batching brings."""
+    each other engine. Only where there is one workload: async_speedup, law_idle, and the first sentences. idleness: how
+    idle the device is; causes: why; first: what to eliminate first; verdict: what asynchronous batching brings; trust:
+    what speaks against it."""
 
     LATER = ("matmul_flops_per_s",)
 
@@ -383,6 +402,34 @@ class Report(Record):
     machine: str | None = None
     date: str | None = None
     command: str | None = None
+    idleness: str | None = None
+    causes: str | None = None
     first: str | None = None
     verdict: str | None = None
+    trust: tuple[str, ...] = ()
     matmul_flops_per_s: float | None = None
+
+    @classmethod
+    def from_json(cls: type[AnyRecord], data: dict[str, Any]) -> AnyRecord:
+        return super().from_json(_of_today(data))
+
+    @property
+    def sentences(self) -> list[str]:
+        """What is to be read first, in order."""
+        return [one for one in (self.idleness, self.causes, self.first, self.verdict, *self.trust) if one]
+
+
+def _of_today(data: dict[str, Any]) -> dict[str, Any]:
+    """The report in today's form: until version 4 a context was the sum over the rows, and host_ms what is between_ms
+    today."""
+    if not isinstance(data.get("schema"), int) or data["schema"] > 4:
+        return data
+    lists = {key: [dict(run) for run in data.get(key) or [] if isinstance(run, dict)] for key in ("runs", "recorded")}
+    for run in (*lists["runs"], *lists["recorded"]):
+        for key in ("first_context", "last_context"):
+            steps = run.get(key)
+            if isinstance(steps, dict) and steps.get("rows") and steps.get("context") is not None:
+                run[key] = {**steps, "context": steps["context"] / steps["rows"]}
+        if isinstance(guess := run.get("prediction"), dict):
+            run["prediction"] = {**guess, "between_ms": guess.get("host_ms"), "host_ms": None}
+    return {**data, **lists}

@@ -8,15 +8,16 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TextIO
 
 from ..measure.text import table_lines
-from .report import OWN, Report, Run, WhatIf, workload_key
+from .report import OWN, IdleTime, Report, Run, WhatIf, workload_key
 from .text import number, table
+from .verdict import who
 
 SHOWN = 12  # rows of a section; the JSON and the page have all
 BAR = 20  # characters of a whole bar
 
 
 class Section(NamedTuple):
-    """A table: the first column is text, all others are numbers or short words."""
+    """A table; its first column says what each row is about."""
 
     title: str
     header: Sequence[str]
@@ -34,13 +35,25 @@ def sections(report: Report) -> list[Section]:
 
 
 def _idle(run: Run) -> Section:
-    rows, idle_s = [], run.gaps.idle_s if run.gaps else 0.0
-    if run.gaps and idle_s > 0:
-        for name, seconds in list(run.gaps.by.items())[:SHOWN]:
-            share = seconds / idle_s
-            rows.append([name, f"{1e3 * seconds:.3f}", f"{share:.1%}", "#" * round(BAR * share)])
-    title = f"{_who(run)}: idle for {1e3 * idle_s:.3f} ms before decode steps, while the host was at"
-    return Section(title, ("latency point", "ms", "share", ""), rows)
+    """Causes of idle time. The bar is the share of the whole run, so that little idle time looks little."""
+    gaps = run.gaps or IdleTime()
+    everywhere = gaps.all_by or gaps.by
+    rows = []
+    for name, seconds in list(everywhere.items())[:SHOWN]:
+        before_decode, share = gaps.by.get(name, 0.0), seconds / run.wall_s if run.wall_s else 0.0
+        cells = [f"{1e3 * each:.3f}" for each in (before_decode, seconds)]
+        if not is_nothing(cells[-1]):
+            rows.append([name, *cells, f"{share:.1%}", "#" * round(BAR * share), who(name)])
+    title = f"{_who(run)}: why the device was idle; before decode steps {1e3 * gaps.idle_s:.3f} ms"
+    if gaps.all_idle_s is not None:
+        title += f", before all steps {1e3 * gaps.all_idle_s:.3f} ms"
+    header = ("cause", "ms, decode", "ms, all", "of the run", "", "who could mend it")
+    return Section(title, header, rows)
+
+
+def is_nothing(text: str) -> bool:
+    """Whether a number in words is 0 in all digits that are shown."""
+    return not any(digit in text for digit in "123456789")
 
 
 def _gaps(run: Run) -> Section:
@@ -58,11 +71,14 @@ def _what_if(run: Run) -> Section:
     median = {(point.name, point.where): point.median_ms for point in run.points}
     halves = {(one.point, one.where): one for one in run.what_if if one.factor == 0.5}
     rows = []
-    for one in [one for one in run.what_if if one.factor == 0.0][:SHOWN]:
+    for one in [one for one in run.what_if if one.factor == 0.0]:
         half = halves.get((one.point, one.where), WhatIf())
         shares = (one.sync_saves, half.sync_saves, one.async_saves, half.async_saves)
-        cells = ("-" if share is None else f"{max(share, 0):.1%}" for share in shares)
+        cells = ["-" if share is None else f"{max(share, 0):.1%}" for share in shares]
+        if all(map(is_nothing, cells)):
+            continue
         rows.append([f"{one.point} ({one.where})", number(median.get((one.point, one.where)), "{:.3f}"), *cells])
+    rows = rows[:SHOWN]
     header = ("latency point", "ms a step", "sync, gone", "sync, half", "async, gone", "async, half")
     return Section(f"What if, from the {_who(run)} run: less time in all if it took no time, or half", header, rows)
 
@@ -75,9 +91,15 @@ def _who(run: Run) -> str:
 
 
 def plain(section: Section) -> list[str]:
-    """The section as lines of text. The last column holds shares, to the right, or words, to the left."""
-    align = "<" + ">" * (len(section.header) - 2) + "%"
+    """The section as lines of text. Columns of words are to the left, of numbers to the right."""
+    align = "".join("<" if place in _words(section) else ">" for place in range(len(section.header)))
     return [section.title, *(f"  {line}" for line in table_lines([section.header, *section.rows], align))]
+
+
+def _words(section: Section) -> set[int]:
+    """The places of the columns that hold words, or a bar."""
+    columns = list(zip(*section.rows, strict=True))
+    return {0} | {place for place, cells in enumerate(columns) if not any(cell[:1].isdigit() for cell in cells)}
 
 
 def show(report: Report, file: TextIO | None = None) -> None:
@@ -97,11 +119,12 @@ def _show_rich(report: Report, console: Any) -> None:
 
     for place, line in enumerate(table(report).splitlines()):
         # As Text: names of models and files never become markup.
-        console.print(Text(line, style="bold" if place == 0 and report.first else ""), soft_wrap=True)
+        console.print(Text(line, style="bold" if place < len(report.sentences) else ""), soft_wrap=True)
     for section in sections(report):
         made = Table(title=Text(section.title), title_justify="left", title_style="bold", header_style="dim")
         for column, name in enumerate(section.header):
-            made.add_column(name, justify="left" if column == 0 else "right")
+            is_text = column in _words(section)  # never cut: rich takes the room from nowhere else
+            made.add_column(name, justify="left" if is_text else "right", no_wrap=column == 0, overflow="fold")
         for row in section.rows:
             made.add_row(*map(Text, row))
         console.print()

@@ -5,14 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ..measure.text import table_line, table_lines
+from ..measure.text import in_seconds, table_line, table_lines
 from . import side_by_side
-from .diagnosis import speedups
 from .report import OWN, Latency, Overhead, Report, Run, Totals, workload_key, workload_words
 
+
+class _Seconds(str):
+    """A form whose seconds have the digits that count."""
+
+    def format(self, *values: Any, **_: Any) -> str:
+        return in_seconds(*values)
+
+
+SECONDS = _Seconds("{:.3f} s")
 # What is shown of a run: its words, the field, how it is written, and by what it is multiplied first.
 ROWS = (
-    ("wall time", "wall_s", "{:.3f} s", 1),
+    ("wall time", "wall_s", SECONDS, 1),
     ("tokens", "tokens", "{}", 1),
     ("tokens per second", "tokens_per_s", "{:.1f}", 1),
     ("device active", "device_active", "{:.1f} %", 100),
@@ -22,13 +30,17 @@ ROWS = (
     ("steps", "steps", "{}", 1),
     ("wasted tokens", "wasted_tokens", "{}", 1),
 )
-LATER_ROWS = (("longest gap", "longest_gap_ms", "{:.3f} ms", 1),)  # shown where a run has it: older reports do not
+LATER_ROWS = (  # shown where a run has it: older reports do not
+    ("idle, all steps", "idle_all_steps", "{:.1f} %", 100),
+    ("measured steps", "measured_steps", "{}", 1),
+    ("longest gap", "longest_gap_ms", "{:.3f} ms", 1),
+)
 FLOOR_ROWS = (
-    ("floor of the run", "floor_s", "{:.3f} s", 1),
+    ("floor of the run", "floor_s", SECONDS, 1),
     ("time over floor", "time_over_floor", "{:.3f}x", 1),
 )
 LATER_FLOOR_ROWS = (
-    ("floor of requests", "request_floor_s", "{:.3f} s", 1),
+    ("floor of requests", "request_floor_s", SECONDS, 1),
     ("time over that", "time_over_request_floor", "{:.3f}x", 1),
 )
 LATENCY_ROWS = (("first token", "first_token_ms"), ("per token", "per_token_ms"), ("end to end", "end_to_end_ms"))
@@ -42,7 +54,7 @@ DIFFERENT_TOKENS = "The tokens differ: that is a fault, and the comparison is vo
 
 def table(report: Report) -> str:
     """The whole report as text."""
-    lines = [line for line in (report.first, report.verdict) if line]
+    lines = report.sentences
     lines += [*([""] if lines else []), f"model: {report.model}", f"device: {report.device}"]
     if report.copy_bandwidth_bytes_per_s:
         lines.append(f"copy bandwidth, read plus write: {report.copy_bandwidth_bytes_per_s / 1e12:.3f} TB/s")
@@ -57,9 +69,9 @@ def table(report: Report) -> str:
         lines += columns(report)
     lines += notes(report)
     lines.append("")
-    if len(report.comparisons) == 1:
-        lines += conclusions(report)
-    elif report.same_tokens is False:
+    if len(report.comparisons) == 1 and report.law_idle is not None:
+        lines += by_the_law(report.law_idle)
+    elif len(report.comparisons) > 1 and report.same_tokens is False:
         lines.append(DIFFERENT_TOKENS)
     return "\n".join(lines)
 
@@ -69,7 +81,10 @@ def table(report: Report) -> str:
 
 def with_hundredths(rows: Iterable[tuple[str, str, str, int]]) -> list[tuple[str, str, str, int]]:
     """The rows with two digits in each share: on a GPU the hundredths count, as 99.97 is not 99.99."""
-    return [(label, key, form.replace(".1f} %", ".2f} %"), factor) for label, key, form, factor in rows]
+    return [
+        (label, key, form.replace(".1f} %", ".2f} %") if ".1f} %" in form else form, factor)
+        for label, key, form, factor in rows
+    ]
 
 
 def number(value: Any, form: str, factor: float = 1) -> str:
@@ -87,7 +102,7 @@ def columns(report: Report) -> list[str]:
     for label, key, form, factor in with_hundredths((*ROWS, *FLOOR_ROWS)) if floors else ROWS:
         rows.append([label, *(number(getattr(run, key), form, factor) for run in runs)])
         if key == "idle":
-            rows += _later(runs, LATER_ROWS)
+            rows += _later(runs, with_hundredths(LATER_ROWS) if floors else LATER_ROWS)
     rows += _later(runs, LATER_FLOOR_ROWS)
     if report.workload.over_time:
         rows += _latencies(runs)
@@ -117,7 +132,7 @@ def _latencies(runs: Sequence[Totals]) -> Iterable[list[str]]:
 def _contexts(runs: Sequence[Totals]) -> Iterable[list[str]]:
     for key, name in (("first_context", "smallest"), ("last_context", "largest")):
         steps = [getattr(run, key) for run in runs]
-        yield [f"{name} context/row", *(number(one and one.context / one.rows, "{:.0f}") for one in steps)]
+        yield [f"{name} context/row", *(number(one and one.context, "{:.0f}") for one in steps)]
         for label, part, form in CONTEXT_ROWS:
             yield [f"  {label}", *(number(one and getattr(one, part), form) for one in steps)]
 
@@ -208,31 +223,13 @@ def _who(one: Any, several: bool = False) -> str:
     return f"{where}{one.engine} {one.mode}"
 
 
-def conclusions(report: Report) -> list[str]:
-    """What the numbers of this package's two loops say, in sentences."""
-    lines = [DIFFERENT_TOKENS] if report.same_tokens is False else []
-    own = {run.mode: run for run in report.runs if run.engine == OWN}
-    if report.async_speedup is not None and len(own) == 2:
-        each, saved = speedups(own["sync"], own["async"]), 1 - 1 / report.async_speedup
-        words = f"{abs(saved):.1%} {'less' if saved > 0 else 'more'} time than"
-        if min(each) <= 1 <= max(each):
-            words = "about the same time as"
-        spread = f"pairs of runs: {min(each):.3f}x to {max(each):.3f}x"
-        lines.append(f"Asynchronous took {words} synchronous ({spread}).")
-    if all(run.idle is None for run in report.runs):
-        lines.append("No decode step came after another step, so active and idle could not be measured.")
-    elif report.law_idle is not None:
-        lines += _by_the_law(report.law_idle)
-    return lines
-
-
-def _by_the_law(law: float) -> Iterable[str]:
+def by_the_law(law: float) -> Iterable[str]:
+    """What the law says of the synchronous loop's host work, beside which the measured idle time has other parts."""
     yield f"By the law idle = host / (host + device) the synchronous device is idle for {law:.1%} of a step;"
     if law <= 0.5:
         yield "waking up and copies add to it, host work after the launch takes from it."
-        yield "Asynchronous batching can save about that much."
     else:
-        yield f"the host is the slower one, so asynchronous batching can save about {1 - law:.1%}."
+        yield "the host works longer than the device, so the device still waits in the asynchronous loop."
     if law < 0.02:
         yield "So little is idle because a step takes long beside the host's work. To see more, try"
         yield "--host-work-ms 30 for a busier host, or --step-ms 10 for a faster device."

@@ -85,6 +85,7 @@ class Turns:
         batcher = stack.enter_context(open_batcher(engine, mode, self.settings, self.job))
         measurement = Measurement(self.job.workload, self.job.sizes, engine, mode, self.settings.slots)
         measurement.prompts = tuple(len(request.token_ids) for request in self.job.requests)
+        measurement.limits = tuple(request.max_new_tokens for request in self.job.requests)
         measurement.setting = getattr(batcher, "setting", None)
         if key[0] == OWN:
             measurement.setting = measurement.setting or padding_in_words(batcher)
