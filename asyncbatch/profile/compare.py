@@ -46,8 +46,8 @@ NEEDED_OF_RUN = {"engine": str, "mode": str, "model": str, "batch_size": int}
 # What should be the same in both: of a report, of its versions, of its workload as it was asked for, of a run.
 SAME = ("schema", "machine", "device", "emulated", "preset")
 SAME_VERSIONS = ("python", "torch", "transformers", "triton", "cuda")
-SAME_WORKLOAD = ("requests", "prompt_tokens", "new_tokens", "prompts_sha256", "arrivals", "seed", "slots",
-                 "host_work_ms", "step_ms")  # fmt: skip
+SAME_WORKLOAD = ("requests", "prompt_tokens", "new_tokens", "prompts_sha256", "skipped_lines", "arrivals", "seed",
+                 "slots", "host_work_ms", "step_ms")  # fmt: skip
 SAME_OF_RUN = ("requests", "prompt_tokens", "new_tokens", "prefill_tokens", "setting", "tokens")
 BEFORE = {"arrivals": "all"}  # how it was before reports had this field; where nothing stands here: none
 

@@ -53,6 +53,7 @@ class Arguments:
 
     model: str | None
     prompts: str | None
+    skip_bad_lines: bool
     requests: int | None
     prompt_tokens: int | str | None
     new_tokens: int | str | None
@@ -203,7 +204,10 @@ def _parser() -> argparse.ArgumentParser:
 def _add_workload(add: Callable[..., Any]) -> None:
     add("--model", help=f"one of {ALLOWED} (default smollm2)".replace('"', ""))
     add("--prompts", metavar="FILE", help="serve the lines of FILE: .txt has a prompt a line, .jsonl an object a line "
-        'with "prompt", "messages" or "token_ids", and perhaps "max_new_tokens"')  # fmt: skip
+        "with prompt, messages, token_ids or conversations, and perhaps max_tokens, or a line of OpenAI's batches; "
+        ".json has a list of such objects")  # fmt: skip
+    add("--skip-bad-lines", action="store_true", help="of --prompts: leave out lines that cannot be served, and say "
+        "which; without this one of them ends the run")  # fmt: skip
     add("--requests", type=whole(1), metavar="N", help="requests in all (default 16, or the lines of --prompts once)")
     add("--prompt-tokens", type=lengths, metavar="N", help="random prompts of N tokens: 64, or drawn for each request "
         "from 16-128 (uniform) or lognormal:64:0.5 (median, sigma; rounded, at least 1, and cut so that prompt and new "
@@ -269,10 +273,11 @@ def settle(arguments: Arguments, recording: Recording | None = None) -> Settings
     refuse(complete)
     file = None
     if complete.prompts is not None:
-        file = PromptFile.read(complete.prompts)
+        file = PromptFile.read(complete.prompts, complete.skip_bad_lines)
         complete = replace(complete, requests=arguments.requests or len(file.lines))
     if each is None:
-        return _settings(complete, _conditions(complete, file), [_workload(complete, file)])
+        workload = replace(_workload(complete, file), once=file is not None and arguments.requests is None)
+        return _settings(complete, _conditions(complete, file), [workload])
     # In a preset, batch size and requests are each workload's own, unless they were asked for.
     workloads = dict.fromkeys(_workload_of_preset(complete, arguments, one, file) for one in each)
     models = ", ".join(dict.fromkeys(workload.model for workload in workloads))
@@ -298,7 +303,7 @@ def _workload(complete: Arguments, file: PromptFile | None) -> Workload:
 
 
 def _conditions(complete: Arguments, file: PromptFile | None = None) -> Conditions:
-    names = (one.name for one in fields(Conditions) if one.name != "prompts_sha256")
+    names = (one.name for one in fields(Conditions) if one.name not in ("prompts_sha256", "skipped_lines"))
     return Conditions(**{name: getattr(complete, name) for name in names}, prompts_sha256=file.sha256 if file else None)
 
 
@@ -328,6 +333,8 @@ def refuse(arguments: Arguments) -> None:
     not_together += [("emulate", "step_ms")] if len(timed) == 2 else []
     if arguments.prompts is not None and arguments.prompt_tokens is not None:
         not_together.append(("prompts", "prompt_tokens"))
+    if arguments.skip_bad_lines and arguments.prompts is None:
+        raise ValueError("--skip-bad-lines is about the lines of --prompts FILE: it cannot be had without it")
     others = [engine for engine in arguments.engine or () if engine != OWN]
     ours = [name for name in timed if others] + (["host_work_ms"] if others and arguments.host_work_ms else [])
     for a, b in not_together:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 from ..measure.bandwidth import copy_bandwidth, matmul_rate
@@ -14,6 +15,7 @@ from .diagnosis import Place, make_report
 from .machine import device_name, free_memory, gpu_facts, is_on_cuda, model_facts
 from .measurement import Measurement
 from .options import Arguments, Settings, settle
+from .prompts import PromptFile
 from .report import OWN, Failure, Gpu, ModelFacts, Report
 from .turns import Job, Key, Turns, failure
 from .workload import Workload, make_requests, most_context
@@ -84,6 +86,8 @@ class Session:
             self._look_at_gpu(workload.model, model)
         self.device = device_name(model, self.settings.step_ms, self.recording)
         requests = make_requests(workload, model, tokenizer)
+        if workload.prompt_file is not None:
+            workload = self._noting_lines(workload, workload.prompt_file, len(requests))
         step_s: Any = None if self.settings.step_ms is None else 1e-3 * self.settings.step_ms
         if self.recording is not None:
             step_s = self.recording.step_times(workload.batch_size, workload.model)
@@ -95,6 +99,15 @@ class Session:
                     "--batch-size"
                 )
         return Job(workload, model, requests, step_s)
+
+    def _noting_lines(self, workload: Workload, file: PromptFile, served: int) -> Workload:
+        """Say what was ignored and skipped in the prompts file, and let the report say what was served."""
+        for note in file.notes():
+            tell(note)
+        skipped = tuple(file.skipped) if file.skip else None
+        conditions = replace(self.settings.conditions, requests=served, skipped_lines=skipped)
+        self.settings = replace(self.settings, conditions=conditions)
+        return replace(workload, requests=served)
 
     def _load(self, workload: Workload) -> tuple[Any, Any]:
         """(model, tokenizer) of a workload."""
