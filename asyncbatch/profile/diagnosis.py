@@ -7,7 +7,6 @@ context they read.
 
 from __future__ import annotations
 
-import shlex
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +24,6 @@ from ..measure.steps import Steps, steps_from, steps_of
 from ..timeline import Timeline, busy_curve
 from .machine import machine_name, versions
 from .measurement import Measurement
-from .options import Settings
 from .report import (
     OWN,
     SCHEMA,
@@ -42,6 +40,7 @@ from .report import (
     Run,
     workload_key,
 )
+from .settings import Settings
 from .workload import latency
 
 OVER_TIME = "Requests arrive over time, so no total time is predicted: compare the latencies of the two loops."
@@ -96,7 +95,7 @@ def make_report(
         versions=versions(),
         machine=machine_name(),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        command=shlex.join(["python", "-m", "asyncbatch.profile", *settings.command]),
+        command=settings.command_line,
         first=first,
         verdict=verdict,
         matmul_flops_per_s=place.matmul,

@@ -22,6 +22,7 @@ import numpy as np
 
 from ..pictures import plot
 from ..pictures.timelines import WIDGET
+from ..shown.files import whole_file
 from ..timeline import Timeline
 
 MOST_SPANS = 100_000  # in one page: about 11 bytes each, compressed and in base64
@@ -66,7 +67,8 @@ def _hash(text: str) -> str:
 def write_html(path: str | Path, text: str) -> None:
     """Write a page. OSError if the file cannot be written."""
     # Bytes, so that no system turns line ends into others. A lone surrogate, which is no text, becomes "&#55357;".
-    Path(path).write_bytes(text.encode("utf-8", "xmlcharrefreplace"))
+    with whole_file(path) as beside:
+        beside.write_bytes(text.encode("utf-8", "xmlcharrefreplace"))
 
 
 # ---- tables -------------------------------------------------------------------------------------------------------

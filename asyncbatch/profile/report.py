@@ -327,7 +327,7 @@ class Conditions(Record):
     """The options under which all runs were made, as they were asked for: a distribution is text. None for what a
     preset leaves to each of its workloads. `workload` in JSON."""
 
-    LATER = ("skipped_lines",)
+    LATER = ("skipped_lines", "dtype")
 
     batch_size: int | None = None
     requests: int | None = None
@@ -342,6 +342,7 @@ class Conditions(Record):
     prompts: str | None = None
     prompts_sha256: str | None = None
     skipped_lines: tuple[int, ...] | None = None
+    dtype: str | None = None
 
     @property
     def over_time(self) -> bool:

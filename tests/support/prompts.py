@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import types
 
-from asyncbatch.profile.options import parse_arguments, settle
+from asyncbatch.profile.options import parse_arguments
+from asyncbatch.profile.settings import settle
 
 SMALL = ["--model", "random:tiny", "--batch-size", "3", "--repeats", "1"]
 TOKENS = '{"token_ids": [1]}\n'
