@@ -238,7 +238,7 @@ def uneven_run(label: str, steps: int) -> Timeline:
         timeline.add("host", "wait", step, now + idle, now + idle + busy)
         timeline.add("D2H", "copy_out", step, now + idle + busy, now + idle + busy + 1e-4)
         timeline.add_step(step, "prefill" if step % 10 == 0 else "decode", 8, 0)
-        now += idle + busy
+        now = now + idle + busy  # in this order: the next plan begins at the very number at which this wait ends
     return timeline
 
 

@@ -154,7 +154,8 @@ class TimelineView:
 def gap_causes(timeline: Timeline) -> Iterator[tuple[int, str, float]]:
     """What the page says of a gap that somebody points at: (step, cause, share of the gap), as `Causes` wants it."""
     for gap in [] if timeline.dropped else attribute(timeline).gaps:
-        if gap.host_s:  # nothing in a gap that is only a rounding error long
+        # Nothing stands in a gap that is only a rounding error long; and that the host waited is no cause.
+        if gap.host_s and gap.cause != "wait":
             yield gap.step, gap.cause, gap.host_s[gap.cause] / gap.seconds
 
 

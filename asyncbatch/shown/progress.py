@@ -30,16 +30,23 @@ def waiting(what: str) -> Iterator[None]:
 
 
 def _counting(what: str, over: threading.Event, stream: Any) -> None:
-    """One line, with the seconds after the first one."""
+    """One line, with the seconds after the first one; not while a progress bar says more."""
     begun, text = time.monotonic(), f"{what} ..."
     while True:
-        stream.write(f"\r{text}")
-        stream.flush()
+        if not _a_bar_is_shown():
+            stream.write(f"\r{text}")
+            stream.flush()
         if over.wait(1 - (time.monotonic() - begun) % 1):
             break
         text = f"{what} ... {time.monotonic() - begun:.0f} s"
     stream.write(f"\r{' ' * len(text)}\r")
     stream.flush()
+
+
+def _a_bar_is_shown() -> bool:
+    """Whether somebody shows a bar of tqdm, such as transformers when it loads weights."""
+    module = sys.modules.get("tqdm.std")  # importing it would take time at the very beginning
+    return module is not None and len(getattr(module.tqdm, "_instances", ())) > 0
 
 
 def _repeating(what: str, over: threading.Event, stream: Any) -> None:

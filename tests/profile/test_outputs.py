@@ -228,6 +228,22 @@ def test_a_terminal_counts_the_seconds_on_one_line_that_goes_away(monkeypatch):
     assert "\n" not in whole
 
 
+def test_a_progress_bar_has_the_terminal_for_itself(monkeypatch):
+    from tqdm import tqdm
+
+    looked, beats = progress._a_bar_is_shown, []
+
+    def look():
+        beats.append(looked())
+        return beats[-1]
+
+    monkeypatch.setattr(progress, "_a_bar_is_shown", look)
+    with tqdm(total=3, file=io.StringIO()):
+        _, whole = shown_while(Terminal(), monkeypatch, lambda text: len(beats) > 1)
+    assert beats[:2] == [True, True]
+    assert "loading" not in whole
+
+
 def test_elsewhere_a_line_says_it_at_once_and_again_when_it_takes_long(monkeypatch):
     monkeypatch.setattr(progress, "PATIENCE_S", 0.01)
     first, whole = shown_while(io.StringIO(), monkeypatch, lambda text: text.count("so far") > 1)
