@@ -1,9 +1,7 @@
 """asyncbatch: learn, see and measure asynchronous continuous batching.
 
-`SyncBatcher` and `AsyncBatcher` serve a language model in turns or overlapped, with the same tokens; their `timeline`
-shows what the host and the device did. The files of this folder, in reading order: request, kv_cache, scheduler, slot,
-streams, attention, sampling, runner, config, serving, base, batcher, timeline. Everything else stands in a folder whose
-name says what for; faults.py and simulate.py are command lines.
+`SyncBatcher` and `AsyncBatcher` serve a language model in turns or overlapped, with the same tokens. Read request, then
+kv_cache, scheduler, slot, streams, attention, sampling, runner, config, serving, base, batcher, timeline; then folders.
 """
 
 from importlib import import_module
@@ -12,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .batcher import AsyncBatcher, SyncBatcher
     from .models import load_model
+    from .profile.in_memory import profile_model
     from .request import Completion, Request, SamplingParams
     from .timeline import Timeline
 
-__all__ = ["AsyncBatcher", "Completion", "Request", "SamplingParams", "SyncBatcher", "Timeline", "load_model"]
-_MODULES = {"AsyncBatcher": "batcher", "SyncBatcher": "batcher", "Timeline": "timeline", "load_model": "models"}
+__all__ = ["AsyncBatcher", "Completion", "Request", "SamplingParams", "SyncBatcher", "Timeline", "load_model",
+           "profile_model"]  # fmt: skip
+_MODULES = {"AsyncBatcher": "batcher", "SyncBatcher": "batcher", "Timeline": "timeline", "load_model": "models",
+            "profile_model": "profile.in_memory"}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -2,11 +2,12 @@
 
     python tools/bench.py        or: make bench (about five minutes on 2 cores)
     python tools/bench.py --host-work
+    python tools/bench.py --page
     python tools/bench.py --targets out/report.json
 
 With --targets nothing is measured. It prints the speed that this package is to reach on a GPU, beside the numbers in a
-preset's report (`python -m asyncbatch.profile --preset headline --out out`). With --host-work only the first of the
-following is measured, to be compared before and after a change. Without either:
+preset's report (`python -m asyncbatch.profile --preset headline --out out`). With --host-work or --page only the first
+or the last of the following is measured, to be compared before and after a change. Without any of them:
 
 1. Host work per step at 1 to 256 rows beside a device that takes no time: the loop's own cost, and the block tables'
    part. Where there is a GPU, the same beside it too, on which a step of the tiny model takes a moment only.
@@ -15,6 +16,8 @@ following is measured, to be compared before and after a change. Without either:
    "wait" in a synchronous run with added work).
 3. The asynchronous loop's own price: its wall time over the synchronous one's, on the embedded model as it is.
 4. The time to import asyncbatch when torch and transformers are there already.
+5. How long the page of a report with 20,000 spans takes to draw its timeline again, at several zooms, in a headless
+   Chromium: the script, and then the pixels (`getImageData` waits for them). Not without selenium and Chromium.
 
 All are medians over rounds; what is compared with each other runs in turns, in an order that alternates.
 """
@@ -27,9 +30,12 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,6 +45,7 @@ from asyncbatch import AsyncBatcher, Request, SyncBatcher, Timeline, load_model
 from asyncbatch.measure.law import overlap_gain
 from asyncbatch.measure.text import table_line
 from asyncbatch.profile.compare import load
+from asyncbatch.profile.page import write_page
 from asyncbatch.profile.report import OWN, Comparison, ContextSteps, Report, Run
 
 ROUNDS = 5
@@ -198,6 +205,65 @@ def bench_import() -> None:
     show("asyncbatch beyond torch and transformers", statistics.median(times), "s", "2.0 at most", between(times))
 
 
+# ---- the page ------------------------------------------------------------------------------------------------------
+
+PAGE_SPANS, ZOOMS = 20_000, (1, 2, 5, 20, 100, 1000)
+REDRAW = """
+const [shares, rounds, done] = arguments, canvas = document.querySelector("#timeline-view canvas[tabindex]");
+const end = Number(document.querySelector("button[data-from='0']").dataset.to), found = shares.map(() => []);
+const frame = () => new Promise(requestAnimationFrame);
+(async () => {
+  for (let round = 0; round < rounds; round++) {
+    for (const [place, share] of shares.entries()) {
+      const from = end * (0.3 + 0.01 * round) * (1 - share);
+      canvas.dispatchEvent(new CustomEvent("show-time", { detail: [from, from + end * share] }));
+      await frame();
+      const drawn = performance.now();
+      canvas.getContext("2d").getImageData(0, 0, 1, 1);
+      found[place].push([Number(canvas.dataset.drawMs), performance.now() - drawn]);
+    }
+  }
+  done(found);
+})();
+"""
+
+
+def uneven_run(label: str, steps: int) -> Timeline:
+    """A run of five spans a step, whose gaps and steps are drawn at random."""
+    timeline, now, generator = Timeline(label, "virtual"), 0.0, np.random.default_rng(0)
+    for step, (idle, busy) in enumerate(generator.exponential((1e-3, 5e-3), (steps, 2)).tolist()):
+        timeline.add("host", "plan", step, now, now + idle)
+        timeline.add("H2D", "copy_in", step, now + idle / 2, now + idle)
+        timeline.add("compute", "step", step, now + idle, now + idle + busy)
+        timeline.add("host", "wait", step, now + idle, now + idle + busy)
+        timeline.add("D2H", "copy_out", step, now + idle + busy, now + idle + busy + 1e-4)
+        timeline.add_step(step, "prefill" if step % 10 == 0 else "decode", 8, 0)
+        now = now + idle + busy  # in this order: the next plan begins at the very number at which this wait ends
+    return timeline
+
+
+def bench_page() -> None:
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    from support.browser import CHROMEDRIVER, CHROMIUM, browse, wait
+
+    print(f"Page of a report with {PAGE_SPANS:,} spans, {CHROMIUM}: one redraw, script and pixels")
+    if not (CHROMIUM and CHROMEDRIVER and find_spec("selenium")):
+        print("  not measured: it needs selenium, chromium and chromedriver")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        runs = [uneven_run(label, PAGE_SPANS // 10) for label in ("sync", "async")]
+        write_page(Path(folder) / "page.html", Report(), runs)
+        with browse(Path(folder) / "chromium") as driver:
+            driver.get((Path(folder) / "page.html").as_uri())
+            wait(driver, "return document.querySelector('#timeline-view canvas')?.dataset.drawMs > 0", "the timeline")
+            driver.set_script_timeout(300)
+            found = driver.execute_async_script(REDRAW, [1 / zoom for zoom in ZOOMS], 2 * ROUNDS)
+    for zoom, times in zip(ZOOMS, found, strict=True):
+        both, script = [sum(one) for one in times], statistics.median(one[0] for one in times)
+        what = "the whole run" if zoom == 1 else f"1 / {zoom} of it"
+        show(f"{what} (script {script:.1f} ms)", statistics.median(both), "ms", "50 at most", between(both))
+
+
 # ---- what a preset is to reach on a GPU ---------------------------------------------------------------------------
 
 NOT_MEASURED = "not measured"
@@ -300,6 +366,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measure the package itself, beside its targets.")
     parser.add_argument("--targets", metavar="REPORT.json", help="measure nothing: judge the report of a preset")
     parser.add_argument("--host-work", action="store_true", help="measure only the host's work per step, not the rest")
+    parser.add_argument("--page", action="store_true", help="measure only how fast a page draws its timeline again")
     options = parser.parse_args(arguments)
     if options.targets is not None:
         try:
@@ -311,11 +378,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if hasattr(os, "getloadavg"):
         print(f"{os.cpu_count()} cores, load before this began: {os.getloadavg()[0]:.2f} (should be near 0)")
+    if options.page:
+        bench_page()
+        return 0
     bench_host_work()
     if options.host_work:
         return 0
     bench_overlap()
     bench_import()
+    bench_page()
     return 0
 
 

@@ -79,12 +79,12 @@ def size_of(product: Product) -> Size:
     return type(product), tuple(weight.shape), weight.dtype, weight.device
 
 
-_known: dict[tuple[Size, int, int], bool] = {}  # by size, rows and threads: tried once in a process
+_known: dict[tuple[Size, torch.dtype, int, int], bool] = {}  # by size, rows and threads: tried once in a process
 
 
 def keeps_rows(product: Product, rows: int) -> bool:
     """Whether the same row has the same result at each of `rows` places."""
-    key = size_of(product), rows, torch.get_num_threads()
+    key = size_of(product), _dtype_of_rows(product), rows, torch.get_num_threads()
     if key not in _known:
         _known[key] = _keeps_rows(product, rows)
     return _known[key]
@@ -92,7 +92,8 @@ def keeps_rows(product: Product, rows: int) -> bool:
 
 @torch.inference_mode()
 def _keeps_rows(product: Product, rows: int) -> bool:
-    _, (first, second), dtype, device = size_of(product)
+    _, (first, second), _, device = size_of(product)
+    dtype = _dtype_of_rows(product)
     # (Conv1D has its weight the other way round.)
     outputs, inputs = (second, first) if type(product).__name__ == "Conv1D" else (first, second)
     generator = torch.Generator().manual_seed(rows)
@@ -102,3 +103,12 @@ def _keeps_rows(product: Product, rows: int) -> bool:
         if not torch.equal(results, results[:1].expand_as(results)):
             return False
     return True
+
+
+def _dtype_of_rows(product: Product) -> torch.dtype:
+    """In which a product takes its rows: that of its weights, or, where these are quantized, that of their scales."""
+    tensors = [product.weight]
+    if isinstance(product, nn.Module):
+        tensors += [*product.parameters(), *product.buffers()]
+    wide = (tensor.dtype for tensor in tensors if tensor.is_floating_point() and tensor.element_size() > 1)
+    return next(wide, torch.get_default_dtype())

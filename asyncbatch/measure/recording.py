@@ -22,6 +22,7 @@ import numpy as np
 
 from ..devices.timed import StepTimes
 from ..devices.virtual import HOST_PHASES, Costs
+from ..shown.files import whole_file
 from ..timeline import Timeline
 from . import recording_file
 from .steps import Steps, phase_medians_us, steps_from, steps_of, stored_form
@@ -90,7 +91,8 @@ class Recording:
     def save(self, path: str | Path) -> None:
         """Write the JSON file. ValueError if the recording does not pass `check`."""
         self.check()
-        Path(path).write_text(recording_file.text_of(self.data), encoding="utf-8")
+        with whole_file(path) as beside:
+            beside.write_text(recording_file.text_of(self.data), encoding="utf-8")
 
     @classmethod
     def from_runs(cls, name: str, report: dict[str, Any], timelines: Sequence[Timeline]) -> Recording:

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import base64
 import io
+import os
+from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
+
+from ..shown.files import whole_file
 
 COLORS = {
     "black": "#000000",
@@ -42,7 +46,11 @@ class Picture:
 
     def savefig(self, path, **options) -> None:
         """matplotlib's `Figure.savefig`, with `dpi=120` as the default."""
-        self.figure.savefig(path, **{"dpi": DPI, **options})
+        if not (isinstance(path, (str, os.PathLike)) and Path(path).suffix):
+            self.figure.savefig(path, **{"dpi": DPI, **options})  # a stream, or matplotlib adds the ending
+            return
+        with whole_file(path) as beside:
+            self.figure.savefig(beside, **{"dpi": DPI, **options})
 
     def png(self, dpi: int = DPI) -> bytes:
         """The picture as the bytes of a PNG file."""

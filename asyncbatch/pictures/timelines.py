@@ -8,7 +8,7 @@ is its busy time, whatever the zoom.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,12 +38,17 @@ LAYERS = {
 IDLE = ("#FBE9DF", COLORS["vermillion"], "\\\\\\\\")  # face colour, hatch colour, hatch
 HATCH = {"wait": "#C4C4C4", "prefill": "#FFFFFF"}  # hatch colours
 WIDTH, LEFT, RIGHT = 10.0, 1.15, 0.2  # inches
+# From a timeline to (step, cause, share) for gaps that have one: the step before which the device was idle, what caused
+# most of it, and the share of the gap (0 to 1) that this took.
+Causes = Callable[[Timeline], Iterable[tuple[int, str, float]]]
 
 
-def plot(*timelines: Timeline, title: str | None = None, window: tuple[float, float] | None = None) -> TimelineFigure:
+def plot(*timelines: Timeline, title: str | None = None, window: tuple[float, float] | None = None,
+         causes: Causes | None = None) -> TimelineFigure:  # fmt: skip
     """The timelines above each other on one time axis, where each begins at 0.
 
     window: the (start, end) in seconds to zoom in on; None takes a few decode steps in the middle of the run.
+    causes: what explains the gaps of a timeline to who points at them (see `Causes`); None for what the host was doing.
     Only spans on the lanes host, H2D, compute and D2H are drawn. Raises ValueError without a timeline, and for an empty
     window."""
     if not timelines or not all(isinstance(timeline, Timeline) for timeline in timelines):
@@ -51,13 +56,24 @@ def plot(*timelines: Timeline, title: str | None = None, window: tuple[float, fl
         raise ValueError(f"plot() wants one or more Timelines, as in plot(sync, async_), and was given: {types}")
     if window is not None and not (len(window) == 2 and window[0] < window[1]):
         raise ValueError(f"window is (start, end) in seconds with start < end, not {window!r}")
-    return TimelineFigure(timelines, title, window)
+    return TimelineFigure(timelines, title, window, causes or host_causes)
+
+
+def host_causes(timeline: Timeline) -> Iterator[tuple[int, str, float]]:
+    """What the host did for most of each gap before a decode step. Waiting is nothing that it did."""
+    for gap in timeline.gaps():
+        did = {name: seconds for name, seconds in gap.host_s.items() if name != "wait"}
+        if did:
+            name = max(did, key=lambda one: did[one])
+            yield gap.step, name, did[name] / gap.seconds
 
 
 class TimelineFigure(Picture):
     """What `plot` returns: a PNG, and in a notebook with anywidget an interactive view."""
 
-    def __init__(self, timelines: tuple[Timeline, ...], title: str | None, window: tuple[float, float] | None):
+    def __init__(self, timelines: tuple[Timeline, ...], title: str | None, window: tuple[float, float] | None,
+                 causes: Causes):  # fmt: skip
+        self.causes = causes
         names = [_one_line(timeline.label, 40) or f"run {i}" for i, timeline in enumerate(timelines, 1)]
         self.tracks = [_Track(timeline, name) for timeline, name in zip(timelines, names, strict=True)]
         self.end = max(track.end for track in self.tracks) or 1.0
@@ -84,7 +100,11 @@ class TimelineFigure(Picture):
         middle = sum(self.window) / 2
         reach = _reach(self.tracks, middle, self.num_spans if most is None else most)
         spans, names = _pack(self.tracks, middle, reach)
-        tracks = [{"name": track.name, "caption": track.caption, "end": track.end} for track in self.tracks]
+        causes, gaps = _pack_causes([self.causes(track.timeline) for track in self.tracks])
+        tracks = [
+            {"name": track.name, "caption": track.caption, "end": track.end, "gaps": each}
+            for track, each in zip(self.tracks, gaps, strict=True)
+        ]
         layers = [
             {"key": key, "lane": LANES.index(lane), "face": face, "text": text, "line": HATCH.get(key), "words": words}
             for key, (lane, face, text, _, words) in LAYERS.items()
@@ -101,6 +121,7 @@ class TimelineFigure(Picture):
             "layers": layers,
             "idle": {"face": IDLE[0], "line": IDLE[1]},
             "names": names,
+            "causes": causes,
             "window": list(self.window),
             "end": self.end,
         }
@@ -212,6 +233,17 @@ def _pack(tracks: list[_Track], middle: float, reach: dict[str, float]) -> tuple
             part["layer"] = i * len(LAYERS) + j
             parts.append(part)
     return np.concatenate(parts).tobytes(), list(number)
+
+
+def _pack_causes(of_tracks: Iterable[Iterable[tuple[int, str, float]]]) -> tuple[list[str], list[dict[str, Any]]]:
+    """The causes of all gaps, and for each track the gaps that have one: step, place among the causes, per cent."""
+    number: dict[str, int] = {}
+    tracks = []
+    for gaps in of_tracks:
+        rows = [(step, number.setdefault(cause, len(number)), round(100 * share)) for step, cause, share in gaps]
+        columns = zip(*rows, strict=True) if rows else ((), (), ())
+        tracks.append(dict(zip(("steps", "causes", "percent"), map(list, columns), strict=True)))
+    return list(number), tracks
 
 
 def _default_window(tracks: list[_Track], end: float) -> tuple[float, float]:

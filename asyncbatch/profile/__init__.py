@@ -10,7 +10,8 @@ as JSON (docs/report.md describes each field), and `--out` writes it as a page, 
 Every number is measured here and now, except the device's times of `--emulate`, which come from a recording. Each
 column of the table is the run of median wall time. `--compare` and `--trace` measure nothing.
 
-From the command line to the page: `cli` calls `options` (arguments, settings), `session` (all workloads) and `turns`
-(one workload, served in turns). What was measured (`measurement`) becomes a `report` in `diagnosis` and `explanation`,
-and `text`, `terminal` and `page` show it.
+From the command line to the page: `cli` calls `options` (what was typed), `settings` (what that means), `session` (all
+workloads) and `turns` (one workload, served in turns); `in_memory` does the same for a model that is there already.
+What was measured (`measurement`) becomes a `report` in `diagnosis` and `explanation`, and `text`, `terminal` and `page`
+show it.
 """

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from ..streams import DeviceError
 from . import compare
 from .console import one_line, tell
 from .options import Arguments, flag, parse_arguments
+from .outputs import OutError, Output, make_folder, write_all, write_json
 from .report import OWN, Report
 from .session import Session
 from .terminal import show
@@ -25,9 +24,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.compare:
             a, b = options.compare
-            print(compare.run(a, b, options.json))
-            return 0
+            text, status = compare.run(a, b, options.json, options.threshold, options.figures)
+            print(text)
+            return status
         return main_session(options)
+    except OutError as error:
+        if options.debug:
+            raise
+        tell(f"asyncbatch.profile: {error}")
+        return 1
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
         if options.debug:
             raise
@@ -53,7 +58,12 @@ def main_session(options: Arguments) -> int:
     report, timelines = session.report()
     print(json.dumps(report.to_json(), indent=1)) if options.json else show(report)
     if options.out is not None:
-        session.write((report, timelines))
+        try:
+            session.write((report, timelines))
+        except OutError as error:
+            if error.lost and not options.json:
+                print(json.dumps(report.to_json(), indent=1))  # the last place that is left
+            raise
     return 130 if interrupted else status_of(report)
 
 
@@ -67,9 +77,14 @@ def status_of(report: Report) -> int:
 def main_trace(options: Arguments) -> int:
     """`asyncbatch.profile --trace FILE`: print the report on a trace, and write it with --out DIR.
 
-    Exit status 0, or 2 with one line on stderr."""
+    Exit status 0, 2 with one line on stderr, or 1 if that is about --out."""
     try:
         _report_on_trace(options)
+    except OutError as error:
+        if options.debug:
+            raise
+        tell(f"asyncbatch.profile: {error}")
+        return 1
     except (ValueError, OSError, MemoryError) as error:
         if options.debug:
             raise
@@ -92,19 +107,16 @@ def _report_on_trace(options: Arguments) -> None:
         raise ValueError(f"--trace reads a file and measures nothing: it cannot be had with {flags}")
     if options.out is not None:
         make_folder(options.out)
+    tell(f"reading {options.trace} ...")
     report = read_trace(options.trace, progress=sys.stderr.isatty())
     print(json.dumps(report.as_dict(), indent=1) if options.json else report)
     if options.out is not None:
         from ..pictures import plot  # matplotlib is needed for pictures only
 
-        write_trace_page(options.out / "report.html", report)
-        (options.out / "report.json").write_text(json.dumps(report.as_dict(), indent=1) + "\n", encoding="utf-8")
         picture = plot(report.timeline(), title=f"{report.label}, device {report.device}")
-        picture.savefig(options.out / "trace-timeline.png")
-
-
-def make_folder(folder: Path) -> None:
-    """Make the folder of --out where it is missing. OSError if that, or writing to it, is not possible."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"--out {folder}: this folder cannot be written to")
+        outputs = (
+            Output("report.html", lambda path: write_trace_page(path, report)),
+            Output("report.json", lambda path: write_json(path, report.as_dict())),
+            Output("trace-timeline.png", picture.savefig),
+        )
+        write_all(options.out, outputs)

@@ -1,6 +1,7 @@
 """Two reports of the profiling script side by side: the runs that both have, their ratios, and what else differs.
 
     python -m asyncbatch.profile --compare A.json B.json          (--json: the same as JSON)
+    python -m asyncbatch.profile --compare OLD.json NEW.json --threshold 5%         (exit status for CI, see threshold)
 
 Runs are paired by engine, mode, model and batch size, and by the name of the workload where it has one. Nothing is
 measured and no model is loaded. What makes the two hard to compare (another machine, GPU, version, workload, ...) comes
@@ -13,11 +14,12 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..measure.text import table_lines
 from ..request import shown
 from .report import Gpu, Report, Run
+from .threshold import FIGURES, Verdict, judge
 
 PAIRED_BY = ("engine", "mode", "model", "batch_size", "workload")  # workload: None but in presets that name theirs
 # What is shown of two runs: its words, its place in a run, how it is written, and by what it is multiplied first.
@@ -46,16 +48,30 @@ NEEDED_OF_RUN = {"engine": str, "mode": str, "model": str, "batch_size": int}
 # What should be the same in both: of a report, of its versions, of its workload as it was asked for, of a run.
 SAME = ("schema", "machine", "device", "emulated", "preset")
 SAME_VERSIONS = ("python", "torch", "transformers", "triton", "cuda")
-SAME_WORKLOAD = ("requests", "prompt_tokens", "new_tokens", "prompts_sha256", "arrivals", "seed", "slots",
-                 "host_work_ms", "step_ms")  # fmt: skip
+SAME_WORKLOAD = ("requests", "prompt_tokens", "new_tokens", "prompts_sha256", "skipped_lines", "arrivals", "seed",
+                 "slots", "dtype", "host_work_ms", "step_ms")  # fmt: skip
 SAME_OF_RUN = ("requests", "prompt_tokens", "new_tokens", "prefill_tokens", "setting", "tokens")
+# Of all of these, what may differ in reports that are judged: it may be just what was changed.
+MAY_DIFFER = ("driver", "compute_capability", "versions", "slots", "prefill_tokens", "setting", "tokens")
 BEFORE = {"arrivals": "all"}  # how it was before reports had this field; where nothing stands here: none
 
 
-def run(path_a: str, path_b: str, as_json: bool = False) -> str:
-    """What the script prints. ValueError, of one line, for a file that is no report."""
-    result = compared(path_a, load(path_a), path_b, load(path_b))
-    return json.dumps(result, indent=1, allow_nan=False) if as_json else comparison_table(result)
+def run(path_a: str, path_b: str, as_json: bool = False, threshold: float | None = None,
+        figures: Sequence[str] = (*FIGURES,)) -> tuple[str, int]:  # fmt: skip
+    """What the script prints, and its exit status: 0, or, with a threshold, what the verdict says. ValueError, of one
+    line, for a file that is no report."""
+    a, b = load(path_a), load(path_b)
+    result = compared(path_a, a, path_b, b)
+    if threshold is None:
+        return _as_json(result) if as_json else comparison_table(result), 0
+    verdict = verdict_on(a, b, threshold, figures)
+    if as_json:
+        return _as_json({"verdict": verdict.to_json(), **result}), verdict.status
+    return f"{verdict}\n\n{comparison_table(result)}", verdict.status
+
+
+def _as_json(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=1, allow_nan=False)
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------
@@ -137,17 +153,32 @@ def compared(path_a: str, a: Report, path_b: str, b: Report) -> dict[str, Any]:
     `rows`: name (its place in a run of a report), a, b and ratio, b / a, null where it has no value;
     `points`: the latency points that both have: name, where, a and b (their median_ms) and ratio.
     """
-    runs_a, runs_b = ({_key(run): run for run in report.runs} for report in (a, b))
+    runs_a, runs_b = _by_key(a), _by_key(b)
     both = [key for key in runs_a if key in runs_b]
     facts = ("model", "device", "machine", "date")
     return {
         "a": {"path": path_a, **{key: getattr(a, key) for key in facts}},
         "b": {"path": path_b, **{key: getattr(b, key) for key in facts}},
-        "warnings": list(differences(a, b, [(runs_a[key], runs_b[key]) for key in both])),
+        "warnings": [one.text for one in differences(a, b, [(runs_a[key], runs_b[key]) for key in both])],
         "runs": [_pair(runs_a[key], runs_b[key]) for key in both],
         "only_in_a": [_names(key) for key in runs_a if key not in runs_b],
         "only_in_b": [_names(key) for key in runs_b if key not in runs_a],
     }
+
+
+def verdict_on(a: Report, b: Report, threshold: float, figures: Sequence[str]) -> Verdict:
+    """Whether `b` is worse than `a` by more than the threshold, or why that cannot be said."""
+    runs_a, runs_b = _by_key(a), _by_key(b)
+    both = [key for key in runs_a if key in runs_b]
+    pairs = [(runs_a[key], runs_b[key]) for key in both]
+    void = [one.text for one in differences(a, b, pairs) if one.voids]
+    for letter, mine, others in (("A", runs_a, runs_b), ("B", runs_b, runs_a)):
+        void += [f"only in {letter}: {_name(key)}" for key in mine if key not in others]
+    return judge([(_name(_key(x)), x, y) for x, y in pairs], void, threshold, figures)
+
+
+def _by_key(report: Report) -> dict[tuple, Run]:
+    return {_key(run): run for run in report.runs}
 
 
 def _pair(a: Run, b: Run) -> dict[str, Any]:
@@ -196,51 +227,61 @@ def _name(key: Sequence[Any]) -> str:
     return f"{engine} {mode}, {where}"
 
 
-def differences(a: Report, b: Report, pairs: Sequence[tuple[Run, Run]]) -> Iterator[str]:
-    """A sentence for each thing that should be the same in both reports, and is not, or that makes one of them void."""
+class Difference(NamedTuple):
+    """A sentence about two reports. voids: whether their figures say nothing about each other because of it, as with
+    another machine or workload; another version or setting may be just what is compared."""
+
+    text: str
+    voids: bool
+
+
+def differences(a: Report, b: Report, pairs: Sequence[tuple[Run, Run]]) -> Iterator[Difference]:
+    """Each thing that should be the same in both reports, and is not, or that makes one of them void."""
     for key in SAME:
         yield from _differ(key, getattr(a, key), getattr(b, key))
     gpus = [report.gpu or Gpu() for report in (a, b)]
     for one in fields(Gpu):
-        yield from _differ(f"gpu, {one.name.replace('_', ' ')}", *(getattr(gpu, one.name) for gpu in gpus))
+        what = f"gpu, {one.name.replace('_', ' ')}"
+        yield from _differ(what, getattr(gpus[0], one.name), getattr(gpus[1], one.name), one.name)
     for key in SAME_VERSIONS:
-        yield from _differ(f"version of {key}", a.versions.get(key), b.versions.get(key))
+        yield from _differ(f"version of {key}", a.versions.get(key), b.versions.get(key), "versions")
     of_workload = {key: _differ_in(a, b, key) for key in SAME_WORKLOAD}
-    yield from (sentence for sentence in of_workload.values() if sentence)
+    yield from (difference for difference in of_workload.values() if difference)
     for key in SAME_OF_RUN:
         differing = [(x, y) for x, y in pairs if getattr(x, key) != getattr(y, key)]
         if differing and not of_workload.get(key):  # once is enough
             x, y = differing[0]
             more = f", and of {len(differing) - 1} more" if len(differing) > 1 else ""
-            yield from _differ(f"{key} of {_name(_key(x))}{more}", getattr(x, key), getattr(y, key))
+            yield from _differ(f"{key} of {_name(_key(x))}{more}", getattr(x, key), getattr(y, key), key)
     yield from _void("A", a, [of_a for of_a, _ in pairs])
     yield from _void("B", b, [of_b for _, of_b in pairs])
 
 
-def _differ(what: str, x: Any, y: Any) -> Iterator[str]:
+def _differ(what: str, x: Any, y: Any, key: str | None = None) -> Iterator[Difference]:
     if x != y:
-        yield f"{what}: A has {_word(x)}, B has {_word(y)}"
+        yield Difference(f"{what}: A has {_word(x)}, B has {_word(y)}", (key or what) not in MAY_DIFFER)
 
 
-def _differ_in(a: Report, b: Report, key: str) -> str | None:
-    """The sentence about one condition of the two workloads; None where it is the same."""
+def _differ_in(a: Report, b: Report, key: str) -> Difference | None:
+    """What is to be said about one condition of the two workloads; None where it is the same."""
     values = [getattr(report.workload, key) for report in (a, b)]
     x, y = (BEFORE.get(key) if value is None else value for value in values)
     if x != y and key == "prompts_sha256":  # the contents count, and the name is what a reader knows them by
         files = zip((a.workload, b.workload), (x, y), strict=True)
-        x, y = (f"{workload.prompts} (sha256 {value})" if value else None for workload, value in files)
+        x, y = (f"{_word(workload.prompts)} (sha256 {value})" if value else None for workload, value in files)
         key = "prompts"
     return next(_differ(key, x, y), None)
 
 
-def _void(letter: str, report: Report, runs: Sequence[Run]) -> Iterator[str]:
+def _void(letter: str, report: Report, runs: Sequence[Run]) -> Iterator[Difference]:
     """What makes the numbers of a report void, or of a part of a run only."""
     for run in runs:
         if run.interrupted:
-            yield f"interrupted: in {letter} {_name(_key(run))} ended early"
+            yield Difference(f"interrupted: in {letter} {_name(_key(run))} ended early", True)
     for engine, same in {"asyncbatch": report.same_tokens, **report.peers_same_tokens}.items():
         if not same:
-            yield f"tokens: in {letter} sync and async of {engine} gave different ones, so its numbers are void"
+            text = f"tokens: in {letter} sync and async of {engine} gave different ones, so its numbers are void"
+            yield Difference(text, True)
 
 
 def _word(value: Any) -> str:

@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
+from contextvars import ContextVar
 
+from ..shown import progress
 from ..streams import DeviceError
+
+_silent = ContextVar("silent", default=False)
+
+
+@contextlib.contextmanager
+def silent(wanted: bool = True) -> Iterator[None]:
+    """In the `with` block, and if it is wanted, nothing is said here."""
+    token = _silent.set(wanted)
+    try:
+        yield
+    finally:
+        _silent.reset(token)
 
 
 def tell(text: str) -> None:
     """Print one line on standard error, at once."""
-    print(text, file=sys.stderr, flush=True)
+    if not _silent.get():
+        print(text, file=sys.stderr, flush=True)
+
+
+def waiting(what: str) -> contextlib.AbstractContextManager[None]:
+    """`shown.progress.waiting`."""
+    return contextlib.nullcontext() if _silent.get() else progress.waiting(what)
+
+
+def is_looked_at() -> bool:
+    """Whether progress bars are of use."""
+    return sys.stderr.isatty() and not _silent.get()
 
 
 def one_line(error: BaseException) -> str:

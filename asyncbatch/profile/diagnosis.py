@@ -7,7 +7,6 @@ context they read.
 
 from __future__ import annotations
 
-import shlex
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +23,6 @@ from ..measure.steps import Steps, steps_from, steps_of
 from ..timeline import Timeline, busy_curve, device_activity
 from .machine import machine_name, versions
 from .measurement import Measurement
-from .options import Settings
 from .pairs import Pairs
 from .report import (
     OWN,
@@ -42,6 +40,7 @@ from .report import (
     Run,
     workload_key,
 )
+from .settings import Settings
 from .verdict import OVER_TIME, first_line, gain_line, idle_line, judged, trust, why_line
 from .workload import latency
 
@@ -95,7 +94,7 @@ def make_report(
         versions=versions(),
         machine=machine_name(),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        command=shlex.join(["python", "-m", "asyncbatch.profile", *settings.command]),
+        command=settings.command_line,
         **(conclusion(runs, only, same_own, conditions.over_time) if only else {}),
         matmul_flops_per_s=place.matmul,
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,9 +20,11 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from ..measure.attribution import attribute
 from ..measure.text import in_seconds
 from ..pictures import plot
 from ..pictures.timelines import WIDGET
+from ..shown.files import whole_file
 from ..timeline import Timeline
 
 MOST_SPANS = 100_000  # in one page: about 11 bytes each, compressed and in base64
@@ -67,7 +69,8 @@ def _hash(text: str) -> str:
 def write_html(path: str | Path, text: str) -> None:
     """Write a page. OSError if the file cannot be written."""
     # Bytes, so that no system turns line ends into others. A lone surrogate, which is no text, becomes "&#55357;".
-    Path(path).write_bytes(text.encode("utf-8", "xmlcharrefreplace"))
+    with whole_file(path) as beside:
+        beside.write_bytes(text.encode("utf-8", "xmlcharrefreplace"))
 
 
 # ---- tables -------------------------------------------------------------------------------------------------------
@@ -149,11 +152,18 @@ class TimelineView:
     alt: str
 
 
+def gap_causes(timeline: Timeline) -> Iterator[tuple[int, str, float]]:
+    """What the page says of a gap that somebody points at: (step, cause, share of the gap), as `Causes` wants it."""
+    for gap in [] if timeline.dropped else attribute(timeline, all_steps=True).gaps:
+        if gap.host_s:  # nothing stands in a gap that is only a rounding error long
+            yield gap.step, gap.cause, gap.host_s[gap.cause] / gap.seconds
+
+
 def timeline_view(timelines: Sequence[Timeline]) -> TimelineView | None:
     """The view of the timelines; None without any. Of more than MOST_SPANS spans it keeps that many, and says which."""
     if not timelines:
         return None
-    figure = plot(*timelines)
+    figure = plot(*timelines, causes=gap_causes)
     about, spans = figure.packed(MOST_SPANS)
     note = "Each run begins at 0." if len(timelines) > 1 else ""
     if len(spans) // 24 < figure.num_spans:

@@ -46,6 +46,15 @@ def versions() -> dict[str, str | None]:
     return {**numbers, "cuda": torch.version.cuda}
 
 
+def version_line() -> str:
+    """asyncbatch's own version, and those of what matters to a measurement."""
+    try:
+        own = version("asyncbatch")
+    except PackageNotFoundError:  # a folder that was not installed
+        own = "(not installed)"
+    return ", ".join([f"asyncbatch {own}", *(f"{name} {number or 'none'}" for name, number in versions().items())])
+
+
 def is_on_cuda(model) -> bool:
     return next(model.parameters()).is_cuda
 
@@ -58,9 +67,9 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def gpu_facts() -> Gpu:
-    """The GPU in use. Its driver is None where nvidia-smi cannot be asked."""
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+def gpu_facts(place: torch.device) -> Gpu:
+    """The GPU at `place`. Its driver is None where nvidia-smi cannot be asked."""
+    properties = torch.cuda.get_device_properties(place)
     driver = None
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]

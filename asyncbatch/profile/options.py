@@ -1,8 +1,5 @@
-"""The command line of the profiling script: its options, their defaults, the presets, and what does not go together.
-
-`parse_arguments` reads the command line into `Arguments`, the options as they were typed. `settle` turns these into the
-`Settings` of a session: every default filled in, and a `Workload` for each model and batch size.
-"""
+"""The command line of the profiling script: `parse_arguments` reads it into `Arguments`, the options as they were
+typed; `settings.settle` makes of these what a session measures."""
 
 from __future__ import annotations
 
@@ -11,25 +8,19 @@ import contextlib
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..measure.recording import Recording
 from ..models.load import ALLOWED
 from .draws import Arrivals, Lengths
-from .presets import ENGINES, OF_NAMED, PRESETS, SHORT, Served, has_names, served_by
-from .prompts import PromptFile
-from .report import OWN, Conditions
-from .workload import Workload
+from .machine import version_line
+from .presets import ENGINES, PRESETS, SHORT
+from .threshold import FIGURES
 
 MODES = ("sync", "async")
-DEFAULTS: dict[str, Any] = dict(
-    model="smollm2", engine=[OWN], batch_size=8, requests=16, prompt_tokens=None, new_tokens=64, repeats=3,
-    prefill_tokens=None, compile=False,
-)  # fmt: skip
+DTYPES = ("float32", "bfloat16", "float16")
+IN_MEMORY = "in memory"  # what is served, and by what, where no command line says it
 EPILOG = """examples:
   python -m asyncbatch.profile --out out
       the embedded model on a chat's questions, sync against async; table, report.json, picture and trace
@@ -42,7 +33,9 @@ EPILOG = """examples:
   python -m asyncbatch.profile --compare a/report.json b/report.json
       two reports side by side, with ratios
 
-Exit status: 0, 1 if the two gave different tokens, 2 if something could not be done."""
+Exit status: 0; 1 if the two gave different tokens or --out cannot be written; 2 if something else could not be done.
+With --compare and --threshold: 0 if B is no worse than A by more, 3 if it is, 4 if that cannot be said (void: other
+machine, model or workload, an interrupted run, different tokens), 2 for files and options that are not allowed."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +46,7 @@ class Arguments:
 
     model: str | None
     prompts: str | None
+    skip_bad_lines: bool
     requests: int | None
     prompt_tokens: int | str | None
     new_tokens: int | str | None
@@ -64,6 +58,8 @@ class Arguments:
     slots: int
     prefill_tokens: int | str | None
     compile: bool | None
+    dtype: str | None
+    device: str | None
     host_work_ms: float
     step_ms: float | None
     emulate: str | None
@@ -75,40 +71,13 @@ class Arguments:
     overhead: bool
     trace: Path | None
     compare: list[str] | None
+    threshold: float | None
+    figures: list[str]
     out: Path | None
     record: str | None
     json: bool
     debug: bool
     changed: tuple[str, ...]
-    command: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a session measures, and how.
-
-    model: the models of all workloads, with commas. conditions: what the report says of the workloads. engines, modes:
-    each engine serves each workload in each mode. prefill_tokens: as in reports, None for the
-    batcher's own default. host_work_ms: burnt in every step. step_ms: of a timed device. peer_limit_s: another engine
-    is left out if it would take longer. preset, record: names. out: the folder for what is written."""
-
-    model: str
-    workloads: tuple[Workload, ...]
-    conditions: Conditions
-    engines: tuple[str, ...]
-    modes: tuple[str, ...]
-    slots: int
-    prefill_tokens: int | str | None
-    compile: bool
-    host_work_ms: float
-    step_ms: float | None
-    repeats: int
-    peer_limit_s: int
-    kineto: bool
-    overhead: bool
-    preset: str | None
-    record: str | None
-    out: Path | None
     command: tuple[str, ...]
 
 
@@ -130,6 +99,13 @@ def milliseconds(text: str) -> float:
         if 0 <= float(text) <= 60_000:
             return float(text)
     raise argparse.ArgumentTypeError(f"{text!r} was given; allowed are milliseconds from 0 to 60000")
+
+
+def percentage(text: str) -> float:
+    """The share that a text such as "5%" means."""
+    if not re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,6})?%", text):
+        raise argparse.ArgumentTypeError(f"{text!r} was given; allowed is a number with its sign, such as 5% or 2.5%")
+    return float(text[:-1]) / 100
 
 
 def sizes(text: str) -> int | str:
@@ -166,6 +142,12 @@ def _parsed(parse, text: str):
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def device(text: str) -> str:
+    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} was given; allowed are cpu, cuda and cuda:N, the GPU of number N")
+    return text
+
+
 def file_name(text: str) -> str:
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", text):
         raise argparse.ArgumentTypeError(f"{text!r} was given; allowed are small letters, digits, '-', '.' and '_'")
@@ -175,12 +157,36 @@ def file_name(text: str) -> str:
 def parse_arguments(arguments: Sequence[str] | None = None) -> Arguments:
     """The options of a command line (None: of this process). A bad one ends the process, as argparse does it."""
     parser = _parser()
-    options = vars(parser.parse_args(arguments))
+    return _arguments(parser, tuple(sys.argv[1:] if arguments is None else arguments))
+
+
+def arguments_of(options: dict[str, Any]) -> Arguments:
+    """The same from values of Python, by the names of the options; None is the default. ValueError for a bad one."""
+    parser, words = _parser(), []
+    for name, value in options.items():
+        if isinstance(value, (list, tuple)):
+            value = ",".join(map(str, value))
+        if value is not None and value is not False:
+            words.append(flag(name) if value is True else f"{flag(name)}={value}")
+
+    def error(message: str):
+        raise ValueError(message)
+
+    parser.error = error  # type: ignore[method-assign]
+    made = _arguments(parser, tuple(words))
+    return replace(made, command=(IN_MEMORY, *(f"{name}={options[name]!r}" for name in made.changed)))
+
+
+def _arguments(parser: argparse.ArgumentParser, command: tuple[str, ...]) -> Arguments:
+    options = vars(parser.parse_args(command))
     changed = tuple(name for name, value in options.items() if value != parser.get_default(name))
-    others = [name for name in changed if name not in ("compare", "json", "debug")]
+    judged = [name for name in ("threshold", "figures") if name in changed]
+    if judged and not options["compare"] or judged == ["figures"]:
+        with_ = "--compare A.json B.json" + ("" if "threshold" in judged else " --threshold P%")
+        parser.error(f"{flag(judged[0])} cannot be had without {with_}")
+    others = [name for name in changed if name not in ("compare", "json", "debug", *judged)]
     if options["compare"] and others:
         parser.error(f"--compare measures nothing: {flag(others[0])} cannot be had with it")
-    command = tuple(sys.argv[1:] if arguments is None else arguments)
     return Arguments(**options, changed=changed, command=command)
 
 
@@ -203,7 +209,10 @@ def _parser() -> argparse.ArgumentParser:
 def _add_workload(add: Callable[..., Any]) -> None:
     add("--model", help=f"one of {ALLOWED} (default smollm2)".replace('"', ""))
     add("--prompts", metavar="FILE", help="serve the lines of FILE: .txt has a prompt a line, .jsonl an object a line "
-        'with "prompt", "messages" or "token_ids", and perhaps "max_new_tokens"')  # fmt: skip
+        "with prompt, messages, token_ids or conversations, and perhaps max_tokens, or a line of OpenAI's batches; "
+        ".json has a list of such objects")  # fmt: skip
+    add("--skip-bad-lines", action="store_true", help="of --prompts: leave out lines that cannot be served, and say "
+        "which; without this one of them ends the run")  # fmt: skip
     add("--requests", type=whole(1), metavar="N", help="requests in all (default 16, or the lines of --prompts once)")
     add("--prompt-tokens", type=lengths, metavar="N", help="random prompts of N tokens: 64, or drawn for each request "
         "from 16-128 (uniform) or lognormal:64:0.5 (median, sigma; rounded, at least 1, and cut so that prompt and new "
@@ -227,6 +236,10 @@ def _add_engine(add: Callable[..., Any]) -> None:
 
 
 def _add_device(add: Callable[..., Any]) -> None:
+    add("--device", type=device, metavar="DEVICE", help="where the model runs: cpu, cuda or cuda:N (default: a GPU if "
+        "there is one)")  # fmt: skip
+    add("--dtype", choices=DTYPES, help="of the model's weights (default: bfloat16 on a GPU that has it, else float16; "
+        "float32 on the CPU)")  # fmt: skip
     add("--host-work-ms", type=milliseconds, default=0.0, metavar="MS", help="burn Python for MS in every step")
     add("--step-ms", type=milliseconds, metavar="MS", help="a timed device: a step takes MS and computes nothing")
     add("--emulate", metavar="NAME", help="a timed device: steps take what this recording's GPU took")
@@ -242,136 +255,18 @@ def _add_measurements(add: Callable[..., Any]) -> None:
     add("--trace", type=Path, metavar="FILE", help="measure nothing: report on a torch.profiler trace of any engine")
     add("--compare", nargs=2, metavar=("A.json", "B.json"), help="measure nothing: put two report.json files side by "
         "side, with a warning for each thing that makes them hard to compare")  # fmt: skip
+    add("--threshold", type=percentage, metavar="P%", help="with --compare, for CI: is B worse than A by more than "
+        "P %%? The exit status says it, see below")  # fmt: skip
+    add("--figures", type=some_of(tuple(FIGURES)), default=[*FIGURES], metavar="NAMES", help="of --threshold: "
+        f"{', '.join(FIGURES)} (default: all). Idle is judged by the points that it rose")  # fmt: skip
 
 
 def _add_output(add: Callable[..., Any]) -> None:
     add("--out", type=Path, metavar="DIR", help="write report.html, report.json, timeline.png and trace.json there")
     add("--record", type=file_name, metavar="NAME", help="write the recording DIR/NAME.json (GPU, with --out DIR)")
     add("--json", action="store_true", help="print the report as JSON instead of the table")
+    add("--version", action="version", version=version_line(), help="print the versions of what matters, and end")
     add("--debug", action="store_true", help="show the traceback of an error")
-
-
-# ---- from arguments to settings -----------------------------------------------------------------------------------
-
-
-def settle(arguments: Arguments, recording: Recording | None = None) -> Settings:
-    """The settings of a session. `recording`: the one that is emulated.
-
-    ValueError for options that do not go together, or that need a GPU where there is none."""
-    preset: dict[str, Any] = dict(PRESETS.get(arguments.preset or "", {}))
-    refuse_beside_names(arguments, preset)
-    each = served_by(preset, arguments.only) if preset else None
-    preset.pop("workloads", None)
-    defaults = {**DEFAULTS, **preset} if recording is None else emulated_defaults(arguments, recording)
-    if arguments.prompts is not None:
-        defaults["prompt_tokens"] = None
-    complete = replace(arguments, **{key: value for key, value in defaults.items() if getattr(arguments, key) is None})
-    refuse(complete)
-    file = None
-    if complete.prompts is not None:
-        file = PromptFile.read(complete.prompts)
-        complete = replace(complete, requests=arguments.requests or len(file.lines))
-    if each is None:
-        return _settings(complete, _conditions(complete, file), [_workload(complete, file)])
-    # In a preset, batch size and requests are each workload's own, unless they were asked for.
-    workloads = dict.fromkeys(_workload_of_preset(complete, arguments, one, file) for one in each)
-    models = ", ".join(dict.fromkeys(workload.model for workload in workloads))
-    complete = replace(complete, model=models, batch_size=arguments.batch_size, requests=arguments.requests)
-    if has_names(PRESETS[str(arguments.preset)]):
-        complete = replace(complete, prompt_tokens=None, new_tokens=None)
-    return _settings(complete, _conditions(complete, file), list(workloads))
-
-
-def _workload_of_preset(complete: Arguments, typed: Arguments, one: Served, file: PromptFile | None) -> Workload:
-    size = typed.batch_size or one.batch_size
-    own = replace(complete, model=typed.model or one.model, batch_size=size)
-    own = replace(own, requests=typed.requests or one.requests or size)
-    lengths: dict[str, Any] = {"prompt_tokens": one.prompt_tokens, "new_tokens": one.new_tokens}
-    own = replace(own, **{key: value for key, value in lengths.items() if value is not None})
-    return replace(_workload(own, file), name=one.name)
-
-
-def _workload(complete: Arguments, file: PromptFile | None) -> Workload:
-    """The workload of arguments that have no default left open."""
-    names = ("model", "batch_size", "requests", "new_tokens", "prompt_tokens", "arrivals", "seed")
-    return Workload(**{name: getattr(complete, name) for name in names}, prompt_file=file)
-
-
-def _conditions(complete: Arguments, file: PromptFile | None = None) -> Conditions:
-    names = (one.name for one in fields(Conditions) if one.name != "prompts_sha256")
-    return Conditions(**{name: getattr(complete, name) for name in names}, prompts_sha256=file.sha256 if file else None)
-
-
-def _settings(complete: Arguments, conditions: Conditions, workloads: Sequence[Workload]) -> Settings:
-    beside = {"workloads", "conditions", "engines", "modes"}
-    same = {one.name: getattr(complete, one.name) for one in fields(Settings) if one.name not in beside}
-    engines, modes = tuple(complete.engine or ()), tuple(complete.mode)
-    return Settings(**same, workloads=tuple(workloads), conditions=conditions, engines=engines, modes=modes)
-
-
-def emulated_defaults(arguments: Arguments, recording: Recording) -> dict[str, Any]:
-    """The workload of the recording's run with the largest batch, or, if there is one, of its run with the batch size
-    that was asked for. ValueError for a model that is not in the recording."""
-    run = recording.main_run(arguments.model)
-    same = (r for r in recording.runs if (r["engine"], r["mode"], r["model"]) == (OWN, "async", run["model"]))
-    run = next((other for other in same if other["batch_size"] == arguments.batch_size), run)
-    defaults = {key: run[key] for key in ("model", "batch_size", "requests", "prompt_tokens", "new_tokens")}
-    if arguments.batch_size is not None and run["requests"] == run["batch_size"]:
-        defaults["requests"] = arguments.batch_size
-    return {**DEFAULTS, **defaults, "prefill_tokens": run["prefill_tokens"], "repeats": 1}
-
-
-def refuse(arguments: Arguments) -> None:
-    """ValueError for options that do not go together, or that need a GPU where there is none."""
-    timed = [name for name in ("emulate", "step_ms") if getattr(arguments, name) is not None]
-    not_together = [(a, b) for a in timed for b in ("preset", "record") if getattr(arguments, b)]
-    not_together += [("emulate", "step_ms")] if len(timed) == 2 else []
-    if arguments.prompts is not None and arguments.prompt_tokens is not None:
-        not_together.append(("prompts", "prompt_tokens"))
-    others = [engine for engine in arguments.engine or () if engine != OWN]
-    ours = [name for name in timed if others] + (["host_work_ms"] if others and arguments.host_work_ms else [])
-    for a, b in not_together:
-        raise ValueError(f"{flag(a)} and {flag(b)} were given: only one of them can be had at a time")
-    for name in ours:
-        raise ValueError(f"{flag(name)} is for asyncbatch's own batchers: it cannot be had with --engine {others[0]}")
-    uneven = _conditions(arguments).uneven
-    for a in ("preset", "record"):
-        for b in uneven if getattr(arguments, a) else ():
-            raise ValueError(
-                f"{flag(a)} is for requests of one length that are all there at the beginning: "
-                f"{flag(b)} {getattr(arguments, b)} cannot be had with it"
-            )
-    if arguments.record and arguments.out is None:
-        name = arguments.record
-        raise ValueError(f"--record {name} needs --out DIR, the folder to write {name}.json into")
-    if arguments.kineto and (timed or not torch.cuda.is_available()):
-        raise ValueError("--kineto asks a GPU's own profiler, and there is no CUDA GPU in this run")
-    for name in ("preset", "record"):
-        value = getattr(arguments, name)
-        if value and not torch.cuda.is_available():
-            names = ", ".join(Recording.names()) or "NAME"
-            raise ValueError(
-                f"--{name} {value} needs a CUDA GPU, and torch {torch.__version__} sees none here; "
-                f"--emulate {names} shows a recorded one"
-            )
-
-
-def refuse_beside_names(arguments: Arguments, preset: dict[str, Any]) -> None:
-    """ValueError for options that cannot be had with a preset whose workloads have names, or without one."""
-    named = bool(preset) and has_names(preset)
-    if arguments.only is not None and not named:
-        raise ValueError("--only takes some of the workloads of --preset workloads: it cannot be had without it")
-    for name in OF_NAMED if named else ():
-        if name in arguments.changed:
-            given = f"{flag(name)} {getattr(arguments, name)}"
-            raise ValueError(
-                f"--preset {arguments.preset} has workloads of its own: {given} cannot be had with it "
-                f"(--only takes some of them: {', '.join(SHORT)})"
-            )
-    if named and arguments.record:
-        raise ValueError(
-            f"--record is for requests of one length: record --preset headline or sweep, and not {arguments.preset}"
-        )
 
 
 def flag(name: str) -> str:

@@ -345,6 +345,8 @@ class Conditions(Record):
     """The options under which all runs were made, as they were asked for: a distribution is text. None for what a
     preset leaves to each of its workloads. `workload` in JSON."""
 
+    LATER = ("skipped_lines", "dtype")
+
     batch_size: int | None = None
     requests: int | None = None
     prompt_tokens: int | str | None = None
@@ -357,6 +359,8 @@ class Conditions(Record):
     arrivals: str | None = None
     prompts: str | None = None
     prompts_sha256: str | None = None
+    skipped_lines: tuple[int, ...] | None = None
+    dtype: str | None = None
 
     @property
     def over_time(self) -> bool:

@@ -2,31 +2,54 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
 
 from ..measure.bandwidth import copy_bandwidth, matmul_rate
 from ..measure.recording import Recording
 from ..models.load import load_model
+from ..request import Request
 from ..timeline import Timeline, save_trace
-from .console import one_line, tell
+from .console import one_line, tell, waiting
 from .diagnosis import Place, make_report
 from .machine import device_name, free_memory, gpu_facts, is_on_cuda, model_facts
 from .measurement import Measurement
-from .options import Arguments, Settings, settle
+from .options import Arguments
+from .outputs import OutError, Output, write_all, write_json
+from .prompts import PromptFile
 from .report import OWN, Failure, Gpu, ModelFacts, Report
+from .settings import Settings, in_memory, settle
 from .turns import Job, Key, Turns, failure
 from .workload import Workload, make_requests, most_context
 
 
+class Given(NamedTuple):
+    """What is in memory already: a model, its tokenizer, and what is served to it, as requests or as prompts (neither:
+    what the options say). sha256: tells the requests or prompts from others."""
+
+    model: Any
+    tokenizer: Any = None
+    requests: list[Request] | None = None
+    prompts: PromptFile | None = None
+    sha256: str = ""
+
+
 class Session:
-    """What has been measured so far, workload by workload: `report` works at any time.
+    """What has been measured so far, workload by workload: `report` works at any time. `given`: measure this, which is
+    in memory already, and load nothing.
 
     ValueError for options that do not go together, or that need a GPU where there is none."""
 
-    def __init__(self, arguments: Arguments):
+    def __init__(self, arguments: Arguments, given: Given | None = None):
         self.recording = None if arguments.emulate is None else Recording.load(arguments.emulate)
         self.settings: Settings = settle(arguments, self.recording)
+        self.given = given
+        if given is not None and given.requests is not None:
+            self.settings = in_memory(self.settings, len(given.requests), given.sha256, None)
+        elif given is not None and given.prompts is not None:
+            self.settings = in_memory(self.settings, len(given.prompts.lines), given.sha256, given.prompts)
         self.measurements: list[Measurement] = []
         self.failed: list[Failure] = []
         self.models: dict[str, ModelFacts] = {}
@@ -48,7 +71,10 @@ class Session:
                     raise
                 self._note_failure(workload, OWN, ",".join(self.settings.modes), error)
             if self.settings.preset and self.settings.out is not None:
-                self.write()
+                try:
+                    self.write()
+                except OutError as error:  # the other workloads are still measured; the last attempt is the caller's
+                    tell(str(error))
 
     def _measure(self, workload: Workload) -> None:
         job = self._prepare(workload)
@@ -79,11 +105,19 @@ class Session:
 
     def _prepare(self, workload: Workload) -> Job:
         """Load the model and make the requests. ValueError for requests that the model or the recording cannot take."""
-        model, tokenizer = self._load(workload)
+        given = self.given
+        if given is not None:
+            model, tokenizer = given.model, given.tokenizer
+        else:
+            with waiting(f"loading {workload.model}"):
+                model, tokenizer = self._load(workload)
         if is_on_cuda(model):
             self._look_at_gpu(workload.model, model)
         self.device = device_name(model, self.settings.step_ms, self.recording)
-        requests = make_requests(workload, model, tokenizer)
+        with waiting("making the requests"):
+            requests = given.requests if given and given.requests else make_requests(workload, model, tokenizer)
+        if workload.prompt_file is not None:
+            workload = self._noting_lines(workload, workload.prompt_file, len(requests))
         step_s: Any = None if self.settings.step_ms is None else 1e-3 * self.settings.step_ms
         if self.recording is not None:
             step_s = self.recording.step_times(workload.batch_size, workload.model)
@@ -96,6 +130,15 @@ class Session:
                 )
         return Job(workload, model, requests, step_s)
 
+    def _noting_lines(self, workload: Workload, file: PromptFile, served: int) -> Workload:
+        """Say what was ignored and skipped in the prompts file, and let the report say what was served."""
+        for note in file.notes():
+            tell(note)
+        skipped = tuple(file.skipped) if file.skip else None
+        conditions = replace(self.settings.conditions, requests=served, skipped_lines=skipped)
+        self.settings = replace(self.settings, conditions=conditions)
+        return replace(workload, requests=served)
+
     def _load(self, workload: Workload) -> tuple[Any, Any]:
         """(model, tokenizer) of a workload."""
         if self.loaded is None or self.loaded[0] != workload.model:
@@ -105,16 +148,18 @@ class Session:
                 model, tokenizer = self.recording.stand_in_model(workload.model), None
             else:
                 # A timed device is the worker process, even where there is a GPU.
-                where = None if self.settings.step_ms is None else "cpu"
-                model, tokenizer = load_model(workload.model, seed=workload.seed, device=where)
+                where = self.settings.device if self.settings.step_ms is None else "cpu"
+                dtype = None if self.settings.dtype is None else getattr(torch, self.settings.dtype)
+                model, tokenizer = load_model(workload.model, seed=workload.seed, device=where, dtype=dtype)
             self.loaded = workload.model, model, tokenizer
         return self.loaded[1:]
 
     def _look_at_gpu(self, name: str, model) -> None:
         if self.bandwidth is None:
             place = next(model.parameters())
-            self.gpu, self.bandwidth = gpu_facts(), copy_bandwidth(place.device)
-            self.matmul = matmul_rate(place.device, place.dtype)
+            with waiting("measuring the GPU's copies and matrix products"):
+                self.gpu, self.bandwidth = gpu_facts(place.device), copy_bandwidth(place.device)
+                self.matmul = matmul_rate(place.device, place.dtype)
             tell(f"copy bandwidth: {self.bandwidth / 1e12:.3f} TB/s, matrix products: {self.matmul / 1e12:.0f} TFLOP/s")
         self.models[name] = model_facts(model)
 
@@ -127,24 +172,33 @@ class Session:
 
     def report(self) -> tuple[Report, list[Timeline]]:
         """The report, and the timeline of each of its runs."""
+        with waiting("making the report"):
+            return self._report()
+
+    def _report(self) -> tuple[Report, list[Timeline]]:
         place = Place(self.device, self.gpu, self.bandwidth, self.models, self.recording, self.matmul)
         return make_report(self.settings, self.measurements, place, self.failed)
 
     def write(self, made: tuple[Report, list[Timeline]] | None = None) -> None:
         """Write report.json, the page, and, with --record, the recording. Without a preset also picture and trace; the
-        long runs of a preset would make them huge. `made`: what `report` has returned already."""
+        long runs of a preset would make them huge. `made`: what `report` has returned already. OutError where a file
+        cannot be written; the others are."""
         folder, (report, timelines) = self.settings.out, made or self.report()
         assert folder is not None
         record, preset = self.settings.record, self.settings.preset
         data = report.to_json()
-        (folder / "report.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        outputs = [Output("report.json", lambda path: write_json(path, data), measured=True)]
         if record and timelines:
-            Recording.from_runs(record, data, timelines).save(folder / f"{record}.json")
+            recording = Recording.from_runs(record, data, timelines)
+            outputs.append(Output(f"{record}.json", recording.save, measured=True))
         from .page import write_page  # matplotlib is needed for pictures only
 
-        write_page(folder / "report.html", report, [] if preset else timelines)
+        outputs.append(Output("report.html", lambda path: write_page(path, report, [] if preset else timelines)))
         if timelines and not preset:
             from ..pictures import plot
 
-            plot(*timelines, title=f"{report.model} on {report.device}").savefig(folder / "timeline.png")
-            save_trace(folder / "trace.json", timelines)
+            title = f"{report.model} on {report.device}"
+            outputs.append(Output("timeline.png", lambda path: plot(*timelines, title=title).savefig(path)))
+            outputs.append(Output("trace.json", lambda path: save_trace(path, timelines)))
+        with waiting(f"writing {folder}"):
+            write_all(folder, outputs)

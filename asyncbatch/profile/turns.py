@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,12 +14,13 @@ from ..measure.point_recorder import record_points
 from ..measure.steps import steps_from
 from ..request import Completion, Request
 from ..timeline import Timeline
-from .console import one_line, tell
+from .console import is_looked_at, one_line, tell, waiting
 from .crosscheck import kineto, overhead
 from .draws import arrival_times
 from .measurement import Measurement
-from .options import Settings, sizes
+from .options import sizes
 from .report import OWN, Failure, Overhead
+from .settings import Settings
 from .workload import Sizes, Workload, serve_over_time
 
 BATCHERS: dict[str, type[BatcherBase]] = {"sync": SyncBatcher, "async": AsyncBatcher}
@@ -82,7 +82,8 @@ class Turns:
 
     def _opened(self, stack: contextlib.ExitStack, key: Key) -> tuple[Any, Measurement]:
         engine, mode = key
-        batcher = stack.enter_context(open_batcher(engine, mode, self.settings, self.job))
+        with waiting(f"{self._who(key)}: starting the device"):
+            batcher = stack.enter_context(open_batcher(engine, mode, self.settings, self.job))
         measurement = Measurement(self.job.workload, self.job.sizes, engine, mode, self.settings.slots)
         measurement.prompts = tuple(len(request.token_ids) for request in self.job.requests)
         measurement.limits = tuple(request.max_new_tokens for request in self.job.requests)
@@ -93,35 +94,37 @@ class Turns:
         return batcher, measurement
 
     def _warm_up(self, key: Key) -> None:
-        tell(f"{self._who(key)}: warm-up")
         batcher, requests = self._open[key][0], self.job.requests
         few = [Request(r.token_ids, min(2, r.max_new_tokens)) for r in requests[: self.job.workload.batch_size]]
-        run_once(batcher, few)
-        if key[0] != OWN:
-            check_speed(batcher, requests, self.settings.peer_limit_s)
+        with waiting(f"{self._who(key)}: warm-up"):
+            run_once(batcher, few)
+            if key[0] != OWN:
+                check_speed(batcher, requests, self.settings.peer_limit_s)
 
     def _run_once(self, key: Key, repeat: int) -> None:
         batcher, measurement = self._open[key]
         workload, requests = self.job.workload, self.job.requests
         arrivals_s = arrival_times(workload.arrivals, len(requests), workload.seed)
         points = not (self.settings.preset or self.settings.record)  # others build on those runs: nothing slows them
+        count, looked_at = f"run {repeat + 1} of {self.settings.repeats}", is_looked_at()
+        if not looked_at:  # else a bar shows that it goes on; no thread may count seconds beside what is measured
+            tell(f"{self._who(key)}: {count} ...")
         with self._keeping_what_ran(batcher, measurement):
-            run = run_once(batcher, requests, arrivals_s, sys.stderr.isatty(), points)
+            run = run_once(batcher, requests, arrivals_s, looked_at, points)
         steps_from(run[0])  # a ValueError now is better than a report that cannot be made
         measurement.runs.append(run)
-        count, wall_s = f"run {repeat + 1} of {self.settings.repeats}", run[0].summary().wall_s
-        tell(f"{self._who(key)}: {count}: {wall_s:.2f} s")
+        tell(f"{self._who(key)}: {count}: {run[0].summary().wall_s:.2f} s")
 
     def _check(self, key: Key) -> None:
         """What measuring costs, and what another method says, if that was asked for."""
         batcher, measurement = self._open[key]
         if self.settings.overhead and key[0] == OWN:
-            tell(f"{self._who(key)}: with and without measuring")
+            tell(f"{self._who(key)}: with and without measuring ...")
             measurement.overhead = self._overhead(batcher, key[1])
             if measurement.overhead is None:
                 tell(f"{self._who(key)}: too few steps to tell what measuring costs; take more --new-tokens")
         if self.settings.kineto:
-            tell(f"{self._who(key)}: once more under torch.profiler")
+            tell(f"{self._who(key)}: once more under torch.profiler ...")
             measurement.kineto = kineto(batcher, self.job.requests)
 
     def _overhead(self, batcher, mode: str) -> Overhead | None:

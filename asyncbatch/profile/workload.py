@@ -26,7 +26,7 @@ from ..measure.percentile import p99
 from ..measure.points import LANE, NO_REQUEST
 from ..request import Completion, Request, shown
 from .draws import NEW_LENGTHS, PROMPT_LENGTHS, Lengths
-from .prompts import PromptFile, token_ids_of
+from .prompts import BadLine, Line, PromptFile, first_of, token_ids_of
 from .report import Latency, MedianAndP99
 
 TOPICS = (
@@ -41,7 +41,8 @@ class Workload:
     """What is served to a model, at most `batch_size` requests in one step.
 
     prompt_tokens: length of random prompts, a number or the text of a distribution (see `draws.Lengths`); None for a
-    chat model's short questions, or for the prompts of `prompt_file`. new_tokens: the most that a request generates, a
+    chat model's short questions, or for the prompts of `prompt_file`; once: serve each of its lines that can be served
+    once, at most `requests` of them, and repeat none. new_tokens: the most that a request generates, a
     number or a distribution. arrivals: "all" at the beginning, or "poisson:RATE" (see `draws.Arrivals`). name: what a
     preset calls it."""
 
@@ -54,6 +55,7 @@ class Workload:
     arrivals: str = "all"
     seed: int = 0
     name: str | None = None
+    once: bool = False
 
     @property
     def words(self) -> str:
@@ -93,9 +95,11 @@ def make_requests(workload: Workload, model, tokenizer) -> list[Request]:
     most = max_positions(config)
     new = Lengths.parse(workload.new_tokens)
     limits: list[int | None] = [None]  # what a line of the file says of itself
+    count = workload.requests
     stop: tuple[()] | None = None if new.fixed else ()
     if workload.prompt_file is not None:
         prompts, limits = _lines(workload, workload.prompt_file, tokenizer, config.vocab_size, most)
+        count = len(prompts) if workload.once else count
     elif workload.prompt_tokens is None and getattr(tokenizer, "chat_template", None):
         prompts = _questions(tokenizer)
         longest = max(map(len, prompts))
@@ -103,9 +107,9 @@ def make_requests(workload: Workload, model, tokenizer) -> list[Request]:
             raise ValueError(_too_long(longest, new, workload.model, most))
     else:
         prompts, stop = _random_prompts(workload, config.vocab_size, most), ()
-    prompts = list(itertools.islice(itertools.cycle(prompts), workload.requests))
+    prompts = list(itertools.islice(itertools.cycle(prompts), count))
     room = [most - len(prompt) for prompt in prompts]
-    new_tokens = new.draw(np.random.default_rng([workload.seed, NEW_LENGTHS]), workload.requests, room)
+    new_tokens = new.draw(np.random.default_rng([workload.seed, NEW_LENGTHS]), count, room)
     rows = zip(prompts, new_tokens, itertools.cycle(limits), strict=False)
     return [Request(prompt, limit or drawn, stop_token_ids=stop) for prompt, drawn, limit in rows]
 
@@ -117,14 +121,33 @@ def max_positions(config: Any) -> int:
 
 def _lines(workload: Workload, file: PromptFile, tokenizer, vocab_size: int, most: int
            ) -> tuple[list[list[int]], list[int | None]]:  # fmt: skip
-    """(prompts, limits): the tokens of each line, and its own limit of new tokens."""
-    new, lines = Lengths.parse(workload.new_tokens), file.lines[: workload.requests]
-    prompts = [token_ids_of(line, tokenizer, workload.model, vocab_size) for line in lines]
-    for line, prompt in zip(lines, prompts, strict=True):
-        if len(prompt) + (line.max_new_tokens or new.needed) > most:
-            limit = line.max_new_tokens or new
-            raise ValueError(f"{line.where}: {_too_long(len(prompt), limit, workload.model, most)}")
-    return prompts, [line.max_new_tokens for line in lines]
+    """(prompts, limits): the tokens of each line, and its own limit of new tokens. BadLine for one that cannot be
+    served; where the file skips those, they are noted in it."""
+    new = Lengths.parse(workload.new_tokens)
+    prompts: list[list[int]] = []
+    limits: list[int | None] = []
+    for line in file.lines:
+        if len(prompts) == workload.requests:
+            break
+        try:
+            prompt = _fitting(line, token_ids_of(line, tokenizer, workload.model, vocab_size), new, workload, most)
+        except BadLine as error:
+            if not file.skip:
+                raise
+            file.bad.append(error)
+        else:
+            prompts.append(prompt)
+            limits.append(line.max_new_tokens)
+    if not prompts:
+        raise ValueError(f"--prompts {file.path}: no line of it can be served{first_of(file.bad)}")
+    return prompts, limits
+
+
+def _fitting(line: Line, prompt: list[int], new: Lengths, workload: Workload, most: int) -> list[int]:
+    limit = line.max_new_tokens or new
+    if len(prompt) + (line.max_new_tokens or new.needed) > most:
+        raise BadLine(line.where, line.number, _too_long(len(prompt), limit, workload.model, most))
+    return prompt
 
 
 def _questions(tokenizer) -> list[list[int]]:

@@ -10,6 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from .files import whole_file
+
 
 def write(path: str | Path, timelines: Sequence[Any], lanes: Sequence[str]) -> None:
     """Write the timelines into one file, as processes 1, 2, ..., each of which begins at time 0. lanes: what every
@@ -44,7 +46,8 @@ def write(path: str | Path, timelines: Sequence[Any], lanes: Sequence[str]) -> N
             if len(of_step) == len(lanes[1:]):
                 events += _arrows([of_step[lane] for lane in lanes[1:]], next(flows))
     trace = {"traceEvents": events, "displayTimeUnit": "ms", "metadata": {"asyncbatch": notes}}
-    Path(path).write_text(json.dumps(trace, allow_nan=False), encoding="utf-8")
+    with whole_file(path) as beside:
+        beside.write_text(json.dumps(trace, allow_nan=False), encoding="utf-8")
 
 
 def _note(timeline: Any, pid: int, origin: float) -> dict[str, Any]:

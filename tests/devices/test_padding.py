@@ -7,6 +7,7 @@ import contextlib
 
 import pytest
 import torch
+from support.changed_models import Quantized
 from support.gpt2 import tiny_gpt2
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -108,3 +109,13 @@ def test_one_product_of_each_size_is_tried():
 def test_the_worker_says_what_it_chose():
     with SyncBatcher(tiny_gpt2(), max_batch_size=3, block_size=4, max_length=32, prefill_tokens=8) as batcher:
         assert set(batcher.device.padding) == {3, 8}
+
+
+@pytest.mark.parametrize("scales", [torch.float32, torch.bfloat16])
+def test_quantized_products_are_tried_with_rows_of_the_type_of_their_scales(scales):
+    layer = Quantized(torch.nn.Linear(16, 8, bias=False).to(scales))
+    seen = []
+    layer.register_forward_pre_hook(lambda module, rows: seen.append(rows[0].dtype))
+    (product,) = products_of(torch.nn.Sequential(layer))
+    assert padding_for([product], [1, 3]).keys() == {1, 3}
+    assert set(seen) == {scales}

@@ -219,3 +219,23 @@ def test_strict_nbval_passes_a_figure_saved_with_or_without_its_widget(tmp_path,
     ran = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert ran.returncode == 0, ran.stdout
     assert "2 passed" in ran.stdout
+
+
+def test_gaps_are_packed_with_what_the_host_did_in_most_of_them():
+    timeline = Timeline("a", "virtual")
+    for step, (plan, commit) in enumerate([(1, 0), (3, 1), (0, 2), (0, 0)]):
+        start = 10.0 * step
+        timeline.add("host", "plan", step, start, start + plan)
+        timeline.add("host", "commit", step, start + plan, start + plan + commit)
+        timeline.add("host", "wait", step, start + plan + commit, start + 4)
+        timeline.add("compute", "step", step, start + 4, start + 10)
+        timeline.add_step(step, "decode", 1, 0)
+    about, _ = plot(timeline).packed()
+    assert about["causes"] == ["plan", "commit"]
+    # The first step has no gap before it, and before the last one the host only waited.
+    assert about["tracks"][0]["gaps"] == {"steps": [1, 2], "causes": [0, 1], "percent": [75, 50]}
+    told = [(2, "copy out late", 1.0), (3, "launched, not begun", 0.5)]
+    about, _ = plot(timeline, timeline, causes=lambda _: told).packed()
+    assert about["causes"] == ["copy out late", "launched, not begun"]
+    assert [track["gaps"]["percent"] for track in about["tracks"]] == [[100, 50]] * 2
+    assert plot(Timeline("empty")).packed()[0]["tracks"][0]["gaps"] == {"steps": [], "causes": [], "percent": []}

@@ -332,7 +332,7 @@ def test_two_real_reports(tmp_path, capsys, monkeypatch):
     assert [line for line in out.splitlines() if line.startswith("asyncbatch ")] == [
         f"asyncbatch {mode}, random:tiny, batch size 2" for mode in ("sync", "async")
     ]
-    found = json.loads(compare.run(*paths, as_json=True))
+    found = json.loads(compare.run(*paths, as_json=True)[0])
     reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in "ab"]
     for place, pair in enumerate(found["runs"]):
         wall = {one["name"]: one for one in pair["rows"]}["wall_s"]

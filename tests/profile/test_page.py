@@ -390,7 +390,7 @@ def spans_in(seen: Parsed) -> tuple[dict, bytes]:
 def test_the_timeline_is_the_widgets(both):
     _, timelines, seen = both
     about, spans = spans_in(seen)
-    widget = plot(*timelines).widget
+    widget = plot(*timelines, causes=document.gap_causes).widget
     assert spans == bytes(widget.spans)
     assert about == widget.about
     assert all(lane["kept"] is None for lane in about["lanes"])

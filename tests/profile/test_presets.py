@@ -16,10 +16,11 @@ from asyncbatch.measure.points import LANE, NO_REQUEST
 from asyncbatch.profile import session as profile
 from asyncbatch.profile import side_by_side, turns
 from asyncbatch.profile.diagnosis import longest_gap_ms
-from asyncbatch.profile.options import parse_arguments, settle
+from asyncbatch.profile.options import parse_arguments
 from asyncbatch.profile.page import page
 from asyncbatch.profile.presets import PRESETS, SHORT, has_names, served_by
 from asyncbatch.profile.report import Latency, MedianAndP99, Report, Run
+from asyncbatch.profile.settings import settle
 from asyncbatch.profile.text import table
 
 NAMES = ["headline", "long prompts", "mixed", "0.6B, 256 rows"]

@@ -47,13 +47,13 @@ def test_an_old_report_has_a_page(path):
 
 
 def test_an_old_report_can_be_compared_with_itself_and_with_a_new_one(path, tmp_path):
-    out = compare.run(str(path), str(path))
+    out = compare.run(str(path), str(path))[0]
     assert "warning" not in out
     assert "1.000x" in out
     new = {**json.loads(path.read_text()), "schema": 4}
     del new["targets"]
     (tmp_path / "new.json").write_text(json.dumps(new))
-    lines = compare.run(str(path), str(tmp_path / "new.json")).splitlines()
+    lines = compare.run(str(path), str(tmp_path / "new.json"))[0].splitlines()
     assert [line for line in lines if line.startswith("warning")] == ["warning: schema: A has 3, B has 4"]
 
 

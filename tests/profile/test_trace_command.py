@@ -95,7 +95,7 @@ def test_options_that_measure_are_refused_beside_a_trace(call, tmp_path, options
 def test_an_out_that_cannot_be_written_is_refused_before_the_file_is_read(call, tmp_path):
     (tmp_path / "file").write_text("mine")
     status, out, error = call("--trace", tmp_path / "none.json", "--out", tmp_path / "file")
-    assert (status, out) == (2, "")
+    assert (status, out) == (1, "")
     assert "none.json" not in error
     assert error.count("\n") == 1
     assert (tmp_path / "file").read_text() == "mine"

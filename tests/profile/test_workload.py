@@ -14,6 +14,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from support.clocks import costs, kinds
+from support.prompts import SMALL, TOKENS, Words, workload_of, written
 from support.recordings import example
 from support.reports import call_script
 from support.serving import OPTIONS, alone, requests
@@ -26,21 +27,13 @@ from asyncbatch.ordering.toy import toy_tokens, use_toy_model
 from asyncbatch.profile import session as profile
 from asyncbatch.profile import turns
 from asyncbatch.profile.draws import Arrivals, Lengths, arrival_times
-from asyncbatch.profile.options import parse_arguments, settle
+from asyncbatch.profile.options import parse_arguments
 from asyncbatch.profile.peers.batcher import TransformersBatcher
 from asyncbatch.profile.prompts import PromptFile
 from asyncbatch.profile.report import Latency, MedianAndP99
 from asyncbatch.profile.workload import TOPICS, Sizes, latency, make_requests, most_context, serve_over_time
 from asyncbatch.request import RequestError
 from asyncbatch.streams import DeviceError
-
-SMALL = ["--model", "random:tiny", "--batch-size", "3", "--repeats", "1"]
-
-
-def workload_of(*arguments):
-    """The one workload of a call of the script."""
-    (workload,) = settle(parse_arguments([str(argument) for argument in arguments])).workloads
-    return workload
 
 
 @pytest.fixture(scope="module")
@@ -224,21 +217,6 @@ def test_each_draw_has_random_numbers_of_its_own(tiny):
     assert all(length != limit for length, limit in alike), "long prompts do not ask for long answers"
 
 
-class Words:
-    """A tokenizer: a token for each word, and a template that puts the role before each message."""
-
-    chat_template = "yes"
-
-    def __call__(self, text, verbose=True):
-        return types.SimpleNamespace(input_ids=[len(word) for word in text.split()])
-
-    def apply_chat_template(self, messages, add_generation_prompt, return_dict):
-        assert add_generation_prompt
-        if any(message["role"] == "nobody" for message in messages):
-            raise KeyError("no role\nnobody")
-        return [9] + [len(word) for message in messages for word in message["content"].split()]
-
-
 def test_a_chat_model_gets_short_questions_that_it_may_end_by_itself(tiny):
     made = make_requests(workload_of(*SMALL, "--requests", 20, "--new-tokens", 5), tiny, Words())
     assert all(request.stop_token_ids is None for request in made)
@@ -256,154 +234,6 @@ def test_the_largest_context_of_a_step_is_that_of_the_longest_requests():
     assert most_context(same, 3) == 3 * (16 + 8 - 1)
     assert most_context(same, 9) == 5 * (16 + 8 - 1)
     assert most_context([Request([1] * 2, 3), Request([1] * 9, 4), Request([1], 1)], 2) == 4 + 12
-
-
-# ---- prompts files ---------------------------------------------------------------------------------------------------
-
-
-def written(folder, name, content):
-    path = folder / name
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
-
-
-def test_a_text_file_has_a_prompt_a_line(tmp_path, tiny):
-    path = written(tmp_path, "p.TXT", b"\xef\xbb\xbfone two\r\n\n   \n  the sea\xe2\x80\xa8is wide\nlast")
-    workload = workload_of(*SMALL, "--prompts", path, "--new-tokens", 4)
-    assert [line.content for line in workload.prompt_file.lines] == ["one two", "  the sea\u2028is wide", "last"]
-    assert [line.where for line in workload.prompt_file.lines] == [f"{path}, line {n}" for n in (1, 4, 5)]
-    made = make_requests(workload, tiny, Words())
-    assert [request.token_ids for request in made] == [[3, 3], [3, 3, 2, 4], [4]]
-    assert all((request.max_new_tokens, request.stop_token_ids) == (4, None) for request in made)
-
-
-JSONL = """{"prompt": "one two"}
-
-{"messages": [{"role": "user", "content": "the sea"}], "max_new_tokens": 7}
-{"token_ids": [1, 2, 255], "max_new_tokens": 2}
-"""
-
-
-def test_a_jsonl_file_has_text_chats_and_tokens_and_its_own_limits(tmp_path, tiny):
-    path = written(tmp_path, "p.jsonl", JSONL)
-    made = make_requests(workload_of(*SMALL, "--prompts", path, "--new-tokens", 4), tiny, Words())
-    assert [(list(request.token_ids), request.max_new_tokens) for request in made] == [
-        ([3, 3], 4), ([9, 3, 3], 7), ([1, 2, 255], 2),
-    ]  # fmt: skip
-    assert all(request.stop_token_ids is None for request in made)
-    drawn = make_requests(workload_of(*SMALL, "--prompts", path, "--new-tokens", "20-30"), tiny, Words())
-    assert 20 <= drawn[0].max_new_tokens <= 30
-    assert [request.max_new_tokens for request in drawn[1:]] == [7, 2]
-    assert all(request.stop_token_ids == () for request in drawn)
-
-
-def test_requests_cycle_or_cut_the_lines(tmp_path, tiny):
-    path = written(tmp_path, "p.jsonl", JSONL)
-    for count in (1, 2, 3, 8):
-        workload = workload_of(*SMALL, "--prompts", path, "--requests", count)
-        made = make_requests(workload, tiny, Words())
-        assert shape(made) == [(2, 64), (3, 7), (3, 2)][:count] if count < 4 else [(2, 64), (3, 7), (3, 2)] * 2 + [
-            (2, 64), (3, 7),
-        ]  # fmt: skip
-    assert workload_of(*SMALL, "--prompts", path).requests == 3
-
-
-TOKENS = '{"token_ids": [1]}\n'
-# The file's name, its content, and what is said of it.
-BAD_FILES = {
-    "empty": ("p.txt", "", "--prompts {p}: there is no prompt in it"),
-    "blank": ("p.jsonl", "\n \r\n\n", "--prompts {p}: there is no prompt in it"),
-    "ending": ("p.csv", "a", "--prompts {p}: allowed are files that end in .txt (one prompt a line) or .jsonl (one "
-               "JSON object a line)"),
-    "no ending": ("prompts", "a", "--prompts {p}: allowed are files that end in .txt"),
-    "not UTF-8": ("p.txt", b"good\nb\xe4d", "{p}, line 2: byte 2 of the line is not UTF-8"),
-    "UTF-16": ("p.jsonl", '{"prompt": "a"}'.encode("utf-16"), "{p}, line 1: byte 1 of the line is not UTF-8"),
-    "not JSON": ("p.jsonl", TOKENS + "hello", "{p}, line 2: not JSON: Expecting value at column 1"),
-    "half a line": ("p.jsonl", TOKENS * 2 + '{"prompt": "a', "{p}, line 3: not JSON: Unterminated string starting at"),
-    "two on a line": ("p.jsonl", TOKENS.strip() * 2, "{p}, line 1: not JSON: Extra data at column 19"),
-    "a list": ("p.jsonl", "[1, 2]", '{p}, line 1: a JSON object with exactly one of "prompt", "messages" and '
-               '"token_ids" is expected, not [1, 2]'),
-    "deep": ("p.jsonl", "[" * 200_000, "{p}, line 1: JSON that cannot be read: "),
-    "none": ("p.jsonl", '{"text": "a"}', '{p}, line 1: exactly one of "prompt", "messages" and "token_ids" is allowed, '
-             "and it has none of them"),
-    "both": ("p.jsonl", '{"prompt": "a", "token_ids": [1]}', '{p}, line 1: exactly one of "prompt", "messages" and '
-             '"token_ids" is allowed, and it has "prompt" and "token_ids"'),
-    "unknown key": ("p.jsonl", '{"prompt": "a", "max_tokens": 3}', "{p}, line 1: unknown key 'max_tokens'; allowed "
-                    'beside "prompt" is "max_new_tokens"'),
-    "prompt is a number": ("p.jsonl", '{"prompt": 7}', '{p}, line 1: "prompt" is 7; allowed is text'),
-    "prompt is empty": ("p.jsonl", '{"prompt": ""}', "{p}, line 1: \"prompt\" is ''; allowed is text of at least one"),
-    "half a pair": ("p.jsonl", '{"prompt": "\\ud800"}', "{p}, line 1: \"prompt\" is '\\ud800'; allowed is text of at "
-                    "least one character that UTF-8 can write"),
-    "no messages": ("p.jsonl", '{"messages": []}', '{p}, line 1: "messages" is []; allowed is a list of objects, each '
-                    'with the texts "role" and "content" and nothing else'),
-    "a message without role": ("p.jsonl", '{"messages": [{"content": "a"}]}', '{p}, line 1: "messages" is [{\'content'),
-    "a message of parts": ("p.jsonl", '{"messages": [{"role": "user", "content": [1]}]}', '{p}, line 1: "messages" is'),
-    "no tokens": ("p.jsonl", '{"token_ids": []}', '{p}, line 1: "token_ids" is []; allowed is a list of at least one '
-                  "whole number from 0"),
-    "half a token": ("p.jsonl", '{"token_ids": [1.5]}', '{p}, line 1: "token_ids" is [1.5]'),
-    "a boolean token": ("p.jsonl", '{"token_ids": [true]}', '{p}, line 1: "token_ids" is [True]'),
-    "a token too high": ("p.jsonl", TOKENS + '{"token_ids": [1, 256]}', '{p}, line 2: "token_ids" has 256: the '
-                         "vocabulary of random:tiny has 0 to 255"),
-    "no new tokens": ("p.jsonl", '{"token_ids": [1], "max_new_tokens": 0}', '{p}, line 1: "max_new_tokens" is 0; '
-                      "allowed are whole numbers from 1"),
-    "new tokens null": ("p.jsonl", '{"token_ids": [1], "max_new_tokens": null}', '{p}, line 1: "max_new_tokens" is '
-                        "None"),
-    "a huge number": ("p.jsonl", '{"token_ids": [' + "9" * 5000 + "]}", "{p}, line 1: JSON that cannot be read: "),
-    "too long": ("p.jsonl", TOKENS + json.dumps({"token_ids": [1] * 961}), "{p}, line 2: prompts of 961 tokens and 64 "
-                 "new ones: random:tiny allows 1024"),
-    "too long for its own limit": ("p.jsonl", '{"token_ids": [1], "max_new_tokens": 1024}', "{p}, line 1: prompts of 1 "
-                                   "tokens and 1024 new ones: random:tiny allows 1024"),
-    "text without a tokenizer": ("p.txt", "a\n", '{p}, line 1: "prompt" is text, and random:tiny has no tokenizer '
-                                 'here: allowed are .jsonl files with "token_ids"'),
-    "a chat without a tokenizer": ("p.jsonl", '{"messages": [{"role": "user", "content": "a"}]}',
-                                   '{p}, line 1: "messages" is text, and random:tiny has no tokenizer here'),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", BAD_FILES)
-def test_a_bad_file_is_one_line_with_its_name_and_the_lines_number(call, tmp_path, name):
-    file, content, said = BAD_FILES[name]
-    path = written(tmp_path, file, content)
-    status, out, error = call(*SMALL, "--prompts", path)
-    assert (status, out) == (2, "")
-    assert error.startswith("asyncbatch.profile: " + said.replace("{p}", str(path)))
-    assert error.count("\n") == 1
-    assert len(error) < 300 + len(str(path))
-
-
-def test_files_that_cannot_be_read_are_said(call, tmp_path):
-    (tmp_path / "folder.txt").mkdir()
-    for path, said in ((tmp_path / "no.txt", "No such file or directory"), (tmp_path / "folder.txt", "Is a directory")):
-        assert call(*SMALL, "--prompts", path) == (2, "", f"asyncbatch.profile: --prompts {path}: {said}\n")
-
-
-@pytest.mark.parametrize(
-    ("tokenizer", "content", "said"),
-    [
-        (types.SimpleNamespace(chat_template=None), '{"messages": [{"role": "user", "content": "a"}]}',
-         'line 1: the tokenizer of random:tiny has no chat template: allowed are "prompt" and "token_ids"'),
-        (Words(), '{"prompt": "a"}\n{"messages": [{"role": "nobody", "content": "a"}]}',
-         "line 2: the tokenizer of random:tiny refused it: 'no role"),
-        (Words(), '{"prompt": " \\u2003"}', "line 1: the prompt has no tokens: at least one is needed"),
-    ],
-)  # fmt: skip
-def test_what_a_tokenizer_refuses_has_the_lines_number(tmp_path, tiny, tokenizer, content, said):
-    workload = workload_of(*SMALL, "--prompts", written(tmp_path, "p.jsonl", content))
-    with pytest.raises(ValueError, match="p.jsonl, line") as caught:
-        make_requests(workload, tiny, tokenizer)
-    assert said in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_prompts_file_of_the_embedded_model(tmp_path):
-    model, tokenizer = load_model()
-    path = written(tmp_path, "p.jsonl", '{"prompt": "The sea is"}\n{"messages": [{"role": "user", "content": "Hi"}]}')
-    text, chat = make_requests(workload_of("--prompts", path), model, tokenizer)
-    assert text.token_ids == tokenizer("The sea is").input_ids
-    assert tokenizer.decode(chat.token_ids).rstrip().endswith("assistant")
-    path = written(tmp_path, "long.txt", "short\n" + "sea " * 9000)
-    with pytest.raises(ValueError, match=r"long.txt, line 2: prompts of \d+ tokens and 64 new ones: smollm2 allows"):
-        make_requests(workload_of("--prompts", path), model, tokenizer)
 
 
 # ---- serving over time -----------------------------------------------------------------------------------------------

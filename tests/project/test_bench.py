@@ -11,8 +11,9 @@ import pytest
 from asyncbatch import Timeline
 from asyncbatch.profile.diagnosis import Place, make_report
 from asyncbatch.profile.measurement import Measurement
-from asyncbatch.profile.options import parse_arguments, settle
+from asyncbatch.profile.options import parse_arguments
 from asyncbatch.profile.report import ModelFacts, Report
+from asyncbatch.profile.settings import settle
 from asyncbatch.profile.workload import Sizes
 from tools import bench
 

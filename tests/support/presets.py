@@ -43,7 +43,7 @@ def pretend_gpu(monkeypatch) -> types.SimpleNamespace:
     monkeypatch.setattr(turns, "BATCHERS", ours)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(profile, "is_on_cuda", lambda model: True)
-    monkeypatch.setattr(profile, "gpu_facts", lambda: Gpu.from_json(SESSION["gpu"]))
+    monkeypatch.setattr(profile, "gpu_facts", lambda place: Gpu.from_json(SESSION["gpu"]))
     monkeypatch.setattr(profile, "copy_bandwidth", lambda device: 4e12)
     monkeypatch.setattr(profile, "matmul_rate", lambda device, dtype: 7e14)
     monkeypatch.setattr(diagnosis, "versions", lambda: SESSION["versions"])

@@ -29,12 +29,14 @@ def _measured(arguments: tuple[str, ...]) -> tuple[dict[str, Any], list[Timeline
 
 
 def call_script(capsys, *arguments) -> tuple[Any, str, str]:
-    """Run the profiling script in this process: (exit status, standard output, standard error)."""
+    """Run the profiling script in this process: (exit status, standard output, standard error without the lines that
+    only say what is waited for, "loading ... ...")."""
     try:
         status = cli.main([str(argument) for argument in arguments])
     except SystemExit as end:  # argparse ends so
         status = end.code
-    return status, *capsys.readouterr()
+    out, error = capsys.readouterr()
+    return status, out, "".join(line for line in error.splitlines(True) if not line.endswith(" ...\n"))
 
 
 def measured(arguments: tuple[str, ...] = REAL) -> tuple[dict[str, Any], list[Timeline]]:

@@ -42,6 +42,21 @@ function unpack(view, about) {
   return layers;
 }
 
+// The steps of a track in order: their starts, their numbers, and until when the device was busy with those so far.
+function stepsOf(layers) {
+  const found = layers.flatMap((layer) => layer.starts.map((start, i) => [start, layer.ends[i], layer.steps[i]]));
+  found.sort((one, two) => one[0] - two[0]);
+  let last = -Infinity;
+  return { starts: found.map((one) => one[0]), numbers: found.map((one) => one[2]),
+    until: found.map((one) => (last = Math.max(last, one[1]))) };
+}
+
+// The gap around t, as [start, end, the step before which it is]; undefined if there is none.
+function gapAt({ starts, numbers, until }, t) {
+  const next = upTo(starts, t);
+  if (next > 0 && next < starts.length && until[next - 1] < t) return [until[next - 1], starts[next], numbers[next]];
+}
+
 function seconds(value, digits = 4, scale = value || 2) {  // in the unit that suits `scale`
   const [factor, unit] = scale >= 2 ? [1, "s"] : scale >= 2e-3 ? [1e3, "ms"] : [1e6, "µs"];
   return `${Number((value * factor).toPrecision(digits))} ${unit}`;
@@ -53,7 +68,11 @@ function render({ model, el }) {
     { ...lane, track, index: i, layers: layers.filter((layer) => layer.track === track && layer.lane === i) })));
   const [canvas, tip, live, help] = ["canvas", "div", "div", "div"].map((tag) => document.createElement(tag));
   const root = document.createElement("div"), ctx = canvas.getContext("2d");
-  let [from, to] = about.window, width = 800, height = 0, LEFT = 108, drag = null, queued = 0;
+  const steps = about.tracks.map((_, track) => stepsOf(layers.filter((layer) => layer.track === track && layer.lane === 2)));
+  const causes = about.tracks.map(({ gaps }) => new Map(gaps.steps.map((step, i) => [step, [about.causes[gaps.causes[i]], gaps.percent[i]]])));
+  let [from, to] = about.window, width = 800, height = 0, LEFT = 108, drag = null, pointer = null, queued = 0;
+  let pen = ctx;  // what is drawn on: the canvas in view, or the one that keeps the picture of the whole run
+  const kept = { canvas: document.createElement("canvas"), of: "" };
 
   root.style.cssText = "position:relative;color:var(--jp-content-font-color1,var(--vscode-foreground,CanvasText));" + `font:${FONT}`;
   canvas.style.cssText = "display:block;width:100%;outline-offset:-2px;touch-action:pan-y;cursor:grab";
@@ -98,24 +117,41 @@ function render({ model, el }) {
   root.append(canvas, tip, legend, live, help);
   el.append(root);
 
-  // Fill lane layers between times a and b over [x, x + w] by the busy share of each pixel of the screen.
+  // Fill lane layers between times a and b over [x, x + w] by the busy share of each pixel of the screen. Each layer is
+  // one outline, there along its top and back along its base: a rectangle for each pixel takes the browser ten times as
+  // long to paint.
   function columns(parts, a, b, x, y, w, h) {
-    const n = Math.round(w * devicePixelRatio), base = new Float64Array(n);
+    const n = Math.round(w * devicePixelRatio);
+    let base = new Float64Array(n);
     for (const layer of parts) {
-      ctx.fillStyle = fills[layer.key];
+      const top = new Float64Array(n);
       for (let i = 0, low = layer.busy(a); i < n; i++) {
-        const high = layer.busy(a + (b - a) * (i + 1) / n), share = (high - low) / (b - a) * n;
-        if (share > 0) ctx.fillRect(x + i * w / n, y + h * (1 - base[i] - share), w / n, h * share);
-        base[i] += share; low = high;
+        const high = layer.busy(a + (b - a) * (i + 1) / n);
+        top[i] = base[i] + (high - low) / (b - a) * n;
+        low = high;
       }
+      pen.fillStyle = fills[layer.key];
+      pen.beginPath();
+      for (let i = 0; i < n; i++) corner(top, i, i - 1, x + i * w / n, y, h);
+      pen.lineTo(x + w, y + h * (1 - top[n - 1]));
+      for (let i = n - 1; i >= 0; i--) corner(base, i, i + 1, x + (i + 1) * w / n, y, h);
+      pen.lineTo(x, y + h * (1 - base[0]));
+      pen.fill();
+      base = top;
     }
+  }
+
+  function corner(level, i, before, x, y, h) {  // from the level of the pixel before to that of this one, at x
+    if (level[i] === level[before]) return;
+    if (before >= 0 && before < level.length) pen.lineTo(x, y + h * (1 - level[before]));
+    pen.lineTo(x, y + h * (1 - level[i]));
   }
 
   function idleBand(parts, a, b, x, y, w, h) {
     const first = Math.min(...parts.map((p) => p.starts[0] ?? Infinity)), last = Math.max(...parts.map((p) => p.ends.at(-1) ?? -Infinity));
     const low = Math.max(a, first), high = Math.min(b, last);
-    ctx.fillStyle = fills.idle;
-    if (low < high) ctx.fillRect(x + (low - a) / (b - a) * w, y, (high - low) / (b - a) * w, h);
+    pen.fillStyle = fills.idle;
+    if (low < high) pen.fillRect(x + (low - a) / (b - a) * w, y, (high - low) / (b - a) * w, h);
   }
 
   function leftOut(kept, until, a, b, x, y, w, h, words = "") {  // cover what of [a, b] is not kept, as far as `until`
@@ -123,7 +159,7 @@ function render({ model, el }) {
     for (const [start, stop] of parts) {
       const left = x + (start - a) / (b - a) * w, room = (stop - start) / (b - a) * w;
       if (room <= 0) continue;
-      ctx.fillStyle = fills.left; ctx.fillRect(left, y, room, h);
+      pen.fillStyle = fills.left; pen.fillRect(left, y, room, h);
       if (room > 60) write(words, left + room / 2, y + h / 2, getComputedStyle(root).color, "center");
     }
   }
@@ -147,7 +183,7 @@ function render({ model, el }) {
   }
 
   function write(text, x, y, fill, align = "left", font = FONT, room = undefined) {
-    ctx.font = font; ctx.fillStyle = fill; ctx.textAlign = align; ctx.fillText(text, x, y, room);
+    pen.font = font; pen.fillStyle = fill; pen.textAlign = align; pen.fillText(text, x, y, room);
   }
 
   // A track's caption as [what fits beside its name, the lines below it]: all of it beside, or all of it below.
@@ -174,14 +210,23 @@ function render({ model, el }) {
     show(from, to);
   }
 
-  function draw() {
-    queued = 0;
-    const began = performance.now(), w = width - LEFT - RIGHT, color = getComputedStyle(root).color;
-    canvas.width = width * devicePixelRatio; canvas.height = height * devicePixelRatio;
-    ctx.scale(devicePixelRatio, devicePixelRatio);
-    ctx.textBaseline = "middle";
-    const toX = (t) => LEFT + (t - from) / (to - from) * w;
-    about.tracks.forEach((track, i) => {  // the whole run, and where in it we are
+  // Begin to draw on a canvas of this size, in CSS pixels.
+  function clean(target, w, h) {
+    const [pixelsWide, pixelsHigh] = [w, h].map((length) => Math.floor(length * devicePixelRatio));
+    pen = target.getContext("2d");
+    if (target.width !== pixelsWide || target.height !== pixelsHigh) { target.width = pixelsWide; target.height = pixelsHigh; }
+    pen.setTransform(devicePixelRatio, 0, 0, devicePixelRatio, 0, 0);
+    pen.clearRect(0, 0, w, h);
+    pen.textBaseline = "middle";
+  }
+
+  // The whole run, which looks the same whatever part of it is shown below.
+  function wholeRun(w, h, color) {
+    const of = `${width} ${devicePixelRatio} ${color}`;
+    if (kept.of === of) return;
+    kept.of = of;
+    clean(kept.canvas, width, h);
+    about.tracks.forEach((track, i) => {
       const parts = lanes[i * about.lanes.length + 2].layers, y = i * STRIP + 2;
       ctx.font = FONT;
       const names = [`whole run, ${track.name}`, track.name, "whole run"], fits = (text) => ctx.measureText(text).width <= LEFT - 8;
@@ -190,7 +235,15 @@ function render({ model, el }) {
       columns(parts, 0, end, LEFT, y, w, STRIP - 3);
       leftOut(about.lanes[2].kept, track.end, 0, end, LEFT, y, w, STRIP - 3);
     });
-    const strip = STRIP * about.tracks.length;
+  }
+
+  function draw() {
+    queued = 0;
+    const began = performance.now(), w = width - LEFT - RIGHT, color = getComputedStyle(root).color;
+    const toX = (t) => LEFT + (t - from) / (to - from) * w, strip = STRIP * about.tracks.length;
+    wholeRun(w, strip + 4, color);
+    clean(canvas, width, height);
+    ctx.drawImage(kept.canvas, 0, 0, width, strip + 4);  // and where in it we are:
     ctx.strokeStyle = color; ctx.lineWidth = 1.5;
     ctx.strokeRect(LEFT + from / end * w, 1, Math.max(2, (to - from) / end * w), strip);
     let y = strip + 6;
@@ -236,6 +289,7 @@ function render({ model, el }) {
     if (live.textContent !== text) live.textContent = text;
     canvas.dataset.view = `${from} ${to}`;
     canvas.dataset.drawMs = performance.now() - began;
+    explain();
   }
 
   function show(a, b) {
@@ -244,12 +298,41 @@ function render({ model, el }) {
     queued ||= requestAnimationFrame(draw);
   }
   const zoom = (by, at = (from + to) / 2) => show(at - (at - from) * by, at + (to - at) * by);
-  const timeAt = (event) => from + (event.offsetX - LEFT) / (width - LEFT - RIGHT) * (to - from);
+  const timeAt = (x) => from + (x - LEFT) / (width - LEFT - RIGHT) * (to - from);
+
+  // What is under the mouse, in words; "" for nothing.
+  function wordsAt({ x, y }) {
+    const t = timeAt(x), near = 3 * (to - from) / (width - LEFT - RIGHT);
+    const lane = lanes.find((one) => y >= one.y && y <= one.y + one.h + PAUSE / 2);
+    if (!lane || x < LEFT) return "";
+    const where = `${about.tracks[lane.track].name}, ${lane.words}`, gap = lane.index === 2 && gapAt(steps[lane.track], t);
+    if (lane.kept && (t < lane.kept[0] || t > lane.kept[1])) return "left out of this page";
+    if (gap) {
+      const [cause, percent] = causes[lane.track].get(gap[2]) ?? [];
+      const why = cause === undefined ? "" : `: ${cause} (${percent} % of it)`;
+      return `${where}: idle for ${seconds(gap[1] - gap[0])} before step ${gap[2]}${why}`;
+    }
+    const off = ([layer, i]) => Math.max(layer.starts[i] - t, t - layer.ends[i], 0);
+    const found = spansOf(lane, t - near, t + near);
+    if (!found.length) return "";
+    const [layer, i] = found.reduce((best, span) => (off(span) < off(best) ? span : best));
+    return `${where}: ${layer.names[i]}, step ${layer.steps[i]}, ${seconds(layer.ends[i] - layer.starts[i])}, ` +
+      `from ${seconds(layer.starts[i], 6)}`;
+  }
+
+  function explain() {  // after every move of the mouse, and of the picture under it
+    const text = pointer && !drag ? wordsAt(pointer) : "";
+    if (tip.textContent !== text) tip.textContent = text;
+    tip.style.display = text ? "block" : "none";
+    if (!text) return;
+    tip.style.left = `${Math.min(pointer.x + 12, Math.max(0, width - tip.offsetWidth))}px`;
+    tip.style.top = `${pointer.y + 16}px`;
+  }
 
   canvas.addEventListener("wheel", (event) => {
     if (document.activeElement !== canvas && !event.ctrlKey) return;  // the page scrolls until the picture is clicked
     event.preventDefault();
-    zoom(Math.exp(event.deltaY * 0.002), timeAt(event));
+    zoom(Math.exp(event.deltaY * 0.002), timeAt(event.offsetX));
   }, { passive: false });
   canvas.addEventListener("keydown", (event) => {
     const move = (to - from) * 0.2;
@@ -262,26 +345,15 @@ function render({ model, el }) {
   canvas.onpointerdown = (event) => {
     canvas.focus({ preventScroll: true }); canvas.setPointerCapture(event.pointerId);
     drag = { x: event.offsetX, from, to };
+    explain();
   };
-  canvas.onpointerup = canvas.onpointercancel = () => { drag = null; };
-  canvas.onpointerleave = () => { tip.style.display = "none"; };
+  canvas.onpointerup = canvas.onpointercancel = () => { drag = null; explain(); };
+  canvas.onpointerleave = () => { pointer = null; explain(); };
   canvas.onpointermove = (event) => {
-    const scale = (to - from) / (width - LEFT - RIGHT), t = timeAt(event), near = 3 * scale;
-    if (drag) return show(drag.from - (event.offsetX - drag.x) * scale, drag.to - (event.offsetX - drag.x) * scale);
-    const lane = lanes.find(({ y, h }) => event.offsetY >= y && event.offsetY <= y + h + PAUSE / 2);
-    const found = lane && event.offsetX >= LEFT && spansOf(lane, t - near, t + near);
-    let text = "";
-    if (found && found.length) {
-      const off = ([layer, i]) => Math.max(layer.starts[i] - t, t - layer.ends[i], 0);
-      const [layer, i] = found.reduce((best, span) => (off(span) < off(best) ? span : best));
-      text = `${about.tracks[lane.track].name}, ${lane.words}: ${layer.names[i]}, step ${layer.steps[i]}, ` +
-        `${seconds(layer.ends[i] - layer.starts[i])}, from ${seconds(layer.starts[i], 6)}`;
-    } else if (found && lane.kept && (t < lane.kept[0] || t > lane.kept[1])) text = "left out of this page";
-    else if (found && lane.index === 2) text = `${about.tracks[lane.track].name}, ${lane.words}: idle`;
-    tip.textContent = text;
-    tip.style.display = text ? "block" : "none";
-    tip.style.left = `${Math.min(event.offsetX + 12, Math.max(0, width - tip.offsetWidth))}px`;
-    tip.style.top = `${event.offsetY + 16}px`;
+    pointer = { x: event.offsetX, y: event.offsetY };
+    if (!drag) return explain();
+    const scale = (to - from) / (width - LEFT - RIGHT), moved = (event.offsetX - drag.x) * scale;
+    show(drag.from - moved, drag.to - moved);
   };
 
   canvas.addEventListener("show-time", (event) => show(...event.detail));  // for the page around it: [from, to]
