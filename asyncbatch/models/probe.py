@@ -70,7 +70,9 @@ def attention_layers(model: Any, max_length: int) -> list[AttentionLayer]:
     if any(call.mask is None for call in chunk.calls):
         raise ModelError("its attention has another mask than those that transformers makes")
     _check_same(chunk, decode)
-    windows = [window_of(mask_function, max_length) for mask_function, _ in chunk.masks]
+    windows = {mask: window_of(chunk.masks[mask][0], max_length) for mask in {call.mask for call in chunk.calls}}
+    if forgotten := sorted(_kept_by_cache(model, max_length) - set(windows.values())):
+        raise ModelError(f"its cache keeps the newest {forgotten[0]} tokens only, and its mask says otherwise")
     return [
         AttentionLayer(name, call.key.shape[1], call.key.shape[3], call.value.shape[3], call.key.dtype, windows[mask])
         for name, call, mask in zip(called, decode.calls, (call.mask for call in chunk.calls), strict=True)
@@ -112,10 +114,10 @@ def _make_mask(*_: Any, mask_function: Callable[..., Any], device: Any = None, d
     return mask
 
 
-def _look_on(module: Any, query: Any, key: Any, value: Any, mask: Any = None, *, paged: Any = None, **options: Any):
+def _look_on(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, *, paged: Any = None, **options: Any):
     """In place of attention: note what was asked for. Each token sees only itself."""
     seen = _of_thread.seen
-    number = next((number for number, (_, ours) in enumerate(seen.masks) if _is_part_of(mask, ours)), None)
+    number = next((number for number, (_, ours) in enumerate(seen.masks) if _is_part_of(attention_mask, ours)), None)
     seen.calls.append(_Call(module, query, key, value, number, paged is seen, options))
     return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2).contiguous(), None
 
@@ -149,6 +151,15 @@ def _run(model: Any, name: str, one_row: bool) -> _Seen:
     finally:
         del _of_thread.seen
     return seen
+
+
+def _kept_by_cache(model: Any, max_length: int) -> set[int]:
+    """How many tokens those layers keep, in the cache that `generate` makes for this model, that do not keep all."""
+    from transformers import DynamicCache
+
+    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    kept = {layer.sliding_window for layer in layers if getattr(layer, "is_sliding", False)}
+    return {size for size in kept if size < max_length}
 
 
 def _check_call(call: _Call) -> None:

@@ -67,10 +67,10 @@ def _attend_to(
     the running softmax of `queries`: its highest score `top`, the weights' sum `total`, the weighted values `sums`."""
     d, e = tl.arange(0, DIM_2), tl.arange(0, V_DIM_2)
     block = tl.load(table + keys // BLOCK, mask=keys < end, other=0).to(tl.int64)
-    where = (block * p_block + (keys % BLOCK) * p_token)[:, None]
-    k = tl.load(k_pool + where + d[None, :], mask=(keys < end)[:, None] & (d < DIM)[None, :], other=0.0)
-    where_v = _of_values(where, DIM, V_DIM)
-    v = tl.load(v_pool + where_v + e[None, :], mask=(keys < end)[:, None] & (e < V_DIM)[None, :], other=0.0)
+    where = block * p_block + (keys % BLOCK) * p_token
+    where_k, where_v = where[:, None] + d[None, :], _of_values(where, DIM, V_DIM)[:, None] + e[None, :]
+    k = tl.load(k_pool + where_k, mask=(keys < end)[:, None] & (d < DIM)[None, :], other=0.0)
+    v = tl.load(v_pool + where_v, mask=(keys < end)[:, None] & (e < V_DIM)[None, :], other=0.0)
     scores = _bent(tl.dot(queries, tl.trans(k), input_precision=PRECISION) * scale, SOFTCAP)
     seen = (keys[None, :] <= limit[:, None]) & (keys < end)[None, :]
     if WINDOW:
@@ -98,8 +98,8 @@ def _decode(
     are stored, the split is attended to, and the last program of a row joins the splits."""
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     m, d, e = tl.arange(0, M), tl.arange(0, DIM_2), tl.arange(0, V_DIM_2)
-    head = kv_head * GROUP + m
-    inside = (m < GROUP)[:, None] & (e < V_DIM)[None, :]
+    in_k, in_v, head = d < DIM, e < V_DIM, kv_head * GROUP + m
+    inside = (m < GROUP)[:, None] & in_v[None, :]
     out_at = out + row * out_token + head[:, None] * out_head + e[None, :]
     live = tl.load(live_rows + row)
     place = tl.load(position + row)  # of the new token, and the number of those before it
@@ -115,7 +115,7 @@ def _decode(
     if split >= used:
         return
 
-    there = (m < GROUP)[:, None] & (d < DIM)[None, :]
+    there = (m < GROUP)[:, None] & in_k[None, :]
     queries = tl.load(q + row * q_token + head[:, None] * q_head + d[None, :], mask=there, other=0.0)
     # The new token, loaded here by the first split and used after the loop: meanwhile it arrives.
     new_k = tl.load(new_k + row * new_k_token + kv_head * new_k_head + d, mask=d + split * DIM_2 < DIM, other=0.0)
@@ -134,8 +134,8 @@ def _decode(
         )  # fmt: skip
     if split == 0:
         where = new_block * p_block + (place % BLOCK) * p_token
-        tl.store(k_pool + where + d, new_k, mask=d < DIM)
-        tl.store(v_pool + _of_values(where, DIM, V_DIM) + e, new_v, mask=e < V_DIM)
+        tl.store(k_pool + (where + d), new_k, mask=in_k)
+        tl.store(v_pool + (_of_values(where, DIM, V_DIM) + e), new_v, mask=in_v)
         score = tl.sum(queries.to(tl.float32) * new_k.to(tl.float32)[None, :], 1)
         score = _bent(score * scale, SOFTCAP)
         new_top = tl.maximum(top, score)
@@ -184,13 +184,14 @@ def _store(
     token = tl.program_id(0)
     place = tl.load(places + token)
     head, d, e = tl.arange(0, HEADS_2)[:, None], tl.arange(0, DIM_2)[None, :], tl.arange(0, V_DIM_2)[None, :]
-    where = (place // BLOCK) * p_block + (place % BLOCK) * p_token + head * p_head
     inside = (head < KV_HEADS) & (d < DIM)
+    where = (place // BLOCK) * p_block + (place % BLOCK) * p_token + head * p_head
+    where_k, where_v = where + d, _of_values(where, DIM, V_DIM) + e
     k = tl.load(new_k + token * new_k_token + head * new_k_head + d, mask=inside)
-    tl.store(k_pool + where + d, k, mask=inside)
+    tl.store(k_pool + where_k, k, mask=inside)
     inside = (head < KV_HEADS) & (e < V_DIM)
     v = tl.load(new_v + token * new_v_token + head * new_v_head + e, mask=inside)
-    tl.store(v_pool + _of_values(where, DIM, V_DIM) + e, v, mask=inside)
+    tl.store(v_pool + where_v, v, mask=inside)
 
 
 @triton.jit
@@ -207,15 +208,15 @@ def _prefill(
         return
     # The tile's queries: its tokens times the query heads that share this key-value head.
     m, d, e = tl.arange(0, M), tl.arange(0, DIM_2), tl.arange(0, V_DIM_2)
-    token, head = tile * TILE_Q + m // GROUP, kv_head * GROUP + m % GROUP
+    token, head, in_k, in_v = tile * TILE_Q + m // GROUP, kv_head * GROUP + m % GROUP, d < DIM, e < V_DIM
     inside = (m < TILE_Q * GROUP) & (token < num_tokens)
+    there = inside[:, None] & in_k[None, :]
     limit = tl.load(position + row) + token  # a query sees the keys at places up to its own
     begin = 0
     if WINDOW:
         begin = tl.maximum(tl.load(position + row) + tile * TILE_Q + 1 - WINDOW, 0) // TILE * TILE
     end = tl.load(position + row) + tl.minimum(num_tokens, (tile + 1) * TILE_Q)
     token += tl.load(first + row)
-    there = inside[:, None] & (d < DIM)[None, :]
     queries = tl.load(q + token[:, None] * q_token + head[:, None] * q_head + d[None, :], mask=there, other=0.0)
     top, total, sums = _first_sums(sinks, head, inside, M, V_DIM_2)
     for n in range(begin, end, TILE):
@@ -224,7 +225,7 @@ def _prefill(
             tables + row * t_row, n + tl.arange(0, TILE), end, queries, limit, scale, top, total, sums,
             DIM, DIM_2, V_DIM, V_DIM_2, BLOCK, WINDOW, SOFTCAP, PRECISION,
         )  # fmt: skip
-    there = inside[:, None] & (e < V_DIM)[None, :]
+    there = inside[:, None] & in_v[None, :]
     tl.store(out + token[:, None] * out_token + head[:, None] * out_head + e[None, :], sums / total[:, None], there)
 
 
