@@ -59,7 +59,7 @@ def paged_attention(
     rows, heads, length, size = query.shape
     query, key, value = (x.transpose(1, 2).reshape(rows * length, -1, x.shape[3]) for x in (query, key, value))
     scale = size**-0.5 if scaling is None else scaling
-    how = scale, module.paged_window, softcap or 0.0, s_aux
+    how = scale, module.paged_window, float(softcap or 0), s_aux
     return paged.attend(paged, query, key, value, *module.paged_pools, *how).view(rows, length, heads, -1), None
 
 
@@ -70,28 +70,17 @@ def register() -> None:
     AttentionInterface.register(NAME, paged_attention)
 
 
-def kv_heads_and_dim(config) -> tuple[int, int]:
-    """Key-value heads of a layer, and the elements of each head."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
 def attend_on_cpu(batch: Batch, query, key, value, keys, values, scale, window, softcap, sinks) -> torch.Tensor:
     """Store the new keys and values in the pool and attend, one row after the other. query: [N, heads, key_size], key
-    [N, kv_heads, key_size], value [N, kv_heads, value_size]; returns [N, heads, value_size].
+    [N, kv_heads, key_size], value [N, kv_heads, value_size]. Returns [N, heads, value_size]; zeros for padding.
 
     softcap: scores are bent to lie between -softcap and softcap; 0: they are not. sinks: for each head a score that
     takes its share of the softmax and has no value, [heads], or None."""
-    block, place = batch.places // keys.shape[2], batch.places % keys.shape[2]
-    keys[block, :, place], values[block, :, place] = key, value
-    return _attend_one_by_one(query, keys, values, batch.parts, scale, window, softcap, sinks)
-
-
-def _attend_one_by_one(query, keys, values, parts, scale, window, softcap, sinks):
-    """query [N, heads, key_size]. Tokens that are in no part (padding) get zeros."""
     (heads, dim), (kv_heads, size) = query.shape[1:], keys.shape[1:3]
+    block, place = batch.places // size, batch.places % size
+    keys[block, :, place], values[block, :, place] = key, value
     output = query.new_zeros(len(query), heads, values.shape[3])
-    for first, count, position, blocks in parts:
+    for first, count, position, blocks in batch.parts or ():
         length = position + count
         start = max(position + 1 - window, 0) if window else 0  # before it, no token of this row looks
         own, there = blocks[start // size :], slice(start % size, length - start // size * size)

@@ -25,20 +25,33 @@ def check_model(model: Any, max_length: int | None = None) -> None:
 
     max_length: the longest request (default: as a batcher's). What differs in longer ones does not matter.
     """
-    if reason := _refusal(model, max_length):
+    check_decoder(model)
+    reason = _refusal_by_layers(model) or _refusal_on_device(model) or _refusal_by_attention(model, max_length)
+    _refuse(model, reason)
+
+
+def check_decoder(model: Any) -> None:
+    """Raise ModelError, with the reason, if `model` is no decoder that attends through `AttentionInterface`, which is
+    what transformers' own continuous batching asks for."""
+    _refuse(model, _refusal(model))
+
+
+def _refuse(model: Any, reason: str | None) -> None:
+    if reason:
         kind = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
         raise ModelError(f"a model of type {kind!r} ({type(model).__name__}) cannot be served: {reason}")
 
 
-def _refusal(model: Any, max_length: int | None) -> str | None:
-    """Why the model cannot be served, or None if it can, as in all functions below."""
+def _refusal(model: Any) -> str | None:
+    """Why neither this package nor transformers' continuous batching can serve the model, or None if they can, as in
+    all functions below."""
     from transformers import PreTrainedModel
 
     if reason := _refusal_of_wrapper(model):
         return reason
     if not isinstance(model, PreTrainedModel):
         return "it is no transformers model; load_model(...) or AutoModelForCausalLM.from_pretrained(...) gives one"
-    return _refusal_by_settings(model) or _refusal_on_device(model) or _refusal_by_attention(model, max_length)
+    return _refusal_as_decoder(model)
 
 
 def _refusal_of_wrapper(model: Any) -> str | None:
@@ -52,19 +65,23 @@ def _refusal_of_wrapper(model: Any) -> str | None:
     return None
 
 
-def _refusal_by_settings(model: Any) -> str | None:
+def _refusal_as_decoder(model: Any) -> str | None:
     if model.config.is_encoder_decoder:
         return "it is an encoder-decoder; only decoder-only models are served"
     if model.get_output_embeddings() is None or not model.can_generate():
         return "it is no causal language model (it has no output layer over the vocabulary)"
-    config = model.config.get_text_config(decoder=True)
-    layers = set(getattr(config, "layer_types", None) or ())
-    if other := sorted(layers - ATTENTION):
-        return f"it has layers of type {', '.join(other)}; only layers of attention are served"
     if not getattr(model, "_supports_attention_backend", False):
         return "its class does not attend through transformers.AttentionInterface"
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return "its forward takes no position_ids, so rows at different positions cannot share a step"
+    return None
+
+
+def _refusal_by_layers(model: Any) -> str | None:
+    config = model.config.get_text_config(decoder=True)
+    layers = set(getattr(config, "layer_types", None) or ())
+    if other := sorted(layers - ATTENTION):
+        return f"it has layers of type {', '.join(other)}; only layers of attention are served"
     if rope := re.search(r"'rope_type': '(dynamic|longrope)'", str(getattr(config, "rope_parameters", None))):
         return f"its rope type {rope[1]!r} depends on the longest row of a step, so tokens would depend on neighbours"
     return None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -63,19 +64,22 @@ def attention_layers(model: Any, max_length: int) -> list[AttentionLayer]:
     called = [names.get(call.module, type(call.module).__name__) for call in decode.calls]
     if not called:
         raise ModelError("its class does not attend through transformers.AttentionInterface")
-    if len(set(called)) < len(called) or [call.module for call in chunk.calls] != [c.module for c in decode.calls]:
-        raise ModelError(f"its attention is called by {', '.join(called)}, and each layer may call it once")
+    if twice := [name for name, times in Counter(called).items() if times > 1]:
+        raise ModelError(f"{twice[0]} calls attention more than once in a pass, and has one place for keys and values")
+    if [call.module for call in chunk.calls] != [call.module for call in decode.calls]:
+        raise ModelError("other layers call attention for a chunk of a prompt than for a decode step")
     for call in decode.calls:
         _check_call(call)
-    if any(call.mask is None for call in chunk.calls):
+    masks = [call.mask for call in chunk.calls if call.mask is not None]
+    if len(masks) < len(called):
         raise ModelError("its attention has another mask than those that transformers makes")
     _check_same(chunk, decode)
-    windows = {mask: window_of(chunk.masks[mask][0], max_length) for mask in {call.mask for call in chunk.calls}}
+    windows = {mask: window_of(chunk.masks[mask][0], max_length) for mask in set(masks)}
     if forgotten := sorted(_kept_by_cache(model, max_length) - set(windows.values())):
         raise ModelError(f"its cache keeps the newest {forgotten[0]} tokens only, and its mask says otherwise")
     return [
         AttentionLayer(name, call.key.shape[1], call.key.shape[3], call.value.shape[3], call.key.dtype, windows[mask])
-        for name, call, mask in zip(called, decode.calls, (call.mask for call in chunk.calls), strict=True)
+        for name, call, mask in zip(called, decode.calls, masks, strict=True)
     ]
 
 
@@ -205,7 +209,10 @@ def window_of(mask_function: Callable[..., Any], max_length: int) -> int:
     in requests of up to `max_length` tokens. ModelError for a mask of another form."""
 
     def sees(query: int, key: int) -> bool:
-        return bool(mask_function(*(torch.tensor(number) for number in (0, 0, query, key))))
+        try:
+            return bool(mask_function(*(torch.tensor(number) for number in (0, 0, query, key))))
+        except Exception as error:
+            raise ModelError("its mask depends on more than the positions of two tokens") from error
 
     last = max_length - 1
     window, most = 1, max_length

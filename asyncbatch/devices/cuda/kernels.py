@@ -123,7 +123,7 @@ def _decode(
     new_block = tl.load(tables + row * t_row + place // BLOCK).to(tl.int64)
     k_pool += kv_head * p_head
     v_pool += _of_values(kv_head * p_head, DIM, V_DIM)
-    top, total, sums = _first_sums(sinks, head, (m < GROUP) & (split == 0), M, V_DIM_2)
+    top, total, sums = _first_sums(sinks, head, m < tl.where(split == 0, GROUP, 0), M, V_DIM_2)
     start = begin + split * size
     end = tl.minimum(place, start + size)
     limit = tl.zeros([M], tl.int32) + place
