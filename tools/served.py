@@ -60,6 +60,7 @@ MORE: dict[str, dict[str, Any]] = {
     "gpt_neo": dict(attention_types=[[["global", "local"], 2]]),
     "granitemoehybrid": MAMBA,
     "kimi_linear": dict(linear_attn_config=None),
+    "llama4_text": dict(floor_scale=4),
     "lfm2_moe": dict(layer_types=["full_attention", "conv"] * 2),
     "longcat_flash": dict(num_layers=2, ffn_hidden_size=48, expert_ffn_hidden_size=16, zero_expert_num=2),
     "mamba2": dict(num_heads=8, head_dim=8, n_groups=1),

@@ -1,11 +1,10 @@
-"""What a model asks of attention, seen by running it: two tokens go through it twice, and a stand-in for attention
-looks on.
+"""What a model asks of attention, seen by running it: two tokens go through it, and a stand-in for attention looks on.
 
-The settings of a model do not say how its layers call attention. So a copy that shares the model's weights runs twice,
-called as the runner calls it: once with the two tokens in one row, as in a chunk of a prompt, and once with each in a
-row of its own, as in a decode step. In place of attention each token sees only itself, so both ways must give the same,
-layer by layer. Where they do not, something else than attention carries from token to token, or positions are not taken
-from `position_ids`: such a model cannot be served.
+The settings of a model do not say how its layers call attention. So a copy that shares the model's weights runs, called
+as the runner calls it: with the two tokens in one row, as in a chunk of a prompt, and with each in a row of its own, as
+in a decode step. In place of attention each token sees only itself, so both ways must give the same, layer by layer.
+Where they do not, something else than attention carries from token to token, and the model cannot be served. Nor can it
+where a cache that claims to be long changes anything: then positions are not taken from `position_ids` alone.
 """
 
 from __future__ import annotations
@@ -53,13 +52,14 @@ def shared_copy(model: Any) -> Any:
 
 
 def attention_layers(model: Any, max_length: int) -> list[AttentionLayer]:
-    """The attention of each layer, in the order of a forward pass. Runs the model twice, on two tokens.
+    """The attention of each layer, in the order of a forward pass. Runs the model three times, on two tokens.
 
     max_length: the longest request. A window that holds so many tokens is none.
     Raises ModelError with the reason if paged attention cannot do what a layer asks for."""
     model = shared_copy(model)
+    start = max(max_length - 2, 0)
     with torch.inference_mode():
-        chunk, decode = _run(model, WITH_MASKS, one_row=True), _run(model, BARE, one_row=False)
+        chunk, decode = _run(model, WITH_MASKS, start, one_row=True), _run(model, BARE, start, one_row=False)
     names = {module: name for name, module in model.named_modules()}
     called = [names.get(call.module, type(call.module).__name__) for call in decode.calls]
     if not called:
@@ -74,6 +74,7 @@ def attention_layers(model: Any, max_length: int) -> list[AttentionLayer]:
     if len(masks) < len(called):
         raise ModelError("its attention has another mask than those that transformers makes")
     _check_same(chunk, decode)
+    _check_positions(model, start, decode)
     windows = {mask: window_of(chunk.masks[mask][0], max_length) for mask in set(masks)}
     if forgotten := sorted(_kept_by_cache(model, max_length) - set(windows.values())):
         raise ModelError(f"its cache keeps the newest {forgotten[0]} tokens only, and its mask says otherwise")
@@ -131,8 +132,9 @@ def _is_part_of(mask: Any, ours: torch.Tensor) -> bool:
     return isinstance(mask, torch.Tensor) and mask.untyped_storage()._cdata == ours.untyped_storage()._cdata
 
 
-def _run(model: Any, name: str, one_row: bool) -> _Seen:
-    """Run the model on two tokens as the runner does: in one row, with the second one's logits first, or in two."""
+def _run(model: Any, name: str, start: int, one_row: bool, cache: Any = None) -> _Seen:
+    """Run the model on two tokens, number `start` and the next, as the runner does: in one row, with the second one's
+    logits first, or in two."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     for each in (WITH_MASKS, BARE):
@@ -142,10 +144,13 @@ def _run(model: Any, name: str, one_row: bool) -> _Seen:
     weight = model.get_input_embeddings().weight
     shape = (1, 2) if one_row else (2, 1)
     ids = torch.tensor([len(weight) // 2, len(weight) // 3], device=weight.device).view(shape)
-    positions = torch.arange(2, device=weight.device).view(shape)
-    options = {"logits_to_keep": positions[0].flip(0)} if one_row else {}
+    places = torch.arange(2, device=weight.device)
+    options: dict[str, Any] = {"logits_to_keep": places.flip(0)} if one_row else {}
+    if cache is not None:
+        options["past_key_values"] = cache
     seen = _of_thread.seen = _Seen()
     try:
+        positions = places.view(shape) + start
         seen.logits = model(input_ids=ids, position_ids=positions, use_cache=False, paged=seen, **options).logits
     except torch.OutOfMemoryError:
         raise
@@ -155,6 +160,27 @@ def _run(model: Any, name: str, one_row: bool) -> _Seen:
     finally:
         del _of_thread.seen
     return seen
+
+
+def _check_positions(model: Any, start: int, decode: _Seen) -> None:
+    """ModelError if a layer asks a cache for the positions of its tokens. Here there is none to ask."""
+    from transformers import DynamicCache
+
+    class LongCache(DynamicCache):
+        def get_seq_length(self, *_: Any, **__: Any) -> int:
+            return start + 1
+
+        def update(self, key: Any, value: Any, *_: Any, **__: Any) -> tuple[Any, Any]:
+            return key, value
+
+    try:
+        with torch.inference_mode():
+            cached = _run(model, BARE, start, one_row=False, cache=LongCache())
+    except ModelError:  # its own kind of cache, which it does not find
+        return
+    for one, two in zip(cached.calls, decode.calls, strict=True):
+        if not all(_is_close(x, y) for x, y in zip(one.tensors, two.tensors, strict=True)):
+            raise ModelError(f"its {type(one.module).__name__} takes positions from the cache, not from position_ids")
 
 
 def _kept_by_cache(model: Any, max_length: int) -> set[int]:
@@ -187,7 +213,7 @@ def _check_same(chunk: _Seen, decode: _Seen) -> None:
     for in_chunk, alone in zip(chunk.calls, decode.calls, strict=True):
         for one, two in zip(in_chunk.tensors, alone.tensors, strict=True):
             if not _is_close(one.transpose(0, 2), two):
-                raise ModelError("attention is not all that carries from token to token, or it counts positions itself")
+                raise ModelError("attention is not all that carries from token to token")
     logits, alone = chunk.logits[0], decode.logits[:, 0]
     if not _is_close(logits.flip(0), alone):
         if _is_close(logits, alone):
