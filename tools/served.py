@@ -168,6 +168,7 @@ def main(arguments: Sequence[str]) -> int:
 
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
+    torch.set_num_threads(1)  # for models as small as these, more threads take longer
     good = True
     for kind in arguments or kinds():
         fine, text = outcome(kind)

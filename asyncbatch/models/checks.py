@@ -25,15 +25,14 @@ def check_model(model: Any, max_length: int | None = None) -> None:
 
     max_length: the longest request (default: as a batcher's). What differs in longer ones does not matter.
     """
-    check_decoder(model)
-    reason = _refusal_by_layers(model) or _refusal_on_device(model) or _refusal_by_attention(model, max_length)
-    _refuse(model, reason)
+    reason = _refusal_by_kind(model) or _refusal_by_layers(model) or _refusal_by_interface(model)
+    _refuse(model, reason or _refusal_on_device(model) or _refusal_by_attention(model, max_length))
 
 
 def check_decoder(model: Any) -> None:
     """Raise ModelError, with the reason, if `model` is no decoder that attends through `AttentionInterface`, which is
     what transformers' own continuous batching asks for."""
-    _refuse(model, _refusal(model))
+    _refuse(model, _refusal_by_kind(model) or _refusal_by_interface(model))
 
 
 def _refuse(model: Any, reason: str | None) -> None:
@@ -42,16 +41,19 @@ def _refuse(model: Any, reason: str | None) -> None:
         raise ModelError(f"a model of type {kind!r} ({type(model).__name__}) cannot be served: {reason}")
 
 
-def _refusal(model: Any) -> str | None:
-    """Why neither this package nor transformers' continuous batching can serve the model, or None if they can, as in
-    all functions below."""
+def _refusal_by_kind(model: Any) -> str | None:
+    """Why the model cannot be served, or None if it can, as in all functions below."""
     from transformers import PreTrainedModel
 
     if reason := _refusal_of_wrapper(model):
         return reason
     if not isinstance(model, PreTrainedModel):
         return "it is no transformers model; load_model(...) or AutoModelForCausalLM.from_pretrained(...) gives one"
-    return _refusal_as_decoder(model)
+    if model.config.is_encoder_decoder:
+        return "it is an encoder-decoder; only decoder-only models are served"
+    if model.get_output_embeddings() is None or not model.can_generate():
+        return "it is no causal language model (it has no output layer over the vocabulary)"
+    return None
 
 
 def _refusal_of_wrapper(model: Any) -> str | None:
@@ -65,11 +67,7 @@ def _refusal_of_wrapper(model: Any) -> str | None:
     return None
 
 
-def _refusal_as_decoder(model: Any) -> str | None:
-    if model.config.is_encoder_decoder:
-        return "it is an encoder-decoder; only decoder-only models are served"
-    if model.get_output_embeddings() is None or not model.can_generate():
-        return "it is no causal language model (it has no output layer over the vocabulary)"
+def _refusal_by_interface(model: Any) -> str | None:
     if not getattr(model, "_supports_attention_backend", False):
         return "its class does not attend through transformers.AttentionInterface"
     if "position_ids" not in inspect.signature(model.forward).parameters:
@@ -88,11 +86,12 @@ def _refusal_by_layers(model: Any) -> str | None:
 
 
 def _refusal_by_attention(model: Any, max_length: int | None) -> str | None:
+    config = model.config.get_text_config(decoder=True)
+    longest = getattr(config, "max_position_embeddings", None) or DEFAULT_LENGTH
     if not isinstance(max_length, int) or max_length < 1:  # not given, or nonsense, of which others complain
-        config = model.config.get_text_config(decoder=True)
-        max_length = min(getattr(config, "max_position_embeddings", None) or DEFAULT_LENGTH, DEFAULT_LENGTH)
+        max_length = DEFAULT_LENGTH
     try:
-        attention_layers(model, max_length)
+        attention_layers(model, min(max_length, longest))
     except ModelError as error:
         return str(error)
     return None

@@ -40,6 +40,15 @@ SERVED = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """For models as small as these, threads that wait for each other take longer than the work, on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("name", SERVED)
 def test_a_model_gives_the_tokens_of_generate(name):
     """Prompts longer and shorter than the window, of different lengths, in chunks, in both loops."""
@@ -57,16 +66,18 @@ def test_a_sliding_window_is_served_by_a_worker_process_too():
     assert served(model, AsyncBatcher, clock=None) == generated(model)
 
 
-@pytest.mark.parametrize("window", [1, 2, 7, 8, 40, LENGTH])
+@pytest.mark.parametrize("window", [2, 7, 8, 40, LENGTH])
 def test_windows_of_all_sizes(window):
-    """Of one token, as long as a chunk, longer than all requests."""
+    """Of two tokens (with one, the cache of `generate` keeps all), as long as a chunk, longer than all requests."""
     model = tiny_model("mistral", sliding_window=window)
     assert served(model) == generated(model)
 
 
 def test_what_the_sweep_says():
     """tools/served.py tries all types; here one of each outcome."""
-    assert outcome("qwen3") == (True, "served (33 different tokens)") or outcome("qwen3")[1].startswith("served (")
+    good, text = outcome("qwen3")
+    assert good
+    assert text.startswith("served (")
     good, text = outcome("mamba")
     assert good
     assert text.startswith("refused: it has layers of type linear_attention")
@@ -103,7 +114,7 @@ REFUSED = {
     "self_attn calls attention more than once": lambda: tiny_model("diffllama"),
     "another mask": lambda: tiny_model("doge"),
     "its cache keeps the newest 9 tokens only": lambda: tiny_model("moshi"),
-    "in requests of up to 128 tokens": lambda: tiny_model("llama4_text"),
+    "in requests of up to 128 tokens": lambda: tiny_model("llama4_text", floor_scale=8192),
     "depends on more than the positions": lambda: tiny_model("gemma4_unified"),
     "no transformers model": lambda: torch.nn.Linear(2, 2),
 }
@@ -120,6 +131,14 @@ def test_refused_with_the_type_and_the_reason(reason):
 def test_a_batcher_refuses_at_once():
     with pytest.raises(ModelError, match="nemotron.*no batch arrives"):
         SyncBatcher(tiny_model("nemotron"), max_length=LENGTH)
+
+
+@pytest.mark.parametrize("max_length", [0, -1, "long", 65, 10**9])
+def test_a_length_that_makes_no_sense_is_not_the_models_fault(max_length):
+    """The options say so; learned positions end at 64."""
+    with pytest.raises(ValueError, match="max_length is") as caught:
+        SyncBatcher(tiny_gpt2(), max_length=max_length)
+    assert not isinstance(caught.value, ModelError)
 
 
 def test_chunked_attention_is_served_where_no_request_is_longer_than_a_chunk():
