@@ -58,7 +58,7 @@ class BatcherBase(Serving):
     default_slots = 1
 
     def __init__(self, model, *, tokenizer=None, **options: Any):
-        check_model(model)
+        check_model(model, options.get("max_length"))
         if options.get("num_slots") is None:
             options["num_slots"] = self.default_slots
         self.config = config = Config.of(model, **options)

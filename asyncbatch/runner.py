@@ -11,14 +11,14 @@ How the same is done on CUDA stands in `devices/cuda/runner.py`.
 
 from __future__ import annotations
 
-import copy
 import time
 
 import numpy as np
 import torch
 
-from .attention import NAME, Batch, attend_on_cpu, kv_heads_and_dim, register
+from .attention import NAME, Batch, attend_on_cpu, register
 from .kv_cache import blocks_for, place
+from .models.probe import attention_layers, shared_copy
 from .sampling import greedy, sample
 from .scheduler import StepKind
 from .slot import StepShape
@@ -38,8 +38,7 @@ class Runner:
 
     def __init__(self, model, *, shape: StepShape, host: list[tuple[torch.Tensor, torch.Tensor]]):
         register()
-        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-        self.model = copy.deepcopy(model, shared).eval()  # the copy: the caller's flags stay
+        self.model, self.layers = shared_copy(model), attention_layers(model, shape.max_length)
         self.model.set_attn_implementation(NAME)
         self.shape, self.host = shape, host
         self.device = next(model.parameters()).device
@@ -51,18 +50,16 @@ class Runner:
         self._make_pools()
 
     def _make_pools(self) -> None:
-        """Give each attention layer its keys and values, [num_blocks + 1, kv_heads, block_size, head_dim] each."""
-        config = self.model.config.get_text_config()
-        heads, dim = kv_heads_and_dim(config)
-        size = (self.shape.num_blocks + 1, heads, self.shape.block_size, dim)
-        # What was never written is never read, so the pool may hold anything, and on a CPU costs nothing until touched.
-        pools = [
-            tuple(torch.empty(size, dtype=self.model.dtype, device=self.device) for _ in "kv")
-            for _ in range(config.num_hidden_layers)
-        ]
-        for module in self.model.modules():
-            if isinstance(getattr(module, "layer_idx", None), int):
-                module.paged_pools = pools[module.layer_idx]
+        """Give each layer its keys and values, [num_blocks + 1, kv_heads, block_size, size of a key or value] each."""
+        for layer in self.layers:
+            size = self.shape.num_blocks + 1, layer.kv_heads, self.shape.block_size
+            module = self.model.get_submodule(layer.name)
+            # What was never written is never read, so it may hold anything, and on a CPU costs nothing until touched.
+            module.paged_pools = tuple(
+                torch.empty(*size, each, dtype=layer.dtype, device=self.device)
+                for each in (layer.key_size, layer.value_size)
+            )
+            module.paged_window = layer.window
 
     def run(self, command: str | StepKind, slot: int) -> None:
         """Do a command. Called by the stream that it was launched on."""

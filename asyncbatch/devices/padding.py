@@ -9,6 +9,7 @@ depend on its place, the step gets more rows of padding. GPUs are asked in the s
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -79,6 +80,12 @@ def size_of(product: Product) -> Size:
     return type(product), tuple(weight.shape), weight.dtype, weight.device
 
 
+def _takes_rows(product: Product) -> bool:
+    """Whether the product is all that the module does, of its input alone. A router of experts, for instance, takes
+    more, and goes on to choose."""
+    return isinstance(product, nn.Linear) or not isinstance(product, nn.Module) or type(product).__name__ == "Conv1D"
+
+
 _known: dict[tuple[Size, torch.dtype, int, int], bool] = {}  # by size, rows and threads: tried once in a process
 
 
@@ -96,10 +103,11 @@ def _keeps_rows(product: Product, rows: int) -> bool:
     dtype = _dtype_of_rows(product)
     # (Conv1D has its weight the other way round.)
     outputs, inputs = (second, first) if type(product).__name__ == "Conv1D" else (first, second)
+    multiply = product if _takes_rows(product) else functools.partial(nn.functional.linear, weight=product.weight)
     generator = torch.Generator().manual_seed(rows)
     for _ in range(-(-ENOUGH // outputs)):
         row = torch.randn(1, 1, inputs, generator=generator).to(device, dtype)
-        results = product(row.repeat(1, rows, 1))[0]
+        results = multiply(row.repeat(1, rows, 1))[0]
         if not torch.equal(results, results[:1].expand_as(results)):
             return False
     return True

@@ -25,7 +25,6 @@ from typing import NamedTuple
 
 import torch
 
-from ..attention import kv_heads_and_dim
 from ..kv_cache import kv_bytes
 
 BUFFER_BYTES = 2**31
@@ -95,6 +94,12 @@ def weight_bytes(model) -> int:
     output = model.get_output_embeddings()
     tied = output is not None and output.weight is embedding
     return sum(p.numel() * p.element_size() for p in model.parameters() if tied or p is not embedding)
+
+
+def kv_heads_and_dim(config) -> tuple[int, int]:
+    """Key-value heads of a layer, and the elements of each head, by the config's settings."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def kv_bytes_per_token(config, dtype: torch.dtype) -> int:

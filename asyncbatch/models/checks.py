@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import inspect
 import re
-import threading
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from .messages import ModelError
+from .probe import attention_layers
 
-UNSUPPORTED = ("softcap", "s_aux", "position_bias", "sliding_window")  # options of attention that this package lacks
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # types of layers
+DEFAULT_LENGTH = 2048
 
 
-def check_model(model: Any) -> None:
+def check_model(model: Any, max_length: int | None = None) -> None:
     """Raise ModelError, with the reason, if the paged attention of this package cannot serve `model`.
 
-    Allowed is a decoder-only transformers model whose layers all attend to the whole context through
-    `transformers.AttentionInterface`, with keys and values of one size. First its settings are read. Then a copy
-    without memory (on the device "meta") runs once, which shows what each layer really asks of attention.
+    Allowed is a decoder-only transformers model whose layers all attend through `transformers.AttentionInterface`, to
+    the whole context or to a sliding window. First its settings are read. Then two tokens go through it, which shows
+    what each layer really asks of attention (`probe.py`).
+
+    max_length: the longest request (default: as a batcher's). What differs in longer ones does not matter.
     """
-    if reason := _refusal(model):
+    reason = _refusal_by_kind(model) or _refusal_by_layers(model) or _refusal_by_interface(model)
+    _refuse(model, reason or _refusal_on_device(model) or _refusal_by_attention(model, max_length))
+
+
+def check_decoder(model: Any) -> None:
+    """Raise ModelError, with the reason, if `model` is no decoder that attends through `AttentionInterface`, which is
+    what transformers' own continuous batching asks for."""
+    _refuse(model, _refusal_by_kind(model) or _refusal_by_interface(model))
+
+
+def _refuse(model: Any, reason: str | None) -> None:
+    if reason:
         kind = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
         raise ModelError(f"a model of type {kind!r} ({type(model).__name__}) cannot be served: {reason}")
 
 
-def _refusal(model: Any) -> str | None:
+def _refusal_by_kind(model: Any) -> str | None:
     """Why the model cannot be served, or None if it can, as in all functions below."""
     from transformers import PreTrainedModel
 
@@ -36,7 +49,11 @@ def _refusal(model: Any) -> str | None:
         return reason
     if not isinstance(model, PreTrainedModel):
         return "it is no transformers model; load_model(...) or AutoModelForCausalLM.from_pretrained(...) gives one"
-    return _refusal_by_settings(model) or _refusal_by_attention(model) or _refusal_on_device(model)
+    if model.config.is_encoder_decoder:
+        return "it is an encoder-decoder; only decoder-only models are served"
+    if model.get_output_embeddings() is None or not model.can_generate():
+        return "it is no causal language model (it has no output layer over the vocabulary)"
+    return None
 
 
 def _refusal_of_wrapper(model: Any) -> str | None:
@@ -50,78 +67,34 @@ def _refusal_of_wrapper(model: Any) -> str | None:
     return None
 
 
-def _refusal_by_settings(model: Any) -> str | None:
-    if model.config.is_encoder_decoder:
-        return "it is an encoder-decoder; only decoder-only models are served"
-    if model.get_output_embeddings() is None or not model.can_generate():
-        return "it is no causal language model (it has no output layer over the vocabulary)"
-    config = model.config.get_text_config(decoder=True)
-    layers = set(getattr(config, "layer_types", None) or ())
-    if other := sorted(layers - {"full_attention"}):
-        return f"it has layers of type {', '.join(other)}; only full_attention layers are served"
-    window = getattr(config, "sliding_window", None)
-    if not layers and window is not None and getattr(config, "use_sliding_window", True):
-        return f"it attends to a sliding window of {window} tokens; only full attention is served"
+def _refusal_by_interface(model: Any) -> str | None:
     if not getattr(model, "_supports_attention_backend", False):
         return "its class does not attend through transformers.AttentionInterface"
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return "its forward takes no position_ids, so rows at different positions cannot share a step"
+    return None
+
+
+def _refusal_by_layers(model: Any) -> str | None:
+    config = model.config.get_text_config(decoder=True)
+    layers = set(getattr(config, "layer_types", None) or ())
+    if other := sorted(layers - ATTENTION):
+        return f"it has layers of type {', '.join(other)}; only layers of attention are served"
     if rope := re.search(r"'rope_type': '(dynamic|longrope)'", str(getattr(config, "rope_parameters", None))):
         return f"its rope type {rope[1]!r} depends on the longest row of a step, so tokens would depend on neighbours"
     return None
 
 
-class _AttentionCall(NamedTuple):
-    """What one layer asked of attention: the shapes of its keys and values, and its options."""
-
-    module: Any
-    key: torch.Size
-    value: torch.Size
-    options: dict[str, Any]
-
-
-def _refusal_by_attention(model: Any) -> str | None:
-    num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    calls, complete = _attention_calls(model)
-    for module, key, value, options in calls:
-        if asked := [option for option in UNSUPPORTED if options.get(option) is not None]:
-            return f"its attention asks for {', '.join(asked)}, which paged attention here does not have"
-        if not getattr(module, "is_causal", True):
-            return "its attention is not causal (a token would see the tokens after it)"
-        if key[-1] != value[-1] or key != calls[0].key:
-            return f"its keys and values have different sizes ({key[-1]} and {value[-1]}), or layers differ in theirs"
-    numbers = [getattr(call.module, "layer_idx", None) for call in calls]
-    if complete and numbers != list(range(num_layers)):
-        return f"attention was called by layers {numbers}, expected each of the {num_layers} once and in order"
-    return None
-
-
-_of_thread = threading.local()  # `calls`: of the probe that runs in this thread
-
-
-def _note_attention(module: Any, query: Any, key: Any, value: Any, *_: Any, **options: Any) -> Any:
-    """In place of attention: note what was asked for, and give a result of the right shape."""
-    _of_thread.calls.append(_AttentionCall(module, key.shape, value.shape, options))
-    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
-
-
-def _attention_calls(model: Any) -> tuple[list[_AttentionCall], bool]:
-    """The calls of attention in one forward pass, and whether the pass got to its end.
-
-    Everything is on the device "meta", so nothing is computed and no memory is used."""
-    from transformers import AttentionInterface
-
-    calls = _of_thread.calls = []
-    AttentionInterface.register("asyncbatch_probe", _note_attention)
+def _refusal_by_attention(model: Any, max_length: int | None) -> str | None:
+    config = model.config.get_text_config(decoder=True)
+    longest = getattr(config, "max_position_embeddings", None) or DEFAULT_LENGTH
+    if not isinstance(max_length, int) or max_length < 1:  # not given, or nonsense, of which others complain
+        max_length = DEFAULT_LENGTH
     try:
-        config = copy.deepcopy(model.config)
-        config._attn_implementation = "asyncbatch_probe"
-        with torch.device("meta"), torch.no_grad():
-            ids = torch.zeros(1, 2, dtype=torch.long)
-            type(model)(config).to(torch.bfloat16).eval()(input_ids=ids, position_ids=ids, use_cache=False)
-    except Exception:  # some layers (a mixture of experts) read data, and "meta" has none: judge by the calls so far
-        return calls, False
-    return calls, True
+        attention_layers(model, min(max_length, longest))
+    except ModelError as error:
+        return str(error)
+    return None
 
 
 def _refusal_on_device(model: Any) -> str | None:

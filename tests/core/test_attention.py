@@ -36,37 +36,50 @@ def has_triton() -> bool:
 needs_triton = pytest.mark.skipif(not has_triton(), reason="needs the package triton")
 
 
-def written_out(query, keys, values, scaling):
+def written_out(query, keys, values, scaling, softcap=None, sinks=None):
     """query [heads, dim] over keys, values [tokens, kv_heads, dim], one head at a time, in float64."""
     group = query.shape[0] // keys.shape[1]
     out = []
     for head in range(query.shape[0]):
         k, v = keys[:, head // group].double(), values[:, head // group].double()
-        out.append(torch.softmax(k @ query[head].double() * scaling, 0) @ v)
+        scores = k @ query[head].double() * scaling
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        weights = scores.exp()
+        total = weights.sum() + (0 if sinks is None else sinks[head].double().exp())
+        out.append(weights @ v / total)
     return torch.stack(out)
 
 
 class Case:
     """Random rows of (tokens in the cache already, new tokens) in scattered blocks. Where nothing was written there is
-    nan: whoever reads it shows."""
+    nan: whoever reads it shows. asked: what else the layer asks for, some of value_dim, window, softcap and sinks."""
 
-    def __init__(self, rows, seed, kv_heads=2, group=3, dim=8, padding=0, device="cpu", dtype=torch.float32):
+    def __init__(
+        self, rows, seed, kv_heads=2, group=3, dim=8, padding=0, device="cpu", dtype=torch.float32, asked=None
+    ):
         generator = torch.Generator().manual_seed(seed)
-        self.rows, self.dim = rows, dim
+        asked = asked or {}
+        self.rows, self.dim = rows, asked.get("value_dim", dim)
+        self.window, self.softcap = asked.get("window", 0), asked.get("softcap")
         random = lambda *size: torch.randn(*size, generator=generator).to(device, dtype)  # noqa: E731
         num_blocks = MAX_BLOCKS * len(rows)
-        size = (num_blocks + 1, kv_heads, BLOCK, dim)
-        self.keys, self.values = (torch.full(size, torch.nan, device=device, dtype=dtype) for _ in "kv")
+        self.keys, self.values = (
+            torch.full((num_blocks + 1, kv_heads, BLOCK, size), torch.nan, device=device, dtype=dtype)
+            for size in (dim, self.dim)
+        )
         order = torch.randperm(num_blocks, generator=generator) + 1
         self.tables = order.view(len(rows), MAX_BLOCKS).int()
         total = sum(new for _, new in rows) + padding
         self.query = random(total, kv_heads * group, dim)
-        self.key, self.value = random(total, kv_heads, dim), random(total, kv_heads, dim)
+        self.key, self.value = random(total, kv_heads, dim), random(total, kv_heads, self.dim)
+        self.sinks = random(kv_heads * group) if asked.get("sinks") else None
         places, self.parts, self.histories, first = [], [], [], 0
         for (cached, new), own in zip(rows, self.tables.tolist(), strict=True):
             history = [(own[p // BLOCK], p % BLOCK) for p in range(cached + new)]
             for block, place in history[:cached]:
-                self.keys[block, :, place], self.values[block, :, place] = random(kv_heads, dim), random(kv_heads, dim)
+                self.keys[block, :, place] = random(kv_heads, dim)
+                self.values[block, :, place] = random(kv_heads, self.dim)
             self.parts.append((first, new, cached, torch.tensor(own[: -(-(cached + new) // BLOCK)])))
             places += [block * BLOCK + place for block, place in history[cached:]]
             self.histories += [history[: cached + i + 1] for i in range(new)]
@@ -82,11 +95,12 @@ class Case:
 
     def attend(self, layout):
         """Call it as a model's layer does. `layout` says how the model lays out N tokens: [N, 1] or [1, N]."""
-        layer = types.SimpleNamespace(paged_pools=(self.keys, self.values))
+        layer = types.SimpleNamespace(paged_pools=(self.keys, self.values), paged_window=self.window)
         tokens = len(self.query)
         shape = (tokens, 1) if layout == "decode" else (1, tokens)
         laid = [x.view(*shape, *x.shape[1:]).transpose(1, 2) for x in (self.query, self.key, self.value)]
-        output, weights = paged_attention(layer, *laid, None, paged=self.batch, scaling=0.3)
+        options = dict(paged=self.batch, scaling=0.3, softcap=self.softcap, s_aux=self.sinks)
+        output, weights = paged_attention(layer, *laid, None, **options)
         assert weights is None
         assert output.shape == (*shape, self.query.shape[1], self.dim)
         return output.reshape(tokens, self.query.shape[1], self.dim)
@@ -97,36 +111,37 @@ class Case:
             v = torch.stack([self.values[block, :, place] for block, place in history])
             assert torch.equal(k[-1], self.key[token])  # the new key was written where the table says
             assert torch.equal(v[-1], self.value[token])
-            expected = written_out(self.query[token], k, v, 0.3)
+            k, v = k[-self.window :], v[-self.window :]  # (all of them where it is 0)
+            expected = written_out(self.query[token], k, v, 0.3, self.softcap, self.sinks)
             assert (output[token].double() - expected).norm() <= tolerance * expected.norm() + 1e-12
 
 
 ROW = st.tuples(st.integers(0, 17), st.integers(1, 6))
 SEED = st.integers(0, 2**31)
+# What a layer asks for beside plain attention: all of it may come together. Windows shorter and longer than a row.
+ASKED = st.fixed_dictionaries(
+    {},
+    optional={
+        "value_dim": st.sampled_from([4, 24]),
+        "window": st.integers(1, 25),
+        "softcap": st.sampled_from([0.5, 30.0]),
+        "sinks": st.just(True),
+    },
+)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(ROW, min_size=1, max_size=4), SEED, st.integers(0, 3))
-def test_on_a_cpu_each_row_attends_to_its_own_tokens(rows, seed, padding):
-    case = Case(rows, seed, padding=padding)
+@given(st.lists(ROW, min_size=1, max_size=4), SEED, st.integers(0, 3), ASKED)
+def test_on_a_cpu_each_row_attends_to_its_own_tokens(rows, seed, padding, asked):
+    case = Case(rows, seed, padding=padding, asked=asked)
     case.batch.attend, case.batch.parts = attend_on_cpu, case.parts
-    case.check(case.attend("prefill"))
-
-
-@needs_triton
-@settings(max_examples=25, deadline=None)
-@given(
-    st.lists(ROW, min_size=1, max_size=4), SEED, st.integers(0, 3), st.sampled_from([1, 3]), st.sampled_from([8, 24])
-)
-def test_the_prefill_kernel_attends_from_each_token_to_its_row_up_to_itself(rows, seed, padding, group, dim):
-    case = Case(rows, seed, group=group, dim=dim, padding=padding, device=DEVICE)
     output = case.attend("prefill")
     case.check(output)
     assert not output[len(case.histories) :].any()  # padding gets zeros
 
 
 @contextlib.contextmanager
-def many_splits():
+def small_tiles():
     """Tiles of 16 keys and no least size of a split, so that short contexts have several of them."""
     from asyncbatch.devices.cuda import kernels
 
@@ -140,18 +155,32 @@ def many_splits():
 @needs_triton
 @settings(max_examples=25, deadline=None)
 @given(
+    st.lists(ROW, min_size=1, max_size=4), SEED, st.integers(0, 3), st.sampled_from([1, 3]), st.sampled_from([8, 24]),
+    ASKED,
+)  # fmt: skip
+def test_the_prefill_kernel_attends_from_each_token_to_its_row_up_to_itself(rows, seed, padding, group, dim, asked):
+    case = Case(rows, seed, group=group, dim=dim, padding=padding, device=DEVICE, asked=asked)
+    with small_tiles():
+        output = case.attend("prefill")
+    case.check(output)
+    assert not output[len(case.histories) :].any()  # padding gets zeros
+
+
+@needs_triton
+@settings(max_examples=25, deadline=None)
+@given(
     st.lists(st.integers(0, 23), min_size=1, max_size=4), SEED, st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 3]),
-    st.sampled_from([8, 24]), st.data(),
+    st.sampled_from([8, 24]), ASKED, st.data(),
 )  # fmt: skip
 def test_the_decode_kernel_joins_its_splits_and_leaves_rows_alone_that_do_not_decode(
-    cached, seed, splits, group, dim, data
+    cached, seed, splits, group, dim, asked, data
 ):
-    case = Case([(n, 1) for n in cached], seed, group=group, dim=dim, device=DEVICE)
+    case = Case([(n, 1) for n in cached], seed, group=group, dim=dim, device=DEVICE, asked=asked)
     dead = data.draw(st.sets(st.integers(0, len(cached) - 1)))
     case.batch.count[list(dead)] = 0
     case.batch.splits = splits
     case.batch.arrived = torch.zeros(len(cached) * 2, dtype=torch.int32, device=DEVICE)
-    with many_splits():
+    with small_tiles():
         before = case.keys.clone()
         output = case.attend("decode")
         assert not case.batch.arrived.any()  # ready for the next layer
@@ -166,15 +195,19 @@ def test_the_decode_kernel_joins_its_splits_and_leaves_rows_alone_that_do_not_de
     case.check(output[rows])
 
 
+EVERYTHING = {"value_dim": 4, "window": 18, "softcap": 1.0, "sinks": True}
+
+
 @needs_triton
-def test_a_row_of_the_decode_kernel_is_bitwise_the_same_alone_and_among_others():
+@pytest.mark.parametrize("asked", [{}, EVERYTHING])
+def test_a_row_of_the_decode_kernel_is_bitwise_the_same_alone_and_among_others(asked):
     cached = [21, 3, 0, 14]
 
     def attend(live):
-        case = Case([(n, 1) for n in cached], seed=3, device=DEVICE)
+        case = Case([(n, 1) for n in cached], seed=3, device=DEVICE, asked=asked)
         case.batch.count[[row for row in range(4) if row not in live]] = 0
         case.batch.splits, case.batch.arrived = 4, torch.zeros(8, dtype=torch.int32, device=DEVICE)
-        with many_splits():
+        with small_tiles():
             return case.attend("decode")
 
     together = attend(range(4))
@@ -182,10 +215,11 @@ def test_a_row_of_the_decode_kernel_is_bitwise_the_same_alone_and_among_others()
         assert torch.equal(attend([row])[row], together[row])
 
 
+@pytest.mark.parametrize("asked", [{}, {"window": 4}, EVERYTHING])
 @pytest.mark.parametrize("count", [1, 5])
-def test_on_a_cpu_a_row_is_bitwise_the_same_alone_and_among_others(count):
+def test_on_a_cpu_a_row_is_bitwise_the_same_alone_and_among_others(count, asked):
     def attend(chosen):
-        case = Case([(3, count)] * 3, seed=1)
+        case = Case([(3, count)] * 3, seed=1, asked=asked)
         case.batch.attend, case.batch.parts = attend_on_cpu, [case.parts[row] for row in chosen]
         return case.attend("prefill")
 

@@ -41,7 +41,7 @@ class Words:
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch):
     """The check of a model has no state that an interrupt could harm, and takes longer than all the rest."""
-    monkeypatch.setattr("asyncbatch.base.check_model", lambda model: None)
+    monkeypatch.setattr("asyncbatch.base.check_model", lambda *_: None)
 
 
 def opened(kind, **options):

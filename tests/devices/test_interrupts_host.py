@@ -50,7 +50,7 @@ def forking_server():
 @pytest.fixture
 def quick_workers(forking_server, monkeypatch):
     monkeypatch.setattr(process_module.mp, "get_context", lambda _: forking_server)
-    monkeypatch.setattr("asyncbatch.base.check_model", lambda model: None)  # it has no state, and takes long
+    monkeypatch.setattr("asyncbatch.base.check_model", lambda *_: None)  # it has no state, and takes long
 
 
 def opened(model):

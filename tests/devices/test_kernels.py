@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 
 triton = pytest.importorskip("triton")
 
-# Compute capability, bytes of shared memory that a program may have, dtype, head size. A T4 has no bfloat16.
+# Compute capability, KiB of shared memory that a program may have, dtype, sizes of keys and of values, and whether
+# there are a window, a softcap and sinks. A T4 has no bfloat16.
 TARGETS = [
-    (75, 64, "float16", 128), (75, 64, "float16", 256), (75, 64, "float32", 64),
-    (80, 163, "bfloat16", 128), (86, 99, "bfloat16", 256), (86, 99, "float32", 128), (90, 227, "bfloat16", 128),
+    (75, 64, "float16", 128, 128, False), (75, 64, "float16", 256, 256, True), (75, 64, "float32", 64, 64, False),
+    (80, 163, "bfloat16", 128, 128, False), (86, 99, "bfloat16", 256, 256, True), (86, 99, "float32", 128, 128, False),
+    (90, 227, "bfloat16", 128, 128, False), (90, 227, "bfloat16", 192, 128, False), (90, 227, "bfloat16", 64, 64, True),
 ]  # fmt: skip
 
 COMPILE = """
@@ -30,17 +32,22 @@ SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 WEIGHTS = ("q", "new_k", "new_v", "k_pool", "v_pool", "out")
 INTS = ("tables", "live_rows", "position", "first", "count", "arrived")
 results = []
-for capability, kib, name, dim in json.loads(sys.argv[1]):
+for capability, kib, name, dim, value_dim, asked in json.loads(sys.argv[1]):
     dtype, shared = getattr(torch, name), 1024 * kib
-    queries = kernels.query_tile(4, dim, shared)
+    sizes, wide = kernels.sizes_of(torch.empty(1, 1, dim), torch.empty(1, 1, value_dim))
+    queries = kernels.query_tile(4, wide, shared)
     for kernel, constants, tiling in (
-        (kernels._decode, dict(GROUP=4, M=16, SPLITS=8, LEAST=512), kernels.tiling(dim, dtype, shared)),
+        (kernels._decode, dict(GROUP=4, M=16, SPLITS=8, LEAST=512), kernels.tiling(wide, dtype, shared)),
         (kernels._prefill, dict(TILES=16, TILE_Q=queries, GROUP=4, M=kernels.power_of_2(4 * queries, 16)),
-         kernels.tiling(dim, dtype, shared // 2)),
+         kernels.tiling(wide, dtype, shared // 2)),
     ):
         options = {key: tiling.pop(key) for key in ("num_warps", "num_stages")}
-        constants = {**constants, **tiling, "DIM": dim, "DIM_2": dim, "BLOCK": 16}
+        constants = {**constants, **tiling, **sizes, "BLOCK": 16, "WINDOW": 0, "SOFTCAP": 0.0, "sinks": None}
+        if asked:
+            constants |= {"WINDOW": 1000, "SOFTCAP": 72.0}
+            del constants["sinks"]
         pointers = {**{n: SHORT[name] for n in WEIGHTS}, **{n: "i32" for n in INTS}, "parts": "fp32", "logs": "fp32"}
+        pointers["sinks"] = SHORT[name]
         signature, aligned = {}, {}
         for index, argument in enumerate(kernel.arg_names):
             if argument in constants:

@@ -12,19 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from support.gpt2 import tiny_gpt2
 
 from asyncbatch.models import ModelError, check_model, embedded, load_model
 from asyncbatch.models.shapes import SHAPES
 from asyncbatch.models.toy import toy_llama
-
-SMALL = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=0)  # fmt: skip
-
-
-def make(config):
-    """The causal language model of a small config, with random weights."""
-    return transformers.AutoModelForCausalLM.from_config(config)
 
 
 @pytest.fixture
@@ -334,71 +325,6 @@ def test_device_that_is_not_there(monkeypatch):
         load_model("random:tiny", device="cuda")
 
 
-# --- what can be served
-
-SERVED = {
-    "llama": lambda: transformers.LlamaConfig(**SMALL),
-    "qwen2": lambda: transformers.Qwen2Config(**SMALL, use_sliding_window=False, sliding_window=16),
-    "qwen3": lambda: transformers.Qwen3Config(**SMALL, use_sliding_window=False, sliding_window=16),
-    "mistral without window": lambda: transformers.MistralConfig(**SMALL, sliding_window=None),
-    "mixture of experts": lambda: transformers.Qwen3MoeConfig(**SMALL, moe_intermediate_size=32, num_experts=4),
-    "gpt2": lambda: transformers.GPT2Config(
-        vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
-    ),
-}
-REFUSED = {
-    "sliding window of 16": lambda: make(transformers.MistralConfig(**SMALL, sliding_window=16)),
-    "sliding_attention": lambda: make(
-        transformers.Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=16, max_window_layers=1)
-    ),
-    "type sliding_attention": lambda: make(transformers.Gemma2Config(**SMALL)),
-    "asks for softcap": lambda: make(transformers.Gemma2Config(**SMALL, layer_types=["full_attention"] * 2)),
-    "linear_attention": lambda: make(transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2)),
-    "AttentionInterface": lambda: make(
-        transformers.GPTJConfig(vocab_size=64, n_embd=32, n_layer=2, n_head=2, rotary_dim=8)
-    ),
-    "encoder-decoder": lambda: transformers.T5ForConditionalGeneration(
-        transformers.T5Config(vocab_size=64, d_model=32, d_ff=64, num_layers=1, num_heads=2, d_kv=16)
-    ),
-    "no output layer": lambda: transformers.LlamaModel(transformers.LlamaConfig(**SMALL)),
-    "longest row": lambda: make(
-        transformers.LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
-    ),
-    "not causal": lambda: transformers.BertLMHeadModel(
-        transformers.BertConfig(
-            vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
-        )
-    ),
-    "different sizes": lambda: make(
-        transformers.DeepseekV3Config(**{**SMALL, "num_key_value_heads": 4}, first_k_dense_replace=2)
-    ),
-    "no transformers model": lambda: torch.nn.Linear(2, 2),
-}
-
-
-@pytest.mark.parametrize("config", SERVED.values(), ids=SERVED)
-def test_served(config):
-    check_model(make(config()))
-
-
-@pytest.mark.parametrize("reason", REFUSED)
-def test_refused_with_the_type_and_the_reason(reason):
-    model = REFUSED[reason]()
-    kind = model.config.model_type if hasattr(model, "config") else "Linear"
-    with pytest.raises(ModelError, match=f"{kind}.*cannot be served: .*{reason}"):
-        check_model(model)
-
-
-def test_check_leaves_the_model_alone():
-    model, _ = load_model("random:tiny", device="cpu")
-    before, ids = model.config.to_json_string(), torch.tensor([[1, 2, 3]])
-    logits, attention = model(ids).logits, model.config._attn_implementation
-    check_model(model)
-    assert model.config.to_json_string() == before
-    assert model.config._attn_implementation == attention
-    assert torch.equal(model(ids).logits, logits)
-
-
 def test_import_brings_in_nothing_heavy():
     code = (
         "import asyncbatch.models, sys; print([m for m in ('transformers', 'gguf', 'tqdm.auto') if m in sys.modules])"
@@ -408,29 +334,3 @@ def test_import_brings_in_nothing_heavy():
 sys.modules['asyncbatch'] = p; {code}"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
-
-
-class Adapted(torch.nn.Module):
-    """As PEFT's PeftModel: a module around the model, with a method that merges the two."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.base_model = model
-
-    def merge_and_unload(self):
-        return self.base_model
-
-
-@pytest.mark.parametrize(
-    ("wrap", "remedy"),
-    [
-        (torch.compile, lambda model: model._orig_mod),
-        (torch.nn.DataParallel, lambda model: model.module),
-        (Adapted, lambda model: model.merge_and_unload()),
-    ],
-)
-def test_a_model_inside_a_wrapper_is_refused_with_the_way_to_get_it_out(wrap, remedy):
-    model = wrap(tiny_gpt2())
-    with pytest.raises(ModelError, match=r"_orig_mod is|\.module is|merge_and_unload\(\) gives"):
-        check_model(model)
-    check_model(remedy(model))

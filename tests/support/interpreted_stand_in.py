@@ -13,6 +13,7 @@ from asyncbatch.profile.peers.stand_in import StandIn
 
 from .peers import OPTIONS, generate, reference_decode
 from .tiny import tiny_model
+from .windows import sliding_mistral
 
 
 def compare_with_the_reference() -> None:
@@ -34,14 +35,15 @@ def compare_with_the_reference() -> None:
     assert not stand_in._arrived.any()
 
 
-def serve_with_it() -> None:
+def serve_with_it(model) -> None:
     requests = [Request([3, 1, 4, 1, 5], 4, stop_token_ids=()), Request([2], 3, stop_token_ids=())]
-    with TransformersBatcher(tiny_model(), mode="sync", attention="stand-in", **OPTIONS) as batcher:
+    with TransformersBatcher(model, mode="sync", attention="stand-in", **OPTIONS) as batcher:
         batcher.manager.batch_processor.model_runner.pad_inputs = True
         assert [c.token_ids for c in batcher.run(requests)] == [generate(batcher.model, r) for r in requests]
 
 
 if __name__ == "__main__":
     compare_with_the_reference()
-    serve_with_it()
+    serve_with_it(tiny_model())
+    serve_with_it(sliding_mistral(window=3))
     print("all equal")

@@ -21,21 +21,24 @@ def generate(model, request: Request) -> list[int]:
     return tokens[: ends[0]] if ends else tokens
 
 
-def reference_prefill(query, keys, values, tables, first, count, position, scale):
+def reference_prefill(query, keys, values, tables, first, count, position, scale, window=0, softcap=0.0, sinks=None):
     """What `kernels.prefill` does, row after row, in plain torch. What belongs to no row stays nan: it must not be
-    used."""
+    used. With a window, and without softcap and sinks."""
+    assert not softcap
+    assert sinks is None
     output = torch.full_like(query, float("nan"))
     for f, n, p, table in zip(first.tolist(), count.tolist(), position.tolist(), tables.long(), strict=True):
         if n:
             k, v = (pool[table[: p + n]].transpose(0, 1)[None] for pool in (keys, values))
             mask = torch.ones(n, p + n, dtype=torch.bool).tril(p)
+            mask = mask.triu(p + 1 - window) if window else mask
             q = query[f : f + n].transpose(0, 1)[None]
             out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
             output[f : f + n] = out[0].transpose(0, 1)
     return output
 
 
-def reference_decode(query, key, value, keys, values, tables, live, position, scale, splits, arrived):
+def reference_decode(query, key, value, keys, values, tables, live, position, scale, splits, arrived, *asked):
     """What `kernels.decode` does, row after row, in plain torch."""
     size, count = keys.shape[1], (live != 0).int()
     assert torch.equal(live != 0, position >= 0)
@@ -46,4 +49,4 @@ def reference_decode(query, key, value, keys, values, tables, live, position, sc
     places = tables[:, :, None].long() * size + torch.arange(size)  # of every token of the row
     first = torch.arange(len(query))
     tokens = (pool.flatten(0, 1) for pool in (keys, values))
-    return reference_prefill(query, *tokens, places.flatten(1), first, count, position, scale)
+    return reference_prefill(query, *tokens, places.flatten(1), first, count, position, scale, *asked)

@@ -16,11 +16,11 @@ def splits_for(programs: int) -> int:
     return splits
 
 
-def attend_on_cuda(batch: Batch, query, key, value, keys, values, scale) -> torch.Tensor:
+def attend_on_cuda(batch: Batch, query, key, value, keys, values, scale, window, softcap, sinks) -> torch.Tensor:
     """Store the new keys and values in the pool and attend. Shapes as in `attention.attend_on_cpu`."""
     return _attend(
         query, key, value, keys, values, batch.places, batch.tables, batch.first, batch.count, batch.position,
-        scale, batch.splits, batch.arrived,
+        scale, batch.splits, batch.arrived, window, softcap, sinks,
     )  # fmt: skip
 
 
@@ -30,15 +30,16 @@ def attend_on_cuda(batch: Batch, query, key, value, keys, values, scale) -> torc
 def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
     places: torch.Tensor, tables: torch.Tensor, first: torch.Tensor, count: torch.Tensor, position: torch.Tensor,
-    scale: float, splits: int, arrived: torch.Tensor | None,
+    scale: float, splits: int, arrived: torch.Tensor | None, window: int, softcap: float, sinks: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
     from . import kernels  # needs Triton, which a CPU does not
 
+    more = window, softcap, sinks
     if splits:
-        return kernels.decode(query, key, value, keys, values, tables, count, position, scale, splits, arrived)
-    return kernels.prefill(query, key, value, keys, values, places, tables, first, count, position, scale)
+        return kernels.decode(query, key, value, keys, values, tables, count, position, scale, splits, arrived, *more)
+    return kernels.prefill(query, key, value, keys, values, places, tables, first, count, position, scale, *more)
 
 
 @_attend.register_fake
-def _(query, *_):
-    return torch.empty_like(query, memory_format=torch.contiguous_format)
+def _(query, key, value, *_):
+    return query.new_empty(*query.shape[:2], value.shape[2])

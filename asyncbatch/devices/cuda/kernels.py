@@ -8,6 +8,10 @@ GPU when rows are few (Dao et al. 2023, "Flash-Decoding"). The first split also 
 and value, and the last program of a row to finish joins the splits: one launch in place of three.
 `_store` and `_prefill`: chunks of prompts, in tiles of several query tokens of a row.
 
+What few models ask for (a sliding window, a softcap, sinks, keys and values of different sizes) is chosen when a kernel
+is compiled: a model without it gets a kernel without it. With a window, only the tiles of keys are read that lie in it,
+in part or whole, and it is these that decode cuts into splits.
+
 A row's result depends on its own queries, keys and length only: the number of splits is fixed for a batcher, where a
 split begins follows from the row's length, and splits are joined in their order. Neighbours change no bit.
 
@@ -23,22 +27,55 @@ import triton
 import triton.language as tl
 
 LOG2_E = 1.4426950408889634  # exp(x) = exp2(x * LOG2_E), and exp2 is one instruction
+_LOG2_E = tl.constexpr(LOG2_E)
+
+
+@triton.jit
+def _bent(scores, SOFTCAP: tl.constexpr):
+    """Scores after the softcap, which is given times LOG2_E, while they come divided by it: SOFTCAP * tanh(scores)."""
+    if SOFTCAP != 0.0:
+        scores = SOFTCAP * (2.0 * tl.sigmoid(2.0 * scores) - 1.0)
+    return scores
+
+
+@triton.jit
+def _first_sums(sinks, head, has_sink, M: tl.constexpr, V_DIM_2: tl.constexpr):
+    """The running softmax of M queries before any key: the highest score, the weights' sum, the weighted values. A sink
+    is a score that has been seen already, without a value."""
+    if sinks is not None:
+        top = tl.load(sinks + head, mask=has_sink, other=-float("inf")).to(tl.float32) * _LOG2_E
+        total = tl.where(has_sink, 1.0, 0.0)
+    else:
+        top = tl.full([M], -float("inf"), tl.float32)
+        total = tl.zeros([M], tl.float32)
+    return top, total, tl.zeros([M, V_DIM_2], tl.float32)
+
+
+@triton.jit
+def _of_values(where, DIM: tl.constexpr, V_DIM: tl.constexpr):
+    """From an offset in the pool of keys to that in the pool of values, which is laid out alike."""
+    return where if DIM == V_DIM else where // DIM * V_DIM
 
 
 @triton.jit
 def _attend_to(
-    k_pool, v_pool, p_block, p_token, table, keys, end, queries, limit, scale, top, total, sums, d, there,
-    BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    k_pool, v_pool, p_block, p_token, table, keys, end, queries, limit, scale, top, total, sums,
+    DIM: tl.constexpr, DIM_2: tl.constexpr, V_DIM: tl.constexpr, V_DIM_2: tl.constexpr, BLOCK: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the keys number `keys` (those before `end`, and not beyond each query's `limit`) to the running softmax of
-    `queries`: its highest score `top`, the weights' sum `total`, and the weighted values `sums`."""
+    """Add the keys number `keys` (those before `end`, not beyond each query's `limit`, and not before its window) to
+    the running softmax of `queries`: its highest score `top`, the weights' sum `total`, the weighted values `sums`."""
+    d, e = tl.arange(0, DIM_2), tl.arange(0, V_DIM_2)
     block = tl.load(table + keys // BLOCK, mask=keys < end, other=0).to(tl.int64)
-    where = (block * p_block + (keys % BLOCK) * p_token)[:, None] + d[None, :]
-    seen = (keys < end)[:, None] & there[None, :]
-    k = tl.load(k_pool + where, mask=seen, other=0.0)
-    v = tl.load(v_pool + where, mask=seen, other=0.0)
-    scores = tl.dot(queries, tl.trans(k), input_precision=PRECISION) * scale
-    scores = tl.where((keys[None, :] <= limit[:, None]) & (keys < end)[None, :], scores, -float("inf"))
+    where = block * p_block + (keys % BLOCK) * p_token
+    where_k, where_v = where[:, None] + d[None, :], _of_values(where, DIM, V_DIM)[:, None] + e[None, :]
+    k = tl.load(k_pool + where_k, mask=(keys < end)[:, None] & (d < DIM)[None, :], other=0.0)
+    v = tl.load(v_pool + where_v, mask=(keys < end)[:, None] & (e < V_DIM)[None, :], other=0.0)
+    scores = _bent(tl.dot(queries, tl.trans(k), input_precision=PRECISION) * scale, SOFTCAP)
+    seen = (keys[None, :] <= limit[:, None]) & (keys < end)[None, :]
+    if WINDOW:
+        seen = seen & (keys[None, :] > limit[:, None] - WINDOW)
+    scores = tl.where(seen, scores, -float("inf"))
     new_top = tl.maximum(top, tl.max(scores, 1))
     # A query that has seen nothing yet has -inf everywhere; a 0 in its place keeps nan out.
     base = tl.where(new_top == -float("inf"), 0.0, new_top)
@@ -52,52 +89,55 @@ def _attend_to(
 def _decode(
     q, q_token, q_head, new_k, new_k_token, new_k_head, new_v, new_v_token, new_v_head,
     k_pool, v_pool, p_block, p_head, p_token, tables, t_row, live_rows, position, out, out_token, out_head,
-    parts, logs, arrived, scale,
-    GROUP: tl.constexpr, M: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr, BLOCK: tl.constexpr,
-    TILE: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr, PRECISION: tl.constexpr,
+    parts, logs, arrived, sinks, scale,
+    GROUP: tl.constexpr, M: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr, V_DIM: tl.constexpr,
+    V_DIM_2: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, TILE: tl.constexpr,
+    SPLITS: tl.constexpr, LEAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One split of one row, for one key-value head. Long because all of it is one launch: the new token's key and value
     are stored, the split is attended to, and the last program of a row joins the splits."""
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    m, d = tl.arange(0, M), tl.arange(0, DIM_2)
-    there, head = d < DIM, kv_head * GROUP + m
-    inside = (m < GROUP)[:, None] & there[None, :]
-    out_at = out + row * out_token + head[:, None] * out_head + d[None, :]
+    m, d, e = tl.arange(0, M), tl.arange(0, DIM_2), tl.arange(0, V_DIM_2)
+    in_k, in_v, head = d < DIM, e < V_DIM, kv_head * GROUP + m
+    inside = (m < GROUP)[:, None] & in_v[None, :]
+    out_at = out + row * out_token + head[:, None] * out_head + e[None, :]
     live = tl.load(live_rows + row)
     place = tl.load(position + row)  # of the new token, and the number of those before it
     if live == 0:  # padding: zeros
         if split == 0:
-            tl.store(out_at, tl.zeros([M, DIM_2], tl.float32), mask=inside)
+            tl.store(out_at, tl.zeros([M, V_DIM_2], tl.float32), mask=inside)
         return
-    size = tl.cdiv(tl.maximum(tl.cdiv(place, SPLITS), LEAST), TILE) * TILE
-    used = tl.maximum(tl.cdiv(place, size), 1)  # splits that have anything in them
+    begin = 0  # of the context
+    if WINDOW:
+        begin = tl.maximum(place + 1 - WINDOW, 0) // TILE * TILE
+    size = tl.cdiv(tl.maximum(tl.cdiv(place - begin, SPLITS), LEAST), TILE) * TILE
+    used = tl.maximum(tl.cdiv(place - begin, size), 1)  # splits that have anything in them
     if split >= used:
         return
 
-    queries = tl.load(q + row * q_token + head[:, None] * q_head + d[None, :], mask=inside, other=0.0)
+    there = (m < GROUP)[:, None] & in_k[None, :]
+    queries = tl.load(q + row * q_token + head[:, None] * q_head + d[None, :], mask=there, other=0.0)
     # The new token, loaded here by the first split and used after the loop: meanwhile it arrives.
-    mine = d + split * DIM_2 < DIM
-    new_k = tl.load(new_k + row * new_k_token + kv_head * new_k_head + d, mask=mine, other=0.0)
-    new_v = tl.load(new_v + row * new_v_token + kv_head * new_v_head + d, mask=mine, other=0.0)
+    new_k = tl.load(new_k + row * new_k_token + kv_head * new_k_head + d, mask=d + split * DIM_2 < DIM, other=0.0)
+    new_v = tl.load(new_v + row * new_v_token + kv_head * new_v_head + e, mask=e + split * V_DIM_2 < V_DIM, other=0.0)
     new_block = tl.load(tables + row * t_row + place // BLOCK).to(tl.int64)
     k_pool += kv_head * p_head
-    v_pool += kv_head * p_head
-    top = tl.full([M], -float("inf"), tl.float32)
-    total = tl.zeros([M], tl.float32)
-    sums = tl.zeros([M, DIM_2], tl.float32)
-    start = split * size
+    v_pool += _of_values(kv_head * p_head, DIM, V_DIM)
+    top, total, sums = _first_sums(sinks, head, m < tl.where(split == 0, GROUP, 0), M, V_DIM_2)
+    start = begin + split * size
     end = tl.minimum(place, start + size)
     limit = tl.zeros([M], tl.int32) + place
     for n in range(start, end, TILE):
         top, total, sums = _attend_to(
             k_pool, v_pool, p_block, p_token, tables + row * t_row, n + tl.arange(0, TILE), end, queries, limit, scale,
-            top, total, sums, d, there, BLOCK, PRECISION,
+            top, total, sums, DIM, DIM_2, V_DIM, V_DIM_2, BLOCK, WINDOW, SOFTCAP, PRECISION,
         )  # fmt: skip
     if split == 0:
-        where = new_block * p_block + (place % BLOCK) * p_token + d
-        tl.store(k_pool + where, new_k, mask=there)
-        tl.store(v_pool + where, new_v, mask=there)
-        score = tl.sum(queries.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * scale
+        where = new_block * p_block + (place % BLOCK) * p_token
+        tl.store(k_pool + (where + d), new_k, mask=in_k)
+        tl.store(v_pool + (_of_values(where, DIM, V_DIM) + e), new_v, mask=in_v)
+        score = tl.sum(queries.to(tl.float32) * new_k.to(tl.float32)[None, :], 1)
+        score = _bent(score * scale, SOFTCAP)
         new_top = tl.maximum(top, score)
         kept, weight = tl.exp2(top - new_top), tl.exp2(score - new_top)
         total = total * kept + weight
@@ -110,8 +150,8 @@ def _decode(
 
     # Leave the split's result for the program that comes last, and see whether that is this one.
     first = (row * tl.num_programs(1) + kv_head) * SPLITS
-    within = m[:, None] * DIM_2 + d[None, :]
-    tl.store(parts + (first + split) * GROUP * DIM_2 + within, result, mask=(m < GROUP)[:, None])
+    within = m[:, None] * V_DIM_2 + e[None, :]
+    tl.store(parts + (first + split) * GROUP * V_DIM_2 + within, result, mask=(m < GROUP)[:, None])
     tl.store(logs + (first + split) * GROUP + m, top + tl.log2(total), mask=m < GROUP)
     tl.debug_barrier()  # all threads have stored before one of them says so
     counter = arrived + row * tl.num_programs(1) + kv_head
@@ -120,11 +160,11 @@ def _decode(
     tl.store(counter, 0)  # for the next layer
     top = tl.full([M], -float("inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
-    sums = tl.zeros([M, DIM_2], tl.float32)
+    sums = tl.zeros([M, V_DIM_2], tl.float32)
     for part in tl.static_range(SPLITS):
         there_too = m < tl.where(part < used, GROUP, 0)
         log = tl.load(logs + (first + part) * GROUP + m, mask=there_too, other=-float("inf"))
-        values = tl.load(parts + (first + part) * GROUP * DIM_2 + within, mask=there_too[:, None], other=0.0)
+        values = tl.load(parts + (first + part) * GROUP * V_DIM_2 + within, mask=there_too[:, None], other=0.0)
         new_top = tl.maximum(top, log)
         base = tl.where(new_top == -float("inf"), 0.0, new_top)
         kept, weight = tl.exp2(top - base), tl.exp2(log - base)
@@ -137,97 +177,124 @@ def _decode(
 @triton.jit
 def _store(
     new_k, new_k_token, new_k_head, new_v, new_v_token, new_v_head, k_pool, v_pool, p_block, p_head, p_token, places,
-    KV_HEADS: tl.constexpr, HEADS_2: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr, BLOCK: tl.constexpr,
+    KV_HEADS: tl.constexpr, HEADS_2: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr, V_DIM: tl.constexpr,
+    V_DIM_2: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program stores the key and value of one token, for all heads."""
     token = tl.program_id(0)
     place = tl.load(places + token)
-    head, d = tl.arange(0, HEADS_2)[:, None], tl.arange(0, DIM_2)[None, :]
+    head, d, e = tl.arange(0, HEADS_2)[:, None], tl.arange(0, DIM_2)[None, :], tl.arange(0, V_DIM_2)[None, :]
     inside = (head < KV_HEADS) & (d < DIM)
-    where = (place // BLOCK) * p_block + (place % BLOCK) * p_token + head * p_head + d
-    tl.store(k_pool + where, tl.load(new_k + token * new_k_token + head * new_k_head + d, mask=inside), mask=inside)
-    tl.store(v_pool + where, tl.load(new_v + token * new_v_token + head * new_v_head + d, mask=inside), mask=inside)
+    where = (place // BLOCK) * p_block + (place % BLOCK) * p_token + head * p_head
+    where_k, where_v = where + d, _of_values(where, DIM, V_DIM) + e
+    k = tl.load(new_k + token * new_k_token + head * new_k_head + d, mask=inside)
+    tl.store(k_pool + where_k, k, mask=inside)
+    inside = (head < KV_HEADS) & (e < V_DIM)
+    v = tl.load(new_v + token * new_v_token + head * new_v_head + e, mask=inside)
+    tl.store(v_pool + where_v, v, mask=inside)
 
 
 @triton.jit
 def _prefill(
     q, q_token, q_head, k_pool, v_pool, p_block, p_head, p_token, tables, t_row, first, count, position,
-    out, out_token, out_head, scale,
+    out, out_token, out_head, sinks, scale,
     TILES: tl.constexpr, TILE_Q: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, DIM: tl.constexpr,
-    DIM_2: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
+    DIM_2: tl.constexpr, V_DIM: tl.constexpr, V_DIM_2: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row, tile, kv_head = tl.program_id(0) // TILES, tl.program_id(0) % TILES, tl.program_id(1)
     num_tokens = tl.load(count + row)
     if tile * TILE_Q >= num_tokens:
         return
     # The tile's queries: its tokens times the query heads that share this key-value head.
-    m, d = tl.arange(0, M), tl.arange(0, DIM_2)
-    token, head, there = tile * TILE_Q + m // GROUP, kv_head * GROUP + m % GROUP, d < DIM
-    inside = ((m < TILE_Q * GROUP) & (token < num_tokens))[:, None] & there[None, :]
-    limit = tl.load(position + row) + token  # a query sees the keys at places 0 to its own
+    m, d, e = tl.arange(0, M), tl.arange(0, DIM_2), tl.arange(0, V_DIM_2)
+    token, head, in_k, in_v = tile * TILE_Q + m // GROUP, kv_head * GROUP + m % GROUP, d < DIM, e < V_DIM
+    inside = (m < TILE_Q * GROUP) & (token < num_tokens)
+    there = inside[:, None] & in_k[None, :]
+    limit = tl.load(position + row) + token  # a query sees the keys at places up to its own
+    begin = 0
+    if WINDOW:
+        begin = tl.maximum(tl.load(position + row) + tile * TILE_Q + 1 - WINDOW, 0) // TILE * TILE
     end = tl.load(position + row) + tl.minimum(num_tokens, (tile + 1) * TILE_Q)
     token += tl.load(first + row)
-    queries = tl.load(q + token[:, None] * q_token + head[:, None] * q_head + d[None, :], mask=inside, other=0.0)
-    top = tl.full([M], -float("inf"), tl.float32)
-    total = tl.zeros([M], tl.float32)
-    sums = tl.zeros([M, DIM_2], tl.float32)
-    for n in range(0, end, TILE):
+    queries = tl.load(q + token[:, None] * q_token + head[:, None] * q_head + d[None, :], mask=there, other=0.0)
+    top, total, sums = _first_sums(sinks, head, inside, M, V_DIM_2)
+    for n in range(begin, end, TILE):
         top, total, sums = _attend_to(
-            k_pool + kv_head * p_head, v_pool + kv_head * p_head, p_block, p_token, tables + row * t_row,
-            n + tl.arange(0, TILE), end, queries, limit, scale, top, total, sums, d, there, BLOCK, PRECISION,
+            k_pool + kv_head * p_head, v_pool + _of_values(kv_head * p_head, DIM, V_DIM), p_block, p_token,
+            tables + row * t_row, n + tl.arange(0, TILE), end, queries, limit, scale, top, total, sums,
+            DIM, DIM_2, V_DIM, V_DIM_2, BLOCK, WINDOW, SOFTCAP, PRECISION,
         )  # fmt: skip
-    tl.store(out + token[:, None] * out_token + head[:, None] * out_head + d[None, :], sums / total[:, None], inside)
+    there = inside[:, None] & in_v[None, :]
+    tl.store(out + token[:, None] * out_token + head[:, None] * out_head + e[None, :], sums / total[:, None], there)
 
 
-def decode(query, key, value, k_pool, v_pool, tables, live, position, scale, splits, arrived) -> torch.Tensor:
-    """Store one new token a row and attend to all of the row's tokens. Returns [rows, heads, dim]; zeros for padding.
+def decode(
+    query, key, value, k_pool, v_pool, tables, live, position, scale, splits, arrived, window=0, softcap=0.0, sinks=None
+) -> torch.Tensor:
+    """Store one new token a row and attend to all of the row's tokens. Returns [rows, heads, value_size]; zeros for
+    padding.
 
-    query: [rows, heads, dim]. key, value: [rows, kv_heads, dim]. All with dim contiguous.
-    k_pool, v_pool: [num_blocks + 1, kv_heads, block_size, dim], of the same strides.
+    query: [rows, heads, size]. key: [rows, kv_heads, size]. value: [rows, kv_heads, value_size]. The last dimension is
+        contiguous in each.
+    k_pool, v_pool: [num_blocks + 1, kv_heads, block_size, size or value_size], laid out alike, without gaps.
     tables: int32 [rows, max_blocks]. live, position: int32 [rows], 0 for padding, and the new token's place.
     splits: into how many parts a context is cut. Fixed for a batcher.
-    arrived: int32 [rows * kv_heads], zeros, and zeros again afterwards.
+    arrived: int32 [rows * kv_heads], zeros, and zeros again afterwards. It may be longer.
+    window: how many tokens a token sees, itself included; 0: all up to itself. softcap, sinks: as for
+        `attention.attend_on_cpu`.
     """
-    rows, heads, dim = query.shape
-    kv_heads, dim_2, group = key.shape[1], power_of_2(dim, 16), heads // key.shape[1]
-    out = torch.empty((rows, heads, dim), dtype=query.dtype, device=query.device)
-    parts = torch.empty(rows, heads, splits, dim_2, dtype=torch.float32, device=query.device)
+    rows, heads, _ = query.shape
+    kv_heads, group, value_size = key.shape[1], heads // key.shape[1], value.shape[2]
+    sizes, wide = sizes_of(key, value)
+    out = torch.empty((rows, heads, value_size), dtype=query.dtype, device=query.device)
+    parts = torch.empty(rows, heads, splits, sizes["V_DIM_2"], dtype=torch.float32, device=query.device)
     logs = torch.empty(rows, heads, splits, dtype=torch.float32, device=query.device)
     _decode[(rows, kv_heads, splits)](
         query, *query.stride()[:2], key, *key.stride()[:2], value, *value.stride()[:2],
         k_pool, v_pool, *k_pool.stride()[:3], tables, tables.stride(0), live, position, out, *out.stride()[:2],
-        parts, logs, arrived, scale * LOG2_E,
-        GROUP=group, M=power_of_2(group, 16), DIM=dim, DIM_2=dim_2, BLOCK=k_pool.shape[2], SPLITS=splits,
-        LEAST=least_split(splits), **tiling(dim_2, query.dtype, shared_memory(query.device)),
+        parts, logs, arrived, sinks, scale / softcap if softcap else scale * LOG2_E,
+        GROUP=group, M=power_of_2(group, 16), **sizes, BLOCK=k_pool.shape[2], WINDOW=window, SOFTCAP=softcap * LOG2_E,
+        SPLITS=splits, LEAST=least_split(splits), **tiling(wide, query.dtype, shared_memory(query.device)),
     )  # fmt: skip
     return out
 
 
-def prefill(query, key, value, k_pool, v_pool, places, tables, first, count, position, scale) -> torch.Tensor:
+def prefill(
+    query, key, value, k_pool, v_pool, places, tables, first, count, position, scale, window=0, softcap=0.0, sinks=None
+) -> torch.Tensor:
     """Store N new tokens, which lie in rows, and attend from each to its row's tokens up to itself.
 
     query, key, value: as for `decode`, with N tokens in place of rows. places: int64 [N], where in a pool (block *
         block_size + place in it) each goes. first, count, position: int32 [rows]; row r has the tokens first[r] to
-        first[r] + count[r] - 1, and the first of them is its token number position[r].
-    Returns [N, heads, dim]; zeros for a token of no row.
+        first[r] + count[r] - 1, and the first of them is its token number position[r]. The others: as for `decode`.
+    Returns [N, heads, value_size]; zeros for a token of no row.
     """
-    tokens, heads, dim = query.shape
-    kv_heads, dim_2, group, block = key.shape[1], power_of_2(dim, 16), heads // key.shape[1], k_pool.shape[2]
+    tokens, heads, _ = query.shape
+    kv_heads, group, block = key.shape[1], heads // key.shape[1], k_pool.shape[2]
+    sizes, wide = sizes_of(key, value)
     shared = shared_memory(query.device)
-    tile_q = query_tile(group, dim_2, shared)
+    tile_q = query_tile(group, wide, shared)
     tiles = -(-tokens // tile_q)
-    out = torch.zeros((tokens, heads, dim), dtype=query.dtype, device=query.device)
+    out = torch.zeros((tokens, heads, value.shape[2]), dtype=query.dtype, device=query.device)
     _store[(tokens,)](
         key, *key.stride()[:2], value, *value.stride()[:2], k_pool, v_pool, *k_pool.stride()[:3], places,
-        KV_HEADS=kv_heads, HEADS_2=power_of_2(kv_heads), DIM=dim, DIM_2=dim_2, BLOCK=block,
+        KV_HEADS=kv_heads, HEADS_2=power_of_2(kv_heads), **sizes, BLOCK=block,
     )  # fmt: skip
     _prefill[(tables.shape[0] * tiles, kv_heads)](
         query, *query.stride()[:2], k_pool, v_pool, *k_pool.stride()[:3], tables, tables.stride(0),
-        first, count, position, out, *out.stride()[:2], scale * LOG2_E,
-        TILES=tiles, TILE_Q=tile_q, GROUP=group, M=power_of_2(tile_q * group, 16), DIM=dim, DIM_2=dim_2,
-        BLOCK=block, **tiling(dim_2, query.dtype, shared // 2),
+        first, count, position, out, *out.stride()[:2], sinks, scale / softcap if softcap else scale * LOG2_E,
+        TILES=tiles, TILE_Q=tile_q, GROUP=group, M=power_of_2(tile_q * group, 16), **sizes, BLOCK=block,
+        WINDOW=window, SOFTCAP=softcap * LOG2_E, **tiling(wide, query.dtype, shared // 2),
     )  # fmt: skip
     return out
+
+
+def sizes_of(key: torch.Tensor, value: torch.Tensor) -> tuple[dict[str, int], int]:
+    """The elements of keys and values as the kernels have them, and the wider of the two rounded up."""
+    dim, v_dim = key.shape[2], value.shape[2]
+    dim_2, v_dim_2 = power_of_2(dim, 16), power_of_2(v_dim, 16)
+    return {"DIM": dim, "DIM_2": dim_2, "V_DIM": v_dim, "V_DIM_2": v_dim_2}, max(dim_2, v_dim_2)
 
 
 def power_of_2(number: int, least: int = 1) -> int:

@@ -12,8 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from ...attention import Batch, kv_heads_and_dim
-from ...kv_cache import kv_bytes
+from ...attention import Batch
 from ...sampling import greedy
 from ...scheduler import StepKind
 from ...slot import StepShape
@@ -91,7 +90,7 @@ class CudaRunner(PaddedRunner):
     ):
         with memory_errors(shape, next(model.parameters()).device):
             super().__init__(model, shape=replace(shape, num_blocks=0), host=host)
-        programs = shape.max_batch_size * kv_heads_and_dim(self.model.config.get_text_config())[0]
+        programs = shape.max_batch_size * max(layer.kv_heads for layer in self.layers)
         self.splits = splits_for(programs)
         self.arrived = torch.zeros(programs, dtype=torch.int32, device=self.device)
         self.graphs: dict[tuple[int, StepKind], torch.cuda.CUDAGraph] = {}
@@ -145,9 +144,7 @@ class CudaRunner(PaddedRunner):
 
     def _block_bytes(self) -> int:
         """Bytes of one block's keys and values in all layers."""
-        config = self.model.config.get_text_config()
-        heads, dim = kv_heads_and_dim(config)
-        return self.shape.block_size * kv_bytes(config.num_hidden_layers, heads, dim, self.model.dtype.itemsize)
+        return self.shape.block_size * sum(layer.token_bytes for layer in self.layers)
 
     def _capture(self) -> dict[tuple[int, StepKind], torch.cuda.CUDAGraph]:
         """A graph of every kind of step for each slot: one launch instead of a thousand, which eagerly cost the host

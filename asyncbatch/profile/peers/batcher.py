@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ...attention import kv_heads_and_dim
 from ...kv_cache import blocks_for
-from ...models.checks import check_model
+from ...measure.bandwidth import kv_heads_and_dim
+from ...models.checks import check_decoder
 from ...request import Completion, Request, RequestError, check_request, finish_reason
 from ...timeline import Timeline
 from ..workload import NO_REQUEST_SPAN, arrival_order
@@ -74,7 +74,7 @@ class TransformersBatcher:
         prefill_tokens: int | None = None,
         compile_level: int = 0,
     ):
-        check_model(model)
+        check_decoder(model)
         config = model.config.get_text_config()
         model_length = getattr(config, "max_position_embeddings", None) or 2048
         max_length = min(model_length, 2048) if max_length is None else max_length

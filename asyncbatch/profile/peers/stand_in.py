@@ -52,8 +52,7 @@ def in_place_of_flash_attn(kernel: StandIn) -> Iterator[str]:
 
 
 class StandIn:
-    """The functions that transformers looks for in flash_attn. They serve models with full attention, and one object
-    serves one batcher."""
+    """The functions that transformers looks for in flash_attn. One object serves one batcher."""
 
     def __init__(self, max_batch_size: int, kv_heads: int, device: torch.device):
         # The decode kernel counts its finished parts here. CUDA graphs use this memory, so it is made before them.
@@ -64,63 +63,60 @@ class StandIn:
 
     def flash_attn_with_kvcache(
         self, q, k_cache, v_cache, k, v, cache_seqlens, block_table, softmax_scale=None, causal=True,
-        window_size=(-1, -1),
+        window_size=(-1, -1), softcap=0.0, s_aux=None,
     ) -> torch.Tensor:  # fmt: skip
         """A decode step: store each row's new key and value, and attend to the whole row.
 
         q: [rows, 1, heads, dim]. k, v: [rows, 1, kv_heads, dim]. k_cache, v_cache: [blocks, block_size, kv_heads, dim],
         with the same strides. cache_seqlens: int32 [rows], the length of each row before the new token; -1 for a row
-        that is padding. block_table: int32 [rows, max_blocks]. Returns [rows, 1, heads, dim].
+        that is padding. block_table: int32 [rows, max_blocks]. window_size: how many tokens before its own a token
+        sees, and -1 for all; those after it are not seen, whatever the second number. softcap, s_aux: the softcap and
+        the sinks of `kernels.decode`. Returns [rows, 1, heads, dim].
         """
-        scale = _scale_of(q, softmax_scale, window_size)
+        scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
         live = cache_seqlens + 1  # 0 for padding
         splits = splits_for(len(self._arrived))
-        arguments = (block_table, live, cache_seqlens, scale, splits, self._arrived)
+        asked = (window_size[0] + 1, softcap, s_aux)
+        arguments = (block_table, live, cache_seqlens, scale, splits, self._arrived, *asked)
         return _decode(q[:, 0], k[:, 0], v[:, 0], k_cache, v_cache, *arguments)[:, None]
 
     def flash_attn_varlen_func(
         self, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=None, causal=True,
-        window_size=(-1, -1),
+        window_size=(-1, -1), softcap=0.0, s_aux=None,
     ) -> torch.Tensor:  # fmt: skip
         """A step with parts of prompts: rows of several queries, with their keys and values gathered row after row.
 
         q: [N, heads, dim]. k, v: [M, kv_heads, dim]. cu_seqlens_q, cu_seqlens_k: int32 [rows + 1], where each row
         begins among the queries and among the keys; the queries of a row are its last tokens. Rows may be empty, and
-        N <= M may be larger than what the rows need. Returns [N, heads, dim].
+        N <= M may be larger than what the rows need. window_size, softcap, s_aux: as above. Returns [N, heads, dim].
 
         Nothing here waits for the device, so neither the loop nor the capture of a CUDA graph is held up.
         """
-        scale = _scale_of(q, softmax_scale, window_size)
+        scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
         count = cu_seqlens_q.to(torch.int32).diff()
         starts = cu_seqlens_k.to(torch.int32)
         # For the paged kernel, the gathered keys are a cache with blocks of one token.
         tables = starts[:-1, None] + torch.arange(max_seqlen_k, dtype=torch.int32, device=q.device)
         first, position = cu_seqlens_q[:-1].to(torch.int32), starts.diff() - count
-        return _prefill(q, k.contiguous(), v.contiguous(), tables, first, count, position, scale)
-
-
-def _scale_of(q, softmax_scale, window_size) -> float:
-    """The scale of the attention. ValueError for sliding windows."""
-    if tuple(window_size) != (-1, -1):
-        raise ValueError(f"window_size is {window_size!r}: the stand-in for flash_attn has full attention only")
-    return q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+        asked = (window_size[0] + 1, softcap, s_aux)
+        return _prefill(q, k.contiguous(), v.contiguous(), tables, first, count, position, scale, *asked)
 
 
 # From transformers' layout of a cache, [blocks, block_size, kv_heads, dim], to that of `kernels`.
 
 
-def _decode(query, key, value, keys, values, tables, live, position, scale, splits, arrived) -> torch.Tensor:
+def _decode(query, key, value, keys, values, tables, live, position, scale, splits, arrived, *asked) -> torch.Tensor:
     from ...devices.cuda import kernels
 
     keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-    return kernels.decode(query, key, value, keys, values, tables, live, position, scale, splits, arrived)
+    return kernels.decode(query, key, value, keys, values, tables, live, position, scale, splits, arrived, *asked)
 
 
-def _prefill(query, keys, values, tables, first, count, position, scale) -> torch.Tensor:
+def _prefill(query, keys, values, tables, first, count, position, scale, *asked) -> torch.Tensor:
     """keys, values: [M, kv_heads, dim], to which `tables` points token by token."""
     from ...devices.cuda import kernels
 
     # The kernel stores keys before it reads: here the first N of them, each onto itself.
     places = torch.arange(len(query), device=query.device)
     pools = keys[:, :, None], values[:, :, None]
-    return kernels.prefill(query, keys, values, *pools, places, tables, first, count, position, scale)
+    return kernels.prefill(query, keys, values, *pools, places, tables, first, count, position, scale, *asked)
