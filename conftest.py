@@ -26,19 +26,6 @@ except ImportError:
         "tests/pictures/test_timeline_browser.py",
     ]
 
-if find_spec("ijson") is None:  # nor does it have this: the tests of reading traces are left out too
-    readers = (
-        "crosscheck",
-        "page",
-        "page_browser",
-        "real_traces",
-        "trace_command",
-        "trace_files",
-        "trace_steps",
-        "traces",
-    )
-    collect_ignore += [f"tests/profile/test_{name}.py" for name in readers]
-
 pytest_plugins = ["support.nbval_guard"] if nbval else []
 SANITIZERS = Path(__file__).parent / "tests" / "support" / "nbval_sanitize.cfg"
 

@@ -20,7 +20,8 @@ from ..document import (
     timeline_view,
     write_html,
 )
-from .report import TraceReport, facts
+from .report import TraceReport
+from .text import facts
 
 SECTIONS = {
     "summary": "Summary",
