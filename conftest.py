@@ -10,7 +10,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest

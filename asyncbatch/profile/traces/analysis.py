@@ -21,6 +21,7 @@ from .overlap import PARTS, Overlap, judge, split_gaps
 from .report import GraphLaunches, StreamUse, TraceReport
 from .steps import UNKNOWN, TraceSteps, Work, find_steps
 
+COLLECTIVE = re.compile(r"nccl|rccl|all_?(reduce|gather)|reduce_?scatter|cross_device_reduce", re.IGNORECASE)
 COPIES = (COPY, H2D, D2H)
 
 
@@ -44,12 +45,14 @@ def report_on(label: str, events: Events) -> TraceReport:
     link(device, runtime, names)
     steps = _find_steps(device, compute, host, _rows(on_gpu, on_gpu["device"] == number), names)
     notes += [steps.note] if steps.note else []
-    coverage = check(device, everywhere, runtime, names, one_step=len(steps.extents) < 2)
+    waits = _in_order(_rows(host, (host["kind"] == RUNTIME) & _matching(WAITS, names)[host["name"]]))
+    waiting = waits["start"], waits["end"]
+    coverage = check(device, everywhere, runtime, waiting, names, one_step=len(steps.extents) < 2)
     threads = [_in_order(_rows(host, host["thread"] == one)) for one in launching_threads(device, compute, host)]
     kinds, busy, window = device["kind"], union(device["start"], device["end"]), int(device["end"].max())
     gaps = find_gaps(steps.extents, busy, threads, names) if coverage.complete else no_gaps()
     own = threads[0] if threads else _rows(host, np.zeros(0, np.int64))
-    waits = (own["kind"] == RUNTIME) & _matching(WAITS, names)[own["name"]]
+    main = int(own["thread"][0]) if len(own["thread"]) else -1
     step_active = busy_in_steps = overlap = None
     begin, end = int(steps.extents[0, 1]), int(steps.extents[-1, 1])  # the first step's period is not known
     if end > begin and coverage.complete:
@@ -57,7 +60,7 @@ def report_on(label: str, events: Events) -> TraceReport:
         busy_in_steps = covered_share(busy, begin, end)
         notes += _difference(step_active, busy_in_steps, gaps, end - begin)
         if not coverage.early:
-            overlap = _overlap(device, steps, threads, (own["start"][waits], own["end"][waits]), names)
+            overlap = _overlap(device, steps, threads, _times(waits, waits["thread"] == main), names)
     return TraceReport(
         label=label,
         rank=_rank(events.about),
@@ -74,6 +77,7 @@ def report_on(label: str, events: Events) -> TraceReport:
         num_events=events.count,
         num_kernels=int((kinds == KERNEL).sum()),
         num_copies=int(np.isin(kinds, COPIES).sum()),
+        collectives_s=_seconds(device, (kinds == KERNEL) & _matching(COLLECTIVE, names)[device["name"]]),
         graph_launches=_graph_launches(device, runtime, names),
         coverage=coverage,
         overlap=overlap,
@@ -81,7 +85,7 @@ def report_on(label: str, events: Events) -> TraceReport:
         notes=notes,
         busy_ns=busy,
         copies_ns={lane: _times(device, kinds == kind) for lane, kind in (("H2D", H2D), ("D2H", D2H))},
-        host_ns=(own["start"], own["end"], waits),
+        host_ns=(own["start"], own["end"], (own["kind"] == RUNTIME) & _matching(WAITS, names)[own["name"]]),
     )
 
 
@@ -140,6 +144,12 @@ def _times(columns: Columns, rows: np.ndarray) -> Stretches:
     return columns["start"][rows], columns["end"][rows]
 
 
+def _seconds(columns: Columns, rows: np.ndarray) -> float:
+    """How long any of the events ran."""
+    starts, ends = union(*_times(columns, rows))
+    return 1e-9 * int((ends - starts).sum())
+
+
 def _matching(pattern: re.Pattern, names: list[str]) -> np.ndarray:
     return np.array([bool(pattern.search(name)) for name in names], bool)
 
@@ -183,9 +193,9 @@ def _find_steps(device: Columns, compute: int, host: Columns, on_gpu: Columns, n
     """The steps on the compute stream. Kernels, memsets and copies within the device are work of a step; copies from
     and to the host are not."""
     is_result = device["kind"] == D2H
-    work = _rows(device, (device["stream"] == compute) & ~is_result & (device["kind"] != H2D))
-    launch = np.where(work["launched"], work["launch"], UNKNOWN)
-    work = Work(work["start"], work["end"], work["name"], work["correlation"], launch, work["is_graph"])
+    own = _rows(device, (device["stream"] == compute) & ~is_result & (device["kind"] != H2D))
+    launch = np.where(own["launched"], own["launch"], UNKNOWN)
+    work = Work(own["start"], own["end"], own["name"], own["correlation"], launch, own["is_graph"])
     by_launch = work.launch_order is not None and bool(device["launched"][is_result].all())
     annotations = _rows(host, host["kind"] == ANNOTATION)
     threads = np.unique(annotations["thread"])

@@ -1,9 +1,8 @@
-"""Which annotations of a trace are steps. An annotation is a name that a program gave to a stretch of its time; engines,
-layers, data loaders and whole runs have them, in one another."""
+"""Which annotations of a trace are steps. An annotation is a name that a program gave to a stretch of its time;
+engines, layers, data loaders and whole runs have them, in one another."""
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -29,12 +28,12 @@ class Group(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """`step`: for each piece of work the number of its annotation, -1 where it is in none. `count`: annotations with
+    """`step`: for each piece of work the number of its annotation, -1 where it is in none. `number`: annotations with
     work in them."""
 
     patterns: tuple[str, ...]
     step: np.ndarray
-    count: int
+    number: int
 
 
 def pattern_of(name: str) -> str:
@@ -72,13 +71,13 @@ def choose(groups: Sequence[Group], times: np.ndarray, length: np.ndarray, copie
     3. where at most one result was copied out, an annotation that occurs once;
     4. annotations about as many as the copies of results. (Fewer are around whole runs, more are parts of steps.)"""
     ranked: list[tuple[tuple, Chosen]] = []
-    for group in itertools.chain(_engine_steps(groups), _families(groups)):
+    for group in _engine_steps(groups) or _families(groups):
         index = np.searchsorted(group.starts, times, "right") - 1
         inside = (index >= 0) & (times <= group.ends[np.maximum(index, 0)])
         if length[inside].sum() < COVERED * length.sum():
             continue
         count = len(np.unique(index[inside]))
-        far = abs(math.log(count / copies)) if copies > 1 and count else 0.0
+        far = abs(math.log(count / copies)) if copies and count else 0.0
         rank = _rank(group, count, copies, far)
         if rank is not None:
             key = (rank, far, len(group.patterns), count, group.patterns)
@@ -100,12 +99,12 @@ def _rank(group: Group, count: int, copies: int, far: float) -> int | None:
     return 4 if far <= math.log(most) else None
 
 
-def _engine_steps(groups: Sequence[Group]) -> Iterator[Group]:
+def _engine_steps(groups: Sequence[Group]) -> list[Group]:
     """All annotations that engines are known to wrap around their steps, as one group: of those in one another the
-    outer one."""
+    outer ones. Nothing where there are none, or where they overlap in another way."""
     known = [group for group in groups if OF_AN_ENGINE.search(group.patterns[0])]
-    if len(known) < 2:
-        return
+    if not known:
+        return []
     starts = np.concatenate([group.starts for group in known])
     ends = np.concatenate([group.ends for group in known])
     of = np.concatenate([np.full(len(group.starts), at) for at, group in enumerate(known)])
@@ -113,13 +112,14 @@ def _engine_steps(groups: Sequence[Group]) -> Iterator[Group]:
     starts, ends, of = starts[order], ends[order], of[order]
     outer = np.r_[True, ends[1:] > np.maximum.accumulate(ends)[:-1]]
     starts, ends, of = starts[outer], ends[outer], of[outer]
-    if (starts[1:] >= ends[:-1]).all():
-        yield Group(tuple(sorted(known[at].patterns[0] for at in np.unique(of).tolist())), starts, ends)
+    if (starts[1:] < ends[:-1]).any():
+        return []
+    return [Group(tuple(sorted(known[at].patterns[0] for at in np.unique(of).tolist())), starts, ends)]
 
 
 def _families(groups: Sequence[Group]) -> Iterator[Group]:
-    """Each group by itself; then those that can be kinds of one thing (prefill and decode) together: they never overlap,
-    and they do not just follow each other in turn, as parts of a step would."""
+    """Each group by itself; then those that can be kinds of one thing (prefill and decode) together: they never
+    overlap, and they do not just follow each other in turn, as parts of a step would."""
     yield from groups
     seen = set()
     for first in groups[:MOST_JOINED]:

@@ -8,8 +8,8 @@ being captured: nothing runs then.
 A graph launch brings many kernels under one id, and some of them may be lost. Launches of one graph bring the same
 kernels. Where the trace does not say which graph it was (torch 2.11 does not), a launch that brings a part of what
 another one brings, and that no other launch is like, has lost the rest; and if most of the graphs' time is in launches
-that are like no other, nobody can say. What a single launch of its own kind has lost shows at its edges only: the device
-stands still with work that it was given.
+that are like no other, nobody can say. What a single launch of its own kind has lost shows at its edges only: the
+device stands still with work that it was given, or the host waits for it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from .events import COPY_CALL, GRAPH_LAUNCH, KERNEL_LAUNCH, Columns
+from .intervals import Stretches
 
 CAPTURE = re.compile(r"StreamBeginCapture|StreamEndCapture")
 STILL_NS = 100_000  # a device with work takes less to begin it: 1 to 20 us in the traces under tests/
@@ -34,10 +35,10 @@ class Coverage:
 
     `calls`, `missing`: how many graph launches, kernel launches and copies the host made, and of how many nothing is on
     the device; both empty where the trace has no calls of the runtime, and then `known` is False. `partial`: graph
-    launches of which a part is missing. `alike`: None, or (graph launches that are like another one, all of them), where
-    too few are to tell whether anything is missing. `still_ms`: the longest time that the device stood still with work
-    beside a graph launch that nothing can be compared with; 0 below STILL_NS. `early`, `early_ms`: how many events begin
-    on the device before the host launched them, and by how much at most: its clock and the host's disagree."""
+    launches of which a part is missing. `alike`: None, or (graph launches that are like another one, all of them),
+    where too few are to tell whether anything is missing. `still_ms`: the longest time that the device stood still with
+    work beside a graph launch that nothing can be compared with; 0 below STILL_NS. `early`, `early_ms`: how many events
+    begin on the device before the host launched them, and by how much at most: its clock and the host's disagree."""
 
     known: bool = False
     calls: dict[str, int] = field(default_factory=dict)
@@ -55,16 +56,22 @@ class Coverage:
 
     def problems(self) -> list[str]:
         """What is missing, in words: a part of a sentence each."""
-        found = [f"{count} of {self.calls[kind]} {kind} have no event of the device" for kind, count in self.missing.items()]
+        found = [
+            f"{count} of {self.calls[kind]} {kind} have no event of the device" for kind, count in self.missing.items()
+        ]
         if self.partial:
-            found.append(f"{self.partial} of {self.calls.get('graph launches', self.partial)} graph launches lack a part")
+            found.append(
+                f"{self.partial} of {self.calls.get('graph launches', self.partial)} graph launches lack a part"
+            )
         if self.alike:
             found.append(
                 f"only {self.alike[0]} of {self.alike[1]} graph launches brought the same kernels as another one, so "
                 "that missing ones would not be seen"
             )
         if self.still_ms:
-            found.append(f"for {self.still_ms:.3f} ms nothing ran beside a graph launch, with work that was launched")
+            found.append(
+                f"for {self.still_ms:.3f} ms nothing ran beside a graph launch, though work was launched or waited for"
+            )
         return found
 
     def as_dict(self) -> dict[str, Any]:
@@ -81,13 +88,19 @@ class Coverage:
 
 
 def check(
-    device: Columns, everywhere: np.ndarray, runtime: Columns, names: list[str], one_step: bool = False
+    device: Columns,
+    everywhere: np.ndarray,
+    runtime: Columns,
+    waits: Stretches,
+    names: list[str],
+    one_step: bool = False,
 ) -> Coverage:
     """What is missing of the events of one device.
 
     device: its events, with the columns that `launches.link` adds. everywhere: the correlation ids of all devices.
-    runtime: the calls of the host. names: what the columns `name` count in. one_step: the trace is of one step, whose
-    graphs (of a layer each, perhaps) have nothing to be compared with."""
+    runtime: the calls of the host. waits: starts and ends of those that wait for the device, in order. names: what the
+    columns `name` count in. one_step: the trace is of one step, whose graphs (of a layer each, perhaps) have nothing to
+    be compared with."""
     calls, missing = _missing(everywhere, runtime, names)
     partial, alike, lonely = _parts(device)
     if one_step:
@@ -99,7 +112,7 @@ def check(
         missing=missing,
         partial=partial,
         alike=alike,
-        still_ms=1e-6 * _still(device, lonely),
+        still_ms=1e-6 * _still(device, waits, lonely),
         early=int((early > 0).sum()),
         early_ms=1e-6 * max(int(early.max()), 0),
     )
@@ -185,16 +198,23 @@ def _is_part(bag: dict[int, int], other: dict[int, int]) -> bool:
     return len(bag) <= len(other) and all(count <= other.get(name, 0) for name, count in bag.items())
 
 
-def _still(device: Columns, lonely: np.ndarray) -> int:
-    """The longest time, in nanoseconds, that the device did nothing right before or right after kernels of the graph
-    launches `lonely`, although the call that launched what it did next had returned. 0 below STILL_NS."""
+def _still(device: Columns, waits: Stretches, lonely: np.ndarray) -> int:
+    """The longest time, in nanoseconds, that nothing ran right before or right after kernels of the graph launches
+    `lonely`, although the call that launched what came next had returned, or the host still waited for the device. 0
+    below STILL_NS."""
     if not len(lonely):
         return 0
     reach = np.maximum.accumulate(device["end"])
     last = np.maximum.accumulate(np.where(device["end"] == reach, np.arange(len(reach)), 0))  # who reached so far
     of_lonely = device["is_graph"] & np.isin(device["correlation"], lonely)
-    beside = of_lonely[1:] | of_lonely[last[:-1]]
+    idle_from, idle_to = reach[:-1], device["start"][1:]
     given = np.where(device["launched"], device["returned"], device["start"])[1:]
-    still = np.where(beside, device["start"][1:] - np.maximum(reach[:-1], given), 0)
-    longest = int(still.max(initial=0))
+    beside = of_lonely[1:] | of_lonely[last[:-1]]
+    with_work = np.where(beside, idle_to - np.maximum(idle_from, given), 0)
+    longest = int(with_work.max(initial=0))
+    if len(waits[0]):
+        at = np.searchsorted(waits[0], idle_from, "right") - 1
+        until = np.where(at >= 0, np.maximum.accumulate(waits[1])[np.maximum(at, 0)], idle_from)
+        waited = np.where(of_lonely[last[:-1]], np.minimum(until, idle_to) - idle_from, 0)
+        longest = max(longest, int(waited.max(initial=0)))
     return longest if longest > STILL_NS else 0

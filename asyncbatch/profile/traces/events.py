@@ -1,10 +1,10 @@
 """The events of a profiler's trace as columns of numbers.
 
-What matters here (kernels, copies, calls of the runtime, operators, annotations, Python functions) is kept in arrays, 25
-to 57 bytes an event, in whole nanoseconds; everything else is skipped. `files.py` reads them, one by one.
+What matters here (kernels, copies, calls of the runtime, operators, annotations, Python functions) is kept in arrays,
+25 to 57 bytes an event, in whole nanoseconds; everything else is skipped. `files.py` reads them, one by one.
 
-torch writes microseconds near 4.6e12 with three decimals. They come as text, and every digit counts: a float64 keeps the
-nanosecond only up to 8.8e12, and in traces that count from 1970 (1.7e15) it would keep a quarter of a microsecond.
+torch writes microseconds near 4.6e12 with three decimals. They come as text, and every digit counts: a float64 keeps
+the nanosecond only up to 8.8e12, and in traces that count from 1970 (1.7e15) it would keep a quarter of a microsecond.
 """
 
 from __future__ import annotations

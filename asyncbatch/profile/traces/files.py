@@ -19,6 +19,7 @@ from tqdm import tqdm
 from .events import KERNEL, LAUNCHES, Events, TraceError
 from .json_stream import JSONProblem, JSONStream
 
+SIZE = "<size>"  # in a message, where the bytes read are told
 BAR_FROM = 20_000_000  # bytes: a smaller file is read before anybody could look at a bar
 KEPT = ("deviceProperties", "computeProperties", "distributedInfo")  # of what stands beside the events
 NO_DEVICE = ("Trace", "overhead", "cuda_sync", "python_function")  # categories that say nothing of a device
@@ -88,7 +89,7 @@ def read_events(path: Path, progress: bool) -> Events:
         raise TraceError(f"{path} is not JSON ({error}); {_so_far(raw, events)}") from error
     problem = what if what else _why_unusable(events)
     if problem:
-        raise TraceError(f"{path} {problem.format(size=_bytes(raw.done))}")
+        raise TraceError(f"{path} {problem.replace(SIZE, _bytes(raw.done))}")
     return events
 
 
@@ -97,13 +98,13 @@ def _read(stream: JSONStream, events: Events) -> str | None:
     first, problem = stream.peek(), None
     expected = "expected a Chrome trace: a list of events, or an object with traceEvents"
     if not first:
-        return "is empty: nothing but white space was found in {size}"
+        return "is empty: nothing but white space was found in " + SIZE
     if first == "[":
         _add_all(stream, events)
         problem = None if events.count else f"holds no events: it is a list of nothing; {expected}"
     elif first == "{":
         keys, kind = [], "no list"
-        for key in stream.keys():
+        for key in stream.members():
             keys.append(key)
             if key == "traceEvents" and stream.peek() == "[":
                 _add_all(stream, events)
@@ -115,7 +116,7 @@ def _read(stream: JSONStream, events: Events) -> str | None:
         if not events.count:
             problem = f"holds no events: {_about_keys(keys, kind)}; {expected}"
     else:
-        problem = f"holds {_short(stream.value())}; {expected}".replace("{", "{{").replace("}", "}}")
+        problem = f"holds {_short(stream.value())}; {expected}"
     stream.end()
     return problem
 
@@ -130,7 +131,7 @@ def _about_keys(keys: list[str], kind: str) -> str:
     """What an object without events is; `kind`: what its traceEvents are."""
     if "traceEvents" in keys:
         return f"its traceEvents is {kind}"
-    shown = ", ".join(map(_short, keys[:5])).replace("{", "{{").replace("}", "}}")
+    shown = ", ".join(map(_short, keys[:5]))
     return "it is an object" + (f" with the keys {shown}{', ...' if len(keys) > 5 else ''}" if keys else "")
 
 

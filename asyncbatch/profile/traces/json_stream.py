@@ -1,9 +1,9 @@
 """A JSON text of any size, value by value: the list of events in it is never in memory as a whole.
 
-Python's own decoder reads each value, out of a window on the text; this module only moves the window. It takes 13 s for
-500 MB of events where ijson took 35 s (both measured on the machine that README names for a CPU), and it reads what
-profilers have written although it is no JSON: NaN, inf, single backslashes (paths of Windows) and control characters in
-names. Numbers with a decimal point come as text, so that no digit is lost.
+Python's own decoder reads each value, out of a window on the text; this module only moves the window. That needs no
+other package and less time than the streaming parsers (docs/traces.md), and it reads what profilers have written
+although it is no JSON: NaN, inf, single backslashes (paths of Windows) and control characters in names. Numbers with a
+decimal point come as text, so that no digit is lost.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import Any, Protocol
 
 PIECE = 1 << 18  # characters read at a time
 LONGEST = 1 << 26  # characters of one value; a longer one is no event
@@ -22,7 +22,13 @@ NO_NUMBER = re.compile(r"[-+]?(?:inf(?:inity)?|nan)(?:\(\w*\))?(?=[\s,}\]])", re
 ESCAPE = re.compile(r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})|\\')
 LITERALS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
 CLOSING = '}]"'
-DECODER = json.JSONDecoder(strict=False, parse_float=str)
+SCAN: Any = json.JSONDecoder(strict=False, parse_float=str).scan_once  # type: ignore[attr-defined]
+
+
+class Readable(Protocol):
+    """A file of text: `read` gives at most so many characters, and none at its end only."""
+
+    def read(self, size: int, /) -> str: ...
 
 
 class JSONProblem(ValueError):
@@ -36,7 +42,7 @@ class JSONProblem(ValueError):
 class JSONStream:
     """The values of a JSON text, one after the other. Each method raises JSONProblem where the text is no JSON."""
 
-    def __init__(self, file: TextIO):
+    def __init__(self, file: Readable):
         self._file, self._text, self._at = file, "", 0
         self._lines = 1  # up to the beginning of the window
         self._ended = False
@@ -66,7 +72,7 @@ class JSONStream:
             else:
                 self.peek()
 
-    def keys(self) -> Iterator[str]:
+    def members(self) -> Iterator[str]:
         """The keys of the object that begins here. The value of each must be taken before the next key is asked for."""
         self._take("{")
         if self.peek() == "}":
@@ -95,12 +101,15 @@ class JSONStream:
         """The value that begins at the next character."""
         while True:
             try:
-                value, end = DECODER.scan_once(self._text, self._at)
+                value, end = SCAN(self._text, self._at)
             except StopIteration as stop:
                 reason, place = "a value was expected", stop.value
             except json.JSONDecodeError as error:
                 reason, place = error.msg, error.pos
-            except (ValueError, RecursionError) as error:  # of an integer, whose digits Python limits; or of the nesting
+            except (
+                ValueError,
+                RecursionError,
+            ) as error:  # of an integer, whose digits Python limits; or of the nesting
                 nested = isinstance(error, RecursionError)
                 self._fail("brackets in brackets, too deep" if nested else "a number of thousands of digits", self._at)
             else:

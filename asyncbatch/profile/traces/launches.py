@@ -31,9 +31,9 @@ def out_of_place(device: Columns, host: Columns) -> np.ndarray:
 def link(device: Columns, runtime: Columns, names: list[str]) -> None:
     """Find the call that launched each device event, by correlation id.
 
-    It adds columns to `device`: `launched` (whether the call is known), `launch`, `returned` and `thread` (when the call
-    began and ended, and where; they mean nothing where it is not known), and `is_graph` (a graph launch brought it; where
-    the call is not known, several kernels of one id can only have come from a graph)."""
+    It adds columns to `device`: `launched` (whether the call is known), `launch`, `returned` and `thread` (when the
+    call began and ended, and where; they mean nothing where it is not known), and `is_graph` (a graph launch brought
+    it; where the call is not known, several kernels of one id can only have come from a graph)."""
     ids, count = device["correlation"], len(runtime["correlation"])
     order = np.lexsort([runtime[key] for key in ("thread", "name", "start", "correlation")])
     at = np.minimum(np.searchsorted(runtime["correlation"][order], ids), max(count - 1, 0))

@@ -26,12 +26,12 @@ class Overlap:
     `pairs`: how many times one step follows another and the launch of the second is known. `ahead`: of these, how many
     were launched before the first had ended. `launch_after_end_ms`: median time from the end of a step to the launch of
     the next, negative where the launch comes first. `gap_ms`: the median gap. `parts_ms`: the mean gap, by what it
-    consists of (PARTS). `causes`: of all the time in "host, until the launch" the share of each thing that the host did,
-    the largest first.
+    consists of (PARTS). `causes`: of all the time in "host, until the launch" the share of each thing that the host
+    did, the largest first.
 
     `period_ms`: from the end of a step to the end of the next, on average; `device_ms`: the part of it in which a step
-    ran; `host_ms`: the part in which the launching thread did not wait for the device. `speedup`: period / the longer of
-    these two, which is the most that overlapping brings; None where no wait was recorded, so that the host's part is
+    ran; `host_ms`: the part in which the launching thread did not wait for the device. `speedup`: period / the longer
+    of these two, which is the most that overlapping brings; None where no wait was recorded, so that the host's part is
     not known."""
 
     pairs: int

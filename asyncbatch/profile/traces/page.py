@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+from ...pictures import plot
 from ..document import (
     Cell,
     Column,
@@ -15,13 +17,13 @@ from ..document import (
     Table,
     causes_table,
     milliseconds,
-    percent,
     render,
     timeline_view,
     write_html,
 )
+from .ranks import Ranks
 from .report import TraceReport
-from .text import facts
+from .text import answers, facts
 
 SECTIONS = {
     "summary": "Summary",
@@ -33,27 +35,44 @@ SECTIONS = {
 MOST_CAUSES, MOST_GAPS = 12, 20
 
 
-def write_trace_page(path: str | Path, report: TraceReport) -> None:
-    """Write the page. OSError if the file cannot be written."""
-    write_html(path, trace_page(report))
+def write_trace(folder: Path, report: TraceReport) -> None:
+    """Write the page, the report as JSON and the picture. OSError if a file cannot be written."""
+    write_html(folder / "report.html", trace_page(report))
+    _write_json(folder, report.as_dict())
+    plot(report.timeline(), title=f"{report.label}, device {report.device}").savefig(folder / "trace-timeline.png")
+
+
+def write_traces(folder: Path, ranks: Ranks) -> None:
+    """Write one report of all as JSON, and for each what `write_trace` writes, in a folder of its own."""
+    _write_json(folder, ranks.as_dict())
+    numbers = [report.rank for report in ranks.reports]
+    by_number = None not in numbers and len(set(numbers)) == len(numbers)
+    for at, report in enumerate(ranks.reports):
+        own = folder / f"rank-{report.rank if by_number else at}"
+        own.mkdir(exist_ok=True)
+        write_trace(own, report)
+
+
+def _write_json(folder: Path, values: dict[str, Any]) -> None:
+    (folder / "report.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 def trace_page(report: TraceReport) -> str:
     """The text of the page."""
-    timeline, active = report.timeline(), report.step_active
-    heading = "Too few steps to say how idle the device was"
-    if active is not None:
-        heading = f"Between its steps the device was idle for {percent(1 - active)} of the time"
+    timeline = report.timeline()
+    questions = answers(report)
     return render(
         "trace.html.j2",
         SECTIONS,
         title=f"Trace of {report.label}",
         label=report.label,
-        heading=heading,
+        heading=questions.pop("How idle"),
+        answers=list(questions.items()),
         notes=report.notes,
         summary=Table.of("What the trace tells", ("", Column("", "text")), list(facts(report))),
         timeline=timeline_view([timeline]),
         gaps=_gaps(report),
+        nothing="No gap was found." if report.coverage.complete else "Not told: events of the device are missing.",
         longest=_longest(report, timeline.origin),
         json=json.dumps(report.as_dict(), indent=1),
     )

@@ -2,9 +2,9 @@
 
     python -m asyncbatch.profile --trace vllm.pt.trace.json.gz
 
-`read_trace` takes what `torch.profiler` exports (Chrome trace JSON, also .gz), checks that nothing is missing, finds the
-compute stream and where each step begins and ends, and says what the host was doing in each gap of the device. The file
-is read event by event, so a large one needs little memory: docs/traces.md says how much.
+`read_trace` takes what `torch.profiler` exports (Chrome trace JSON, also .gz), checks that nothing is missing, finds
+the compute stream and where each step begins and ends, and says what the host was doing in each gap of the device. The
+file is read event by event, so a large one needs little memory: docs/traces.md says how much.
 
 There are two methods, as everywhere in this project. **Step active** counts the compute stream as active from the first
 to the last kernel of a step, over the time from the end of the first step to the end of the last, as
@@ -53,7 +53,9 @@ def busy_in(trace: str | os.PathLike | TraceReport, start_s: float | None = None
     window."""
     report = trace if isinstance(trace, TraceReport) else read_trace(trace)
     if not report.coverage.complete:
-        raise TraceError(f"{report.label} does not tell how busy the device was: {'; '.join(report.coverage.problems())}")
+        raise TraceError(
+            f"{report.label} does not tell how busy the device was: {'; '.join(report.coverage.problems())}"
+        )
     start = 0.0 if start_s is None else start_s
     end = report.window_s if end_s is None else end_s
     if not (math.isfinite(start) and math.isfinite(end) and start < end):

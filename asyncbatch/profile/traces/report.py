@@ -15,6 +15,7 @@ from .coverage import Coverage
 from .gaps import TraceGap, TraceGaps
 from .intervals import Stretches, close_pauses, intersections, outside
 from .overlap import Overlap
+from .text import lines
 
 SCHEMA = 2
 MOST_HOST_PIECES = 100_000  # of the host lane of `timeline`
@@ -46,13 +47,14 @@ class TraceReport:
     `streams`: the use of each stream of each device in the file. `compute_stream`: the stream of `device` with most
     kernel time. `steps`: float64 [N, 2], start and end of each step on it; `how_steps` says how they were found.
     `step_active`: the share of the time from the end of the first step to the end of the last in which a step ran; None
-    with fewer than two steps, and where events of the device are missing. `kernel_busy`: the share of `window_s`, from the first to the last event of the device,
-    in which any kernel, copy or memset ran on it. `kernel_busy_in_steps`: the same share over the time of
-    `step_active`. `graph_launches`: None where the trace has no runtime events. `coverage`: whether anything is missing;
-    if it is not complete, no idle figure is given: shares are None, and there are no gaps. `overlap`: how host and
-    device take turns; None where that is not known. `gaps`: the idle time (`gaps.py` says what a gap is); the gaps
-    between steps add up to the idle time behind `step_active`. `rank`: of a process among several, as the trace says.
-    `notes`: what else a reader must know.
+    with fewer than two steps, and where events of the device are missing. `kernel_busy`: the share of `window_s`, from
+    the first to the last event of the device, in which any kernel, copy or memset ran on it. `kernel_busy_in_steps`:
+    the same share over the time of `step_active`. `graph_launches`: None where the trace has no runtime events.
+    `coverage`: whether anything is missing; if it is not complete, no idle figure is given: shares are None, and there
+    are no gaps. `overlap`: how host and device take turns; None where that is not known. `gaps`: the idle time
+    (`gaps.py` says what a gap is); the gaps between steps add up to the idle time behind `step_active`. `rank`: of a
+    process among several, as the trace says. `collectives_s`: seconds in which a kernel of a collective (NCCL and the
+    like) ran. `notes`: what else a reader must know.
 
     `busy_ns`: the stretches in which anything ran on the device. `copies_ns`: (starts, ends) of the copies on the lanes
     "H2D" and "D2H". `host_ns`: (starts, ends, whether it waits for the device) of the events of the launching
@@ -73,6 +75,7 @@ class TraceReport:
     num_events: int
     num_kernels: int
     num_copies: int
+    collectives_s: float
     graph_launches: GraphLaunches | None
     coverage: Coverage
     overlap: Overlap | None
@@ -132,6 +135,7 @@ class TraceReport:
             "events": self.num_events,
             "kernels": self.num_kernels,
             "copies": self.num_copies,
+            "collectives_s": self.collectives_s,
             "graph_launches": self.graph_launches and self.graph_launches._asdict(),
             "coverage": self.coverage.as_dict(),
             "steps": steps,
@@ -145,8 +149,6 @@ class TraceReport:
         }
 
     def __str__(self) -> str:
-        from .text import lines  # which is about reports
-
         return "\n".join(lines(self))
 
     def timeline(self) -> Timeline:

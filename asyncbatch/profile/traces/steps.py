@@ -4,7 +4,8 @@
 2. Graph launches: all kernels of one launch have the same correlation id. Eager work between two launches is a step of
    its own if there is much of it (a prefill); otherwise it belongs to the step beside it.
 3. Copies of results: a device-to-host copy that follows kernels ends a step.
-4. The rarest kernel among those that recur after always the same number of kernels.
+4. Where nothing is copied to the host, the rarest kernel among those that recur after always the same number of
+   kernels.
 
 By no rule are the kernels of one graph launch divided.
 """
@@ -18,7 +19,6 @@ import numpy as np
 
 from .annotations import Group, choose
 
-
 UNKNOWN = np.iinfo(np.int64).min  # the time of a launch that was not recorded
 
 
@@ -26,8 +26,8 @@ class Work(NamedTuple):
     """What ran on the compute stream, in order of start: kernels, memsets and copies within the device. All arrays have
     one element for each; times are nanoseconds.
 
-    `launch`: when the host launched it; UNKNOWN where the trace does not say so. `name` is a number, `is_graph` says whether a
-    graph launch brought it."""
+    `launch`: when the host launched it; UNKNOWN where the trace does not say so. `name` is a number, `is_graph` says
+    whether a graph launch brought it."""
 
     start: np.ndarray
     end: np.ndarray
@@ -96,7 +96,7 @@ def find_steps(
         _by_annotations(work, annotations, gpu_annotations, copies),
         _by_graphs(work, copies),
         _by_copies(before, by_launch) if copies > 1 else None,  # a single one only tells before from after
-        _by_pattern(work, names),
+        _by_pattern(work, names) if not copies else None,
     ):
         if cut is not None:
             step = _whole_graphs(cut.step, work)
@@ -115,7 +115,7 @@ def _by_annotations(work: Work, on_host: Sequence[Group], on_device: Sequence[Gr
     chosen = choose(groups, times, work.length, copies)
     if chosen is None:
         return None
-    count, shown = chosen.count, " or ".join(map(repr, chosen.patterns))
+    count, shown = chosen.number, " or ".join(map(repr, chosen.patterns))
     note = None
     if copies > 3 * count:
         note = (
@@ -233,8 +233,8 @@ def _with_loose_work(step: np.ndarray, work: Work) -> np.ndarray:
 
 
 def _steps(step: np.ndarray, work: Work, how: str, note: str | None) -> TraceSteps:
-    """The steps of work that is numbered: start and end of each, in order. Where two overlap, the later one begins at the
-    end of the earlier one."""
+    """The steps of work that is numbered: start and end of each, in order. Where two overlap, the later one begins at
+    the end of the earlier one."""
     kept = np.flatnonzero(step >= 0)
     _, first, index = np.unique(step[kept], return_index=True, return_inverse=True)
     extents = np.full((len(first), 2), (np.iinfo(np.int64).max, np.iinfo(np.int64).min), np.int64)

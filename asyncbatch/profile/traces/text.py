@@ -5,16 +5,18 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator
+from typing import Any
 
+from ...measure.points import NOTHING
 from .overlap import PARTS
-from .report import TraceReport
 
+TraceReport = Any  # its module imports this one, to be printed
 FEW_STEPS = 20
 WIDTH, LABEL = 110, 16
 WHAT_TO_DO = (
-    "Record fewer steps; let the profiler warm up before them (schedule(wait=1, warmup=1, active=3), and synchronize the "
-    "device before it stops; or give its buffers more room: a file with the line ACTIVITIES_MAX_GPU_BUFFER_SIZE_MB=1024, "
-    "named in KINETO_CONFIG. docs/traces.md says more."
+    "Record fewer steps; let the profiler warm up before them (torch.profiler.schedule); synchronize the device before "
+    "it stops; or give its buffers more room: a file with the line ACTIVITIES_MAX_GPU_BUFFER_SIZE_MB=1024, whose path "
+    "is in KINETO_CONFIG. docs/traces.md says more."
 )
 
 
@@ -48,18 +50,18 @@ def answers(report: TraceReport) -> dict[str, str]:
 def how_idle(report: TraceReport) -> str:
     steps = len(report.steps)
     if not report.coverage.complete:
-        return f"Not told: {'; '.join(report.coverage.problems())}. The device may have been at work where nothing is left."
+        problems = "; ".join(report.coverage.problems())
+        return f"Not told: {problems}. The device may have been at work where nothing is left."
     if report.step_active is None:
         return "Not measured: for that, several steps must be found, and in this trace it is one. Record 20 or more."
     active, busy = report.step_active, report.kernel_busy_in_steps
     return (
-        f"Between its steps the device was idle for {share(1 - active)} of the time ({steps - 1} of {steps} steps counted: "
-        f"from the end of the first). Some kernel or copy ran in {share(busy)} of it."
+        f"Between its steps the device was idle for {share(1 - active)} of the time ({steps - 1} of {steps} steps "
+        f"counted: from the end of the first). Some kernel or copy ran in {share(busy)} of it."
     )
 
 
 def _why(report: TraceReport) -> Iterator[str]:
-    overlap = report.overlap
     if not report.coverage.complete:
         yield "Not told, for the same reason."
     elif report.step_active is None:
@@ -87,18 +89,22 @@ def _why_between(report: TraceReport) -> Iterator[str]:
         else:
             yield f"{sentence}, because of {_causes(overlap.causes)}."
         if overlap.gap_ms > 0 or not overlap.overlaps:
-            parts = ", ".join(f"{ms(overlap.parts_ms[part])} {part}" for part in PARTS)
-            yield f"A gap is {ms(sum(overlap.parts_ms.values()))} on average: {parts}."
+            copy, host, begin = (ms(overlap.parts_ms[part]) for part in PARTS)
+            yield (
+                f"A gap is {ms(sum(overlap.parts_ms.values()))} on average: {copy} until the results are copied, "
+                f"{host} of the host until it launches, {begin} from the launch to the first kernel."
+            )
 
 
 def _causes(causes: dict[str, float]) -> str:
     told = [f"{plain(cause, 60)} ({100 * part:.0f} %)" for cause, part in list(causes.items())[:3] if part >= 0.05]
-    return " and ".join(told) if told else "nothing that was recorded"
+    text = " and ".join(told) if told else "nothing that was recorded"
+    return text + ("; record the CPU too to see what that is" if causes.get(NOTHING, 0) >= 0.5 else "")
 
 
 def _why_without_launches(report: TraceReport) -> Iterator[str]:
     if report.coverage.early:
-        yield "Not told: by its clock the device begins before the host launches, so that no launch can be put in a gap."
+        yield "Not told: by its clock the device begins before the host launches: no launch can be put in a gap."
         return
     yield "The trace does not say when steps were launched."
     idle_s = report.idle_s["between steps"]
@@ -123,9 +129,9 @@ def _overlapping(report: TraceReport) -> Iterator[str]:
         return
     longer = "device" if overlap.device_ms >= overlap.host_ms else "host"
     yield (
-        f"Overlapped, its steps could be {overlap.speedup:.2f}x as fast, at most: {ms(overlap.period_ms)} a step, of which "
-        f"{ms(overlap.device_ms)} on the device and {ms(overlap.host_ms)} of work on the host, become the longer of the "
-        f"two, the {longer}'s."
+        f"Overlapped, its steps could be {overlap.speedup:.2f}x as fast, at most. A step takes "
+        f"{ms(overlap.period_ms)}: {ms(overlap.device_ms)} on the device, and {ms(overlap.host_ms)} of work on the "
+        f"host; overlapped, it takes the longer of the two, the {longer}'s."
     )
 
 
@@ -141,8 +147,8 @@ def _believe(report: TraceReport) -> Iterator[str]:
         yield f"All that was launched has events of the device: {counts}."
     if coverage.early:
         yield (
-            f"The clocks of host and device disagree: {coverage.early} events begin before they were launched, by up to "
-            f"{ms(coverage.early_ms)}. What the host did in a gap may be wrong by as much."
+            f"The clocks of host and device disagree: {coverage.early} events begin before they were launched, by up "
+            f"to {ms(coverage.early_ms)}. What the host did in a gap may be wrong by as much."
         )
     elif coverage.known and coverage.complete:
         yield "The clocks agree: nothing begins before its launch."
