@@ -24,7 +24,7 @@ from asyncbatch.profile.page import page, write_page
 from asyncbatch.profile.report import Report
 from asyncbatch.profile.traces.page import MOST_GAPS, trace_page
 from asyncbatch.profile.traces.read import read_trace
-from asyncbatch.profile.traces.report import facts
+from asyncbatch.profile.traces.text import answers, facts
 from asyncbatch.timeline import Timeline
 
 VOID = {"meta", "img", "br"}
@@ -342,6 +342,7 @@ def test_the_page_of_a_trace_has_the_numbers_of_its_report_and_no_text_becomes_m
     report = read_trace(Path(__file__).parent / "traces" / "asyncbatch-sync.json.gz")
     seen = Parsed(trace_page(report))
     assert dict(seen.tables["What the trace tells"][1:]) == dict(facts(report))
+    assert all(f"{question} {answer}" in " ".join(seen.text.split()) for question, answer in answers(report).items())
     assert f"idle for {100 * (1 - report.step_active):.1f} %" in seen.text
     for where, idle_s in report.idle_s.items():
         *causes, last = seen.tables[f"{where}: idle time by cause"][1:]

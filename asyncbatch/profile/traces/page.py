@@ -17,6 +17,7 @@ from ..document import (
     Table,
     causes_table,
     milliseconds,
+    percent,
     render,
     timeline_view,
     write_html,
@@ -37,7 +38,7 @@ MOST_CAUSES, MOST_GAPS = 12, 20
 
 def write_trace(folder: Path, report: TraceReport) -> None:
     """Write the page, the report as JSON and the picture. OSError if a file cannot be written."""
-    write_html(folder / "report.html", trace_page(report))
+    write_trace_page(folder / "report.html", report)
     _write_json(folder, report.as_dict())
     plot(report.timeline(), title=f"{report.label}, device {report.device}").savefig(folder / "trace-timeline.png")
 
@@ -57,17 +58,21 @@ def _write_json(folder: Path, values: dict[str, Any]) -> None:
     (folder / "report.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
+def write_trace_page(path: str | Path, report: TraceReport) -> None:
+    """Write the page. OSError if the file cannot be written."""
+    write_html(path, trace_page(report))
+
+
 def trace_page(report: TraceReport) -> str:
     """The text of the page."""
     timeline = report.timeline()
-    questions = answers(report)
     return render(
         "trace.html.j2",
         SECTIONS,
         title=f"Trace of {report.label}",
         label=report.label,
-        heading=questions.pop("How idle"),
-        answers=list(questions.items()),
+        heading=_heading(report),
+        answers=list(answers(report).items()),
         notes=report.notes,
         summary=Table.of("What the trace tells", ("", Column("", "text")), list(facts(report))),
         timeline=timeline_view([timeline]),
@@ -76,6 +81,14 @@ def trace_page(report: TraceReport) -> str:
         longest=_longest(report, timeline.origin),
         json=json.dumps(report.as_dict(), indent=1),
     )
+
+
+def _heading(report: TraceReport) -> str:
+    if not report.coverage.complete:
+        return "How idle the device was is not told: events are missing from this trace"
+    if report.step_active is None:
+        return "Too few steps to say how idle the device was"
+    return f"Between its steps the device was idle for {percent(1 - report.step_active)} of the time"
 
 
 def _gaps(report: TraceReport) -> list[list[Table]]:
