@@ -7,6 +7,7 @@ import functools
 import gzip
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from support.traces import read
 
 from asyncbatch.profile.traces.analysis import report_on
 from asyncbatch.profile.traces.events import Events, TraceError
+from asyncbatch.profile.traces.page import write_trace
 from asyncbatch.profile.traces.read import busy_in
 from asyncbatch.profile.traces.report import TraceReport
 
@@ -77,7 +79,7 @@ def test_a_whole_trace_is_known_to_be_whole(name):
 
 
 @pytest.mark.parametrize("lost", [1, 5, 9])
-def test_launches_without_device_events_are_counted_and_no_figure_is_given(lost):
+def test_launches_without_device_events_are_counted_and_no_figure_is_given(lost, tmp_path):
     """What was told before: idle 43.0 % without 5 of 10 launches, and 30 steps, 99.2 % active, without 9."""
     found = without_launches("asyncbatch-async", set(launches("asyncbatch-async")[1 : 1 + lost]))
     assert found.coverage.missing == {"graph launches": lost}
@@ -90,6 +92,11 @@ def test_launches_without_device_events_are_counted_and_no_figure_is_given(lost)
     assert data["coverage"]["without_device_events"] == {"graph launches": lost}
     with pytest.raises(TraceError, match=f"does not tell how busy the device was: {lost} of 10 graph launches"):
         busy_in(found)
+    write_trace(tmp_path, found)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<h1>How idle the device was is not told: events are missing from this trace</h1>" in page
+    assert not re.search(r"(active|idle) \d", page), "the captions of a timeline"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
 
 
 @given(st.sampled_from(NAMES), st.data())

@@ -23,6 +23,7 @@ STRAYS = {
     "25 years long": lambda trace: trace.kernel("stray", 900 * US, 25 * YEAR),
     "three weeks long, on another stream": lambda trace: trace.kernel("stray", 900 * US, 3 * WEEK, stream=99),
     "a copy of an hour": lambda trace: trace.copy("Memcpy HtoD (Pinned -> Device)", 900 * US, 3600 * 10**9),
+    "a day early": lambda trace: trace.kernel("stray", -86_400 * 10**9, 5 * US),
     "a day late": lambda trace: trace.kernel("stray", 86_400 * 10**9, 5 * US),
 }
 

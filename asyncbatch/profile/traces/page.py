@@ -37,10 +37,11 @@ MOST_CAUSES, MOST_GAPS = 12, 20
 
 
 def write_trace(folder: Path, report: TraceReport) -> None:
-    """Write the page, the report as JSON and the picture. OSError if a file cannot be written."""
+    """Write the page, the report as JSON and, unless events are missing, the picture. OSError if a file cannot be written."""
     write_trace_page(folder / "report.html", report)
     _write_json(folder, report.as_dict())
-    plot(report.timeline(), title=f"{report.label}, device {report.device}").savefig(folder / "trace-timeline.png")
+    if report.coverage.complete:  # the caption says how idle the device was
+        plot(report.timeline(), title=f"{report.label}, device {report.device}").savefig(folder / "trace-timeline.png")
 
 
 def write_traces(folder: Path, ranks: Ranks) -> None:
@@ -66,6 +67,7 @@ def write_trace_page(path: str | Path, report: TraceReport) -> None:
 def trace_page(report: TraceReport) -> str:
     """The text of the page."""
     timeline = report.timeline()
+    shown = [timeline] if report.coverage.complete else []  # its caption says how idle the device was
     return render(
         "trace.html.j2",
         SECTIONS,
@@ -75,7 +77,7 @@ def trace_page(report: TraceReport) -> str:
         answers=list(answers(report).items()),
         notes=report.notes,
         summary=Table.of("What the trace tells", ("", Column("", "text")), list(facts(report))),
-        timeline=timeline_view([timeline]),
+        timeline=timeline_view(shown),
         gaps=_gaps(report),
         nothing="No gap was found." if report.coverage.complete else "Not told: events of the device are missing.",
         longest=_longest(report, timeline.origin),
