@@ -451,6 +451,7 @@ def test_whatever_a_template_is_given_is_escaped():
     made = document.Table.of(HOSTILE, columns, [(HOSTILE, *cells)])
     view = document.TimelineView(HOSTILE, 1.0, {"about": HOSTILE}, "data:", HOSTILE)
     values = {"title": HOSTILE, "label": HOSTILE, "heading": HOSTILE, "notes": [HOSTILE], "json": HOSTILE}
+    values |= {"answers": [(HOSTILE, HOSTILE)], "nothing": HOSTILE}
     sections = dict.fromkeys(("summary", "timeline", "gaps", "longest", "read"), HOSTILE)
     text = document.render(
         "trace.html.j2", sections, summary=made, timeline=view, gaps=[[made]], longest=made, **values
@@ -459,7 +460,7 @@ def test_whatever_a_template_is_given_is_escaped():
     assert [len(seen.all(name)) for name in ("img", "script", "style", "table")] == [1, 2, 1, 3]
     assert not [name for _, attributes in seen.tags for name in attributes if name.startswith("on")]
     assert json.loads(seen.scripts[0]) == {"about": HOSTILE}
-    of_page, of_parts, of_tables = 4, 5 + 5 + 1 + 1, 3 * (1 + 4 + 1 + 3)
+    of_page, of_parts, of_tables = 4 + 2, 5 + 5 + 1 + 1, 3 * (1 + 4 + 1 + 3)
     assert seen.text.count(HOSTILE) == of_page + of_parts + of_tables
     assert {button["aria-label"] for button in seen.all("button") if "aria-label" in button} == {HOSTILE}
     assert [bar["width"] for bar in seen.all("rect")] == ["100.00"] * 3, "a bar is never longer than its place"

@@ -30,8 +30,6 @@ def report_on(label: str, events: Events) -> TraceReport:
     device, host, runtime, on_gpu, names = events.columns()
     notes = [f"{events.unusable} events without a usable time were left out."] if events.unusable else []
     device = _plausible(device, host, notes)
-    if not (device["kind"] == KERNEL).any():
-        raise TraceError(f"holds no kernel with a time within its recording: {notes[-1]}")
     streams = _stream_uses(device)
     number, several = busiest(device["device"], _kernel_time(device))
     if several > 1:
@@ -46,8 +44,9 @@ def report_on(label: str, events: Events) -> TraceReport:
     steps = _find_steps(device, compute, host, _rows(on_gpu, on_gpu["device"] == number), names)
     notes += [steps.note] if steps.note else []
     waits = _in_order(_rows(host, (host["kind"] == RUNTIME) & _matching(WAITS, names)[host["name"]]))
-    waiting = waits["start"], waits["end"]
-    coverage = check(device, everywhere, runtime, waiting, names, one_step=len(steps.extents) < 2)
+    coverage = check(
+        device, everywhere, runtime, (waits["start"], waits["end"]), names, one_step=len(steps.extents) < 2
+    )
     threads = [_in_order(_rows(host, host["thread"] == one)) for one in launching_threads(device, compute, host)]
     kinds, busy, window = device["kind"], union(device["start"], device["end"]), int(device["end"].max())
     gaps = find_gaps(steps.extents, busy, threads, names) if coverage.complete else no_gaps()
@@ -90,14 +89,18 @@ def report_on(label: str, events: Events) -> TraceReport:
 
 
 def _plausible(device: Columns, host: Columns, notes: list[str]) -> Columns:
-    """The events of all devices without those whose times cannot be true, of which it makes a note."""
+    """The events of all devices without those whose times cannot be true, of which it makes a note. TraceError if no
+    kernel is left."""
     wrong = out_of_place(device, host)
     if wrong.any():
         notes.append(
             f"{int(wrong.sum())} events of the device were left out: by their times they are no part of this recording "
             "(CUPTI writes a start of 0 where it has none)."
         )
-    return _rows(device, ~wrong)
+    left = _rows(device, ~wrong)
+    if not (left["kind"] == KERNEL).any():
+        raise TraceError(f"holds no kernel with a time within its recording: {notes[-1]}")
+    return left
 
 
 def _overlap(device: Columns, steps: TraceSteps, threads: list[Columns], waits: Stretches, names) -> Overlap | None:

@@ -37,7 +37,9 @@ MOST_CAUSES, MOST_GAPS = 12, 20
 
 
 def write_trace(folder: Path, report: TraceReport) -> None:
-    """Write the page, the report as JSON and, unless events are missing, the picture. OSError if a file cannot be written."""
+    """Write the page, the report as JSON and, unless events are missing, the picture.
+
+    OSError if a file cannot be written."""
     write_trace_page(folder / "report.html", report)
     _write_json(folder, report.as_dict())
     if report.coverage.complete:  # the caption says how idle the device was
