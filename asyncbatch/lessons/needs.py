@@ -24,7 +24,6 @@ NEEDS = {
     "accelerate": "1.1",
     "gguf": "0.17",
     "tqdm": "4.66",
-    "ijson": "3.3",
     "jinja2": "3.1",
     "rich": "13",
     "ipywidgets": "8.1.5",

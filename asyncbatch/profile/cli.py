@@ -10,7 +10,7 @@ from ..streams import DeviceError
 from . import compare
 from .console import one_line, tell
 from .options import Arguments, flag, parse_arguments
-from .outputs import OutError, Output, make_folder, write_all, write_json
+from .outputs import OutError, make_folder
 from .report import OWN, Report
 from .session import Session
 from .terminal import show
@@ -75,11 +75,13 @@ def status_of(report: Report) -> int:
 
 
 def main_trace(options: Arguments) -> int:
-    """`asyncbatch.profile --trace FILE`: print the report on a trace, and write it with --out DIR.
+    """`asyncbatch.profile --trace FILE ...`: print the report on a trace, or on the traces of several ranks, and write
+    it with --out DIR.
 
-    Exit status 0, 2 with one line on stderr, or 1 if that is about --out."""
+    Exit status 0; 2 if a file that was named is no trace, and 1 if --out cannot be written: there is a line on stderr
+    for each such file."""
     try:
-        _report_on_trace(options)
+        return _report_on_trace(options)
     except OutError as error:
         if options.debug:
             raise
@@ -93,12 +95,10 @@ def main_trace(options: Arguments) -> int:
     except KeyboardInterrupt:
         tell("asyncbatch.profile: interrupted")
         return 130
-    return 0
 
 
-def _report_on_trace(options: Arguments) -> None:
-    from .traces.page import write_trace_page
-    from .traces.read import read_trace  # the streaming JSON parser is needed for traces only
+def _report_on_trace(options: Arguments) -> int:
+    from .traces.ranks import Ranks, trace_files  # of use for traces only
 
     assert options.trace is not None
     others = [name for name in options.changed if name not in ("trace", "json", "out", "debug")]
@@ -107,16 +107,15 @@ def _report_on_trace(options: Arguments) -> None:
         raise ValueError(f"--trace reads a file and measures nothing: it cannot be had with {flags}")
     if options.out is not None:
         make_folder(options.out)
-    tell(f"reading {options.trace} ...")
-    report = read_trace(options.trace, progress=sys.stderr.isatty())
-    print(json.dumps(report.as_dict(), indent=1) if options.json else report)
+    tell(f"reading {', '.join(map(str, options.trace))} ...")
+    ranks = Ranks.read(trace_files(options.trace), progress=sys.stderr.isatty())
+    single = len(ranks.reports) == 1
+    found = ranks.reports[0] if single else ranks
+    print(json.dumps(found.as_dict(), indent=1) if options.json else found)
+    for problem in ranks.failed.values():
+        tell(f"asyncbatch.profile: {problem}")
     if options.out is not None:
-        from ..pictures import plot  # matplotlib is needed for pictures only
+        from .traces.page import write_trace, write_traces  # matplotlib is needed for pictures only
 
-        picture = plot(report.timeline(), title=f"{report.label}, device {report.device}")
-        outputs = (
-            Output("report.html", lambda path: write_trace_page(path, report)),
-            Output("report.json", lambda path: write_json(path, report.as_dict())),
-            Output("trace-timeline.png", picture.savefig),
-        )
-        write_all(options.out, outputs)
+        write_trace(options.out, ranks.reports[0]) if single else write_traces(options.out, ranks)
+    return 2 if ranks.failed.keys() & set(options.trace) else 0  # what else lies in a folder does no harm

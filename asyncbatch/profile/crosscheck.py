@@ -18,6 +18,7 @@ from ..measure.point_recorder import record_points
 from ..request import Request
 from ..timeline import Timeline, device_activity
 from .report import Kineto, Overhead
+from .traces import read as traces
 from .workload import serve_over_time
 
 STRETCH = 10  # turns of the loop; some of them are not counted
@@ -85,22 +86,32 @@ def kineto(batcher, requests: list[Request]) -> Kineto:
 
     busy: the union of kernels and copies in its trace; event_active: its steps between CUDA events. Both are shares of
     the time from the end of the first step to the end of the last one. differs: by more than 2 points; note: in words.
-    ValueError for a run of fewer than two steps."""
-    from .traces.read import busy_in, read_trace  # the streaming JSON parser is needed for traces only
+    Where the profiler lost events, the run is made again with a quarter of the tokens, which it may not lose; after the
+    last one busy is None and the note says what is missing. ValueError for a run of fewer than two steps."""
+    for most in (KINETO_TOKENS, KINETO_TOKENS // 4, KINETO_TOKENS // 16):
+        trace = _profiled(batcher, requests, most)
+        if trace.coverage.complete:
+            break
+    _, _, starts, ends = batcher.timeline.lane("compute")
+    active_s, period_s = device_activity(starts, ends)
+    if period_s <= 0:
+        raise ValueError("--kineto needs a run of two steps or more: take a larger --new-tokens")
+    if not trace.coverage.complete:
+        note = f"the profiler lost events, so that kernel busy is not told: {'; '.join(trace.coverage.problems())}"
+        return Kineto(None, None, active_s / period_s, None, trace.num_kernels, note)
+    busy = traces.busy_in(trace, float(trace.steps[0, 1]), float(trace.steps[-1, 1]))
+    return kineto_result(busy, active_s / period_s, trace, len(starts))
 
-    few = [replace(request, max_new_tokens=min(request.max_new_tokens, KINETO_TOKENS)) for request in requests]
+
+def _profiled(batcher, requests: list[Request], most: int) -> Any:
+    """The report on the trace of one more run, of at most so many new tokens of each request."""
+    few = [replace(request, max_new_tokens=min(request.max_new_tokens, most)) for request in requests]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         serve_over_time(batcher, few)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
-        trace = read_trace(path)
-    _, _, starts, ends = batcher.timeline.lane("compute")
-    active_s, period_s = device_activity(starts, ends)
-    if period_s <= 0:
-        raise ValueError("--kineto needs a run of two steps or more: take a larger --new-tokens")
-    busy = busy_in(trace, float(trace.steps[0, 1]), float(trace.steps[-1, 1]))
-    return kineto_result(busy, active_s / period_s, trace, len(starts))
+        return traces.read_trace(path)
 
 
 def kineto_result(busy: float, active: float, trace: Any, steps: int) -> Kineto:

@@ -69,7 +69,7 @@ class Arguments:
     peer_limit_s: int
     kineto: bool
     overhead: bool
-    trace: Path | None
+    trace: list[Path] | None
     compare: list[str] | None
     threshold: float | None
     figures: list[str]
@@ -252,7 +252,8 @@ def _add_measurements(add: Callable[..., Any]) -> None:
     add("--peer-limit-s", type=whole(1), default=600, metavar="S", help="leave out a peer that would take longer")
     add("--kineto", action="store_true", help="run once more under torch.profiler: kernel-level busy time (CUDA)")
     add("--overhead", action="store_true", help="measure what measuring costs: the same steps with and without it")
-    add("--trace", type=Path, metavar="FILE", help="measure nothing: report on a torch.profiler trace of any engine")
+    add("--trace", type=Path, nargs="+", metavar="FILE", help="measure nothing: report on a torch.profiler trace of "
+        "any engine; on several, or a folder of them, for the ranks of one job")  # fmt: skip
     add("--compare", nargs=2, metavar=("A.json", "B.json"), help="measure nothing: put two report.json files side by "
         "side, with a warning for each thing that makes them hard to compare")  # fmt: skip
     add("--threshold", type=percentage, metavar="P%", help="with --compare, for CI: is B worse than A by more than "

@@ -21,6 +21,7 @@ from asyncbatch.profile import cli, crosscheck
 from asyncbatch.profile import turns as turns_module
 from asyncbatch.profile.crosscheck import KINETO_TOKENS, kineto, kineto_result, overhead
 from asyncbatch.profile.traces import read as traces_module
+from asyncbatch.profile.traces.coverage import Coverage
 
 REQUESTS = [Request([1, 2, 3], 6, stop_token_ids=())] * 3
 
@@ -127,7 +128,11 @@ def test_kineto_compares_both_methods_over_the_same_steps(monkeypatch):
         return 0.5
 
     trace = SimpleNamespace(
-        steps=np.array([[0.0, 1.0], [2.0, 4.0]]), graph_launches=(2, 8), num_kernels=10, step_active=0.7
+        steps=np.array([[0.0, 1.0], [2.0, 4.0]]),
+        graph_launches=(2, 8),
+        num_kernels=10,
+        step_active=0.7,
+        coverage=Coverage(),
     )
     monkeypatch.setattr(torch.profiler, "profile", Profile)
     monkeypatch.setattr(traces_module, "read_trace", lambda path: trace)
@@ -141,6 +146,12 @@ def test_kineto_compares_both_methods_over_the_same_steps(monkeypatch):
         assert (found.busy, found.kernels, len(written)) == (0.5, 10, 1)
         with pytest.raises(ValueError, match="--kineto needs a run of two steps or more"):
             kineto(batcher, [Request([1, 2], 1)])
+        trace.coverage = Coverage(True, {"graph launches": 9}, {"graph launches": 4})
+        written.clear()
+        lost = kineto(batcher, long)
+        assert batcher.timeline.summary().tokens == KINETO_TOKENS // 16, "with fewer and fewer steps"
+        assert (lost.busy, lost.differs, len(written)) == (None, None, 3)
+        assert "4 of 9 graph launches have no event of the device" in lost.note
 
 
 @pytest.mark.parametrize(

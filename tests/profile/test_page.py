@@ -24,7 +24,7 @@ from asyncbatch.profile.page import page, write_page
 from asyncbatch.profile.report import Report
 from asyncbatch.profile.traces.page import MOST_GAPS, trace_page
 from asyncbatch.profile.traces.read import read_trace
-from asyncbatch.profile.traces.report import facts
+from asyncbatch.profile.traces.text import answers, facts
 from asyncbatch.timeline import Timeline
 
 VOID = {"meta", "img", "br"}
@@ -342,6 +342,7 @@ def test_the_page_of_a_trace_has_the_numbers_of_its_report_and_no_text_becomes_m
     report = read_trace(Path(__file__).parent / "traces" / "asyncbatch-sync.json.gz")
     seen = Parsed(trace_page(report))
     assert dict(seen.tables["What the trace tells"][1:]) == dict(facts(report))
+    assert all(f"{question} {answer}" in " ".join(seen.text.split()) for question, answer in answers(report).items())
     assert f"idle for {100 * (1 - report.step_active):.1f} %" in seen.text
     for where, idle_s in report.idle_s.items():
         *causes, last = seen.tables[f"{where}: idle time by cause"][1:]
@@ -450,6 +451,7 @@ def test_whatever_a_template_is_given_is_escaped():
     made = document.Table.of(HOSTILE, columns, [(HOSTILE, *cells)])
     view = document.TimelineView(HOSTILE, 1.0, {"about": HOSTILE}, "data:", HOSTILE)
     values = {"title": HOSTILE, "label": HOSTILE, "heading": HOSTILE, "notes": [HOSTILE], "json": HOSTILE}
+    values |= {"answers": [(HOSTILE, HOSTILE)], "nothing": HOSTILE}
     sections = dict.fromkeys(("summary", "timeline", "gaps", "longest", "read"), HOSTILE)
     text = document.render(
         "trace.html.j2", sections, summary=made, timeline=view, gaps=[[made]], longest=made, **values
@@ -458,7 +460,7 @@ def test_whatever_a_template_is_given_is_escaped():
     assert [len(seen.all(name)) for name in ("img", "script", "style", "table")] == [1, 2, 1, 3]
     assert not [name for _, attributes in seen.tags for name in attributes if name.startswith("on")]
     assert json.loads(seen.scripts[0]) == {"about": HOSTILE}
-    of_page, of_parts, of_tables = 4, 5 + 5 + 1 + 1, 3 * (1 + 4 + 1 + 3)
+    of_page, of_parts, of_tables = 4 + 2, 5 + 5 + 1 + 1, 3 * (1 + 4 + 1 + 3)
     assert seen.text.count(HOSTILE) == of_page + of_parts + of_tables
     assert {button["aria-label"] for button in seen.all("button") if "aria-label" in button} == {HOSTILE}
     assert [bar["width"] for bar in seen.all("rect")] == ["100.00"] * 3, "a bar is never longer than its place"

@@ -50,7 +50,7 @@ def test_the_script_prints_the_report_as_a_table_or_as_json(call, tmp_path):
 def test_the_report_as_a_dict(tmp_path):
     data = read(engine("async", steps=30), tmp_path).as_dict()
     assert json.loads(json.dumps(data, allow_nan=False)) == data
-    assert data["schema"] == 1
+    assert data["schema"] == 2
     assert data["steps"]["count"] == 30
     assert data["steps"]["ms_median"] == pytest.approx(0.327)
     assert data["graph_launches"] == {"calls": 30, "kernels": 240}

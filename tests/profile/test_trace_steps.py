@@ -21,7 +21,8 @@ def test_kernels_of_graphs_that_are_missing_are_missed(tmp_path):
     report = read(trace, tmp_path)
     assert report.graph_launches == GraphLaunches(6, 0)
     assert "none of their kernels" in str(report)
-    assert any("too low" in note for note in report.notes)
+    assert report.kernel_busy is None, "it would be too low"
+    assert report.coverage.missing == {"graph launches": 6}
 
 
 @pytest.mark.parametrize("runtime_events", [True, False])

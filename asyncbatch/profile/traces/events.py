@@ -1,32 +1,23 @@
-"""The events of a profiler's trace as columns of numbers, read one by one from a file of any size.
+"""The events of a profiler's trace as columns of numbers.
 
-`read_events` takes Chrome trace JSON as torch.profiler writes it, packed with gzip or not, an object with traceEvents
-or just the list. What matters here (kernels, copies, calls of the runtime, operators, annotations, Python functions) is
-kept in arrays, 25 to 49 bytes an event, in whole nanoseconds; everything else is skipped.
+What matters here (kernels, copies, calls of the runtime, operators, annotations, Python functions) is kept in arrays,
+25 to 57 bytes an event, in whole nanoseconds; everything else is skipped. `files.py` reads them, one by one.
 
-torch writes microseconds near 4.6e12 with three decimals. They are parsed as decimal numbers, which keeps every digit
-and took no longer than floats. A float64 keeps the nanosecond only up to 8.8e12; in older traces, which count from 1970
-(1.7e15), it would keep a quarter of a microsecond.
+torch writes microseconds near 4.6e12 with three decimals. They come as text, and every digit counts: a float64 keeps
+the nanosecond only up to 8.8e12, and in traces that count from 1970 (1.7e15) it would keep a quarter of a microsecond.
 """
 
 from __future__ import annotations
 
 import contextlib
-import gzip
-import io
-import os
 import re
-import zlib
 from array import array
+from collections import Counter
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
-import ijson
 import numpy as np
-from tqdm import tqdm
 
-BAR_FROM = 20_000_000  # bytes: a smaller file is read before anybody could look at a bar
 LATEST = 45 * 10**14  # microseconds, the year 2112. With no later time, differences of nanoseconds fit an int64
 
 # Kinds of device events. A memset and a copy within the device are part of a step, copies from and to the host are not.
@@ -39,8 +30,16 @@ CATEGORIES = {
     "user_annotation": ANNOTATION, "python_function": PYTHON, "cpu_op": OP, "operator": OP,
     "cuda_runtime": RUNTIME, "cuda_driver": RUNTIME, "runtime": RUNTIME, "gpu_user_annotation": GPU_ANNOTATION,
 }  # fmt: skip
-TO_HOST = re.compile(r"DtoH|DeviceToHost|Device -> (Pinned|Pageable|Host)", re.IGNORECASE)
-FROM_HOST = re.compile(r"HtoD|HostToDevice|(Pinned|Pageable|Host) -> Device", re.IGNORECASE)
+# As CUDA, ROCm and XPU (which says M, memory, for the host) name copies.
+_TO, _HOST = r"\s*(?:->|_?to_?|2)\s*", "(?:Host|Pinned|Pageable|Memory)"
+TO_HOST = re.compile(rf"D(?:to|2)[HM]|Device{_TO}{_HOST}", re.IGNORECASE)
+FROM_HOST = re.compile(rf"[HM](?:to|2)D|{_HOST}{_TO}Device", re.IGNORECASE)
+# Calls of the runtime after which something must run on the device: kernels, graphs, copies. (A memset of no bytes runs
+# nothing, and profilers record such calls too.)
+GRAPH_LAUNCH = re.compile(r"^(cuda|cu|hip)GraphLaunch")
+KERNEL_LAUNCH = re.compile(r"^(cuda|cu|hip)\w*Launch\w*Kernel")
+COPY_CALL = re.compile(r"^(cuda|cu|hip)Memcpy")
+LAUNCHES = re.compile("|".join(one.pattern for one in (GRAPH_LAUNCH, KERNEL_LAUNCH, COPY_CALL)))
 Columns = dict[str, np.ndarray]  # events as columns by name, all of the same length
 
 
@@ -82,7 +81,12 @@ def nanoseconds(microseconds: Any) -> int:
     ValueError, TypeError or ArithmeticError for anything else, and for times after the year 2112."""
     if isinstance(microseconds, bool):
         raise TypeError("true and false are not times")
-    value = Decimal(microseconds) if isinstance(microseconds, str) else microseconds
+    value = microseconds
+    if isinstance(microseconds, str):
+        whole, _, part = microseconds.partition(".")
+        if len(part) == 3 and len(whole) < 16 and whole.isdecimal() and part.isdecimal():  # as torch writes them
+            return 1000 * int(whole) + int(part)
+        value = Decimal(microseconds)
     if not -LATEST < value < LATEST:  # also: 1e999999999 would make an integer that fills the memory
         raise ValueError(f"{microseconds} microseconds")
     return round(value * 1000)
@@ -90,6 +94,8 @@ def nanoseconds(microseconds: Any) -> int:
 
 def to_int64(value: Any) -> int:
     """The value as an integer that fits 64 bits ("stream 7" is 7), 0 where it is none."""
+    if type(value) is int and -(2**63) <= value < 2**63:
+        return value
     with contextlib.suppress(ValueError, TypeError, ArithmeticError):
         number = int(value.rpartition(" ")[2] if isinstance(value, str) else value)
         if -(2**63) <= number < 2**63:
@@ -100,15 +106,20 @@ def to_int64(value: Any) -> int:
 class Events:
     """The events of a trace that matter here, as columns of numbers. `count`: all events of the file; `timed`: those
     with a duration; `unusable`: those that would matter, but have no time that makes sense. `kinds`: the kind of each
-    category in the file, None where it does not matter."""
+    category in the file, None where it does not matter; `others`: how many events have such a category. `about`: what
+    the file says beside its events, by key."""
 
     def __init__(self) -> None:
         self.names, self.threads = Names(), Names()
-        self.device = _GrowingColumns(start="q", end="q", kind="b", device="q", stream="q", correlation="q", name="i")
+        self.device = _GrowingColumns(
+            start="q", end="q", kind="b", device="q", stream="q", correlation="q", name="i", graph="q"
+        )
         self.host = _GrowingColumns(start="q", end="q", kind="b", thread="i", name="i")
-        self.runtime = _GrowingColumns(correlation="q", start="q", thread="i", name="i")
+        self.runtime = _GrowingColumns(correlation="q", start="q", end="q", thread="i", name="i")
         self.gpu_annotations = _GrowingColumns(start="q", end="q", device="q", stream="q", name="i")
         self.kinds: dict[str, int | None] = dict(CATEGORIES)
+        self.others: Counter[str] = Counter()
+        self.about: dict[str, Any] = {}
         self.count = self.timed = self.unusable = 0
 
     def add(self, event: Any) -> None:
@@ -122,6 +133,8 @@ class Events:
             return
         kind = self.kinds[category] if category in self.kinds else self._kind(category)
         if kind is None:
+            if category in self.kinds:
+                self.others[category] += 1
             return
         try:
             start, length = nanoseconds(event.get("ts")), nanoseconds(event.get("dur", 0))
@@ -138,7 +151,7 @@ class Events:
             thread = self.threads[f"{event.get('pid')} {event.get('tid')}"]
             self.host.add(start, end, kind, thread, name)
             if kind == RUNTIME:
-                self.runtime.add(to_int64(args.get("correlation")), start, thread, name)
+                self.runtime.add(to_int64(args.get("correlation")), start, end, thread, name)
             return
         device = to_int64(args.get("device", event.get("pid")))
         stream = to_int64(args.get("stream", event.get("tid")))
@@ -147,7 +160,8 @@ class Events:
             return
         if kind == COPY:
             kind = D2H if TO_HOST.search(text) else H2D if FROM_HOST.search(text) else COPY
-        self.device.add(start, end, kind, device, stream, to_int64(args.get("correlation")), name)
+        graph = to_int64(args["graph id"]) if "graph id" in args else 0
+        self.device.add(start, end, kind, device, stream, to_int64(args.get("correlation")), name, graph)
 
     def columns(self) -> tuple[Columns, Columns, Columns, Columns, list[str]]:
         """(device, host, runtime, gpu_annotations, names): four kinds of events, and the list of names that the columns
@@ -159,7 +173,8 @@ class Events:
             for key, names in (("name", self.names), ("thread", self.threads)):
                 if key in columns:
                     columns[key] = _renumber(columns[key], names)
-        return device, host, runtime, gpu_annotations, sorted(self.names)
+        readable = [name.encode("utf-8", "replace").decode() for name in sorted(self.names)]  # no half characters
+        return device, host, runtime, gpu_annotations, readable
 
     def _kind(self, category: str) -> int | None:
         """The kind of a category not seen before. Older traces and other vendors' runtimes spell some differently."""
@@ -170,162 +185,6 @@ class Events:
         if len(self.kinds) < 1000:
             self.kinds[category] = kind
         return kind
-
-
-class _CountingFile(io.RawIOBase):
-    """A file that counts the bytes read from it, and shows them on a progress bar."""
-
-    def __init__(self, file, bar: tqdm):
-        self.file, self.bar, self.done = file, bar, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        data = self.file.read(size)
-        self.done += len(data)
-        self.bar.update(len(data))
-        return data
-
-
-class _GuardedFile:
-    """For the parser: the bytes already taken from a file, then the rest of it.
-
-    ijson 3.6 crashes on an integer of more than 4,300 digits, and its memory grows with the square of the nesting.
-    Neither belongs in a trace, so a piece of the file that holds more than 1,000 digits in a row, or opens 2,000
-    brackets more than it closes, is refused."""
-
-    def __init__(self, head: bytes, file):
-        self.head, self.file = head, file
-
-    def read(self, size: int = -1) -> bytes:
-        if size == 0:  # ijson asks for nothing, to learn whether this gives bytes or text
-            return b""
-        data, self.head = self.head, b""
-        data = data or self.file.read(size)
-        if any(data[i : i + 500].isdigit() for i in range(0, len(data) - 499, 500)):
-            raise ijson.JSONError("a number of hundreds of digits")
-        if data.count(b"[") + data.count(b"{") - data.count(b"]") - data.count(b"}") > 2000:
-            raise ijson.JSONError("brackets in brackets, thousands deep")
-        return data
-
-
-@contextlib.contextmanager
-def _open_unpacked(path: Path, progress: bool):
-    """(first bytes, file of all bytes, file that counts) of a path; unpacked if it is gzip, whatever its name."""
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        look = {"total": size, "unit": "B", "unit_scale": True, "desc": f"reading {path.name}", "leave": False}
-        with tqdm(**look, disable=not (progress and size > BAR_FROM)) as bar:
-            packed = file.peek(2)[:2] == b"\x1f\x8b"
-            raw = _CountingFile(file, bar)
-            data = gzip.GzipFile(fileobj=raw) if packed else raw
-            head, piece = b"", b"begin"
-            while piece and not head:
-                piece = data.read(4096)
-                head = piece.removeprefix(b"\xef\xbb\xbf").lstrip()
-            yield head, _GuardedFile(head, data), raw
-
-
-def read_events(path: Path, progress: bool) -> Events:
-    """The events of a file that has at least one kernel. TraceError for any other file. `progress`: show a bar."""
-    events, raw = Events(), None
-    try:
-        with _open_unpacked(path, progress) as (head, file, raw):
-            if not head:
-                raise TraceError(f"{path} is empty: nothing but white space was found in {_bytes(raw.done)}")
-            for event in ijson.items(file, "item" if head[:1] == b"[" else "traceEvents.item"):
-                events.add(event)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise TraceError(f"{path} is cut off or damaged ({error}): {_so_far(raw, events)}") from error
-    except OSError as error:
-        raise TraceError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ijson.JSONError, ArithmeticError, UnicodeError) as error:
-        reason = _reason(error)
-        if "premature EOF" in reason or "ncomplete JSON" in reason:
-            raise TraceError(f"{path} is cut off: the JSON ends too early; {_so_far(raw, events)}") from error
-        raise TraceError(f"{path} is not JSON ({reason}); {_so_far(raw, events)}") from error
-    problem = _why_unusable(path, events)
-    if problem is not None:
-        raise TraceError(problem)
-    return events
-
-
-def _reason(error: Exception) -> str:
-    """What the parser says, in one line. It gives text, or bytes where the file is no text, and shows the place in
-    further lines."""
-    message = error.args[0] if error.args else ""
-    text = message.decode(errors="replace") if isinstance(message, bytes) else str(error)
-    if isinstance(error, ArithmeticError) or not text.strip():
-        return "a number out of range"
-    return text.strip().splitlines()[0].strip().rstrip(".")
-
-
-def _so_far(raw: _CountingFile | None, events: Events) -> str:
-    return f"{_bytes(raw.done if raw else 0)} and {events.count} events were read"
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count} bytes"
-
-
-def _why_unusable(path: Path, events: Events) -> str | None:
-    """What is wrong with a file that is JSON; None if it has kernels and so is a trace."""
-    kinds = events.device.arrays()["kind"]
-    if (kinds == KERNEL).any():
-        return None
-    if not events.count:
-        return _why_empty(path)
-    if len(kinds):
-        return f"{path} holds {len(kinds)} copies of a device and no kernel: there is no compute stream"
-    if {"host", "compute"} <= events.kinds.keys():
-        return f"{path} was written by Timeline.save or this script: asyncbatch.timeline.load_trace reads it"
-    if not events.timed:
-        return f"{path} holds {events.count} events, none of them with a duration (ph: X): not a profiler's trace"
-    if events.unusable and not len(events.host):
-        return f"{path} holds {events.timed} events, and no usable time (ts, dur) in {events.unusable} of them"
-    if len(events.host):
-        return f"{path} holds only CPU events: profile with ProfilerActivity.CUDA"
-    categories = ", ".join(sorted(events.kinds.keys() - CATEGORIES.keys())[:5]) or "none"
-    return f"{path} holds no kernels: its categories are {categories}; expected a trace of torch.profiler"
-
-
-def _why_empty(path: Path) -> str:
-    """What is wrong with a file of JSON in which there are no events."""
-    expected = "expected a Chrome trace: a list of events, or an object with traceEvents"
-    keys, kind = [], "list of nothing"
-    with _open_unpacked(path, False) as (_, file, _):
-        for i, (prefix, event, value) in enumerate(ijson.parse(file)):
-            if i == 0 and event not in ("start_map", "start_array"):
-                return f"{path} holds {_short(value)}; {expected}"
-            if not prefix and event == "start_map":
-                kind = "object"
-            if not prefix and event == "map_key":
-                keys.append(value)
-            if prefix == "traceEvents":
-                what = "is an empty list" if event == "start_array" else "is no list"
-                return f"{path} holds no events: its traceEvents {what}; {expected}"
-            if len(keys) == 6 or i == 100_000:
-                break
-    with_keys = f" with the keys {', '.join(map(_short, keys[:5]))}{', ...' if len(keys) > 5 else ''}" if keys else ""
-    return f"{path} holds no events: it is an {kind}{with_keys}; {expected}".replace("an list", "a list")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."
-
-
-def gpu_name(path: Path, device: int) -> str | None:
-    """The name of the device; None where the trace does not have it before the events, as torch writes it."""
-    with _open_unpacked(path, False) as (head, file, _):
-        beginning = head + file.read(1 << 20) if head else b""
-    for key in ("deviceProperties", "computeProperties"):
-        with contextlib.suppress(ijson.JSONError, ArithmeticError, AttributeError):
-            for properties in ijson.items(io.BytesIO(beginning), f"{key}.item"):
-                if properties.get("id") == device:
-                    return str(properties.get("name"))
-    return None
 
 
 def _renumber(column: np.ndarray, numbers: Names) -> np.ndarray:

@@ -1,8 +1,9 @@
 """The idle gaps of a trace, and what the host was doing in each.
 
 Between two steps a gap is all the time from the end of the one to the start of the other. Inside a step it is time in
-which nothing runs on the device. The host is the thread that launches the steps. Of the events recorded there, the
-innermost one counts, so the causes of a gap add up to it.
+which nothing runs on the device. The host is the thread that launches the steps; where nothing was recorded on it, the
+other threads that launch work are asked, the busiest first (in training, one thread launches the backward pass and
+another one loads the data). Of the events of a thread the innermost one counts, so the causes of a gap add up to it.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...measure.points import NOTHING
-from ...timeline import Gap
+from ...timeline import Gap, union
+from .annotations import OF_THE_PROFILER, pattern_of
 from .events import ANNOTATION, PYTHON, RUNTIME, Columns, Names
 from .intervals import Stretches, covered_before, innermost, intersections, outside
-from .steps import pattern_of
 
 WAITS = re.compile(r"Synchronize|(cuda|hip)Memcpy$")  # calls of the runtime that wait for the device
 
@@ -83,14 +84,20 @@ class TraceGaps(Sequence):
         return [self[int(at)] for at in order]
 
 
-def find_gaps(steps: np.ndarray, busy: Stretches, host: Columns, names: list[str]) -> TraceGaps:
+def no_gaps() -> TraceGaps:
+    """No gap at all, for a trace that cannot tell of any."""
+    none = np.zeros(0, np.int64)
+    return TraceGaps(none, none, none, np.zeros(0, bool), [], (none, none, none))
+
+
+def find_gaps(steps: np.ndarray, busy: Stretches, threads: Sequence[Columns], names: list[str]) -> TraceGaps:
     """The gaps between steps and inside them.
 
-    steps: int64 [N, 2], start and end of each. busy: the stretches in which anything runs on the device. host: the
-    events of the launching thread, in order of start, outer events before inner ones. names: what the column `name`
+    steps: int64 [N, 2], start and end of each. busy: the stretches in which anything runs on the device. threads: the
+    events of each launching thread, in order of start, outer events before inner ones. names: what the column `name`
     counts in."""
     starts, ends, of_step, inside = _idle_stretches(steps, busy)
-    return TraceGaps(starts, ends, of_step, inside, *_host_pieces(starts, ends, host, names))
+    return TraceGaps(starts, ends, of_step, inside, *host_pieces(starts, ends, threads, names))
 
 
 def _idle_stretches(steps: np.ndarray, busy: Stretches) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -109,35 +116,61 @@ def _idle_stretches(steps: np.ndarray, busy: Stretches) -> tuple[np.ndarray, np.
     return starts[order], ends[order], of_step[order], inside[order]
 
 
-def _host_pieces(
-    gap_starts: np.ndarray, gap_ends: np.ndarray, host: Columns, names: list[str]
+def host_pieces(
+    gap_starts: np.ndarray, gap_ends: np.ndarray, threads: Sequence[Columns], names: list[str]
 ) -> tuple[list[str], tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(causes, pieces) of the gaps, as `TraceGaps` takes them."""
-    starts, ends, name, kind = (host[key] for key in ("start", "end", "name", "kind"))
-    # Events are looked at one by one, so only those that overlap a gap.
-    near_gap = covered_before(ends, gap_starts, gap_ends) > covered_before(starts, gap_starts, gap_ends)
-    pairs, cause_of = np.unique(name[near_gap] * 16 + kind[near_gap].astype(np.int64), return_inverse=True)
+    """(causes, pieces) of stretches in which the device is idle, as `TraceGaps` takes them."""
     numbers = Names({NOTHING: 0})
-    causes = np.array([numbers[host_cause(names[pair // 16], pair % 16)] for pair in pairs.tolist()], np.int64)
-    begins, stops, doing = innermost(starts[near_gap], ends[near_gap], causes[cause_of] if len(pairs) else cause_of)
-    begins, stops, gap, piece = intersections((gap_starts, gap_ends), (begins, stops))
-    cause, ns = doing[piece], stops - begins
     rest = (gap_ends - gap_starts).astype(np.int64)
-    np.subtract.at(rest, gap, ns)
+    free = gap_starts, gap_ends  # what no thread before has told about
+    found: list[tuple[np.ndarray, ...]] = []
+    for host in threads:
+        begins, stops, doing = _doing(*free, host, names, numbers)
+        starts, ends, gap, piece = intersections((gap_starts, gap_ends), (begins, stops))
+        if len(found):  # of the gap, only what is still free
+            starts, ends, index, _ = intersections((starts, ends), free)
+            gap, piece = gap[index], piece[index]
+        np.subtract.at(rest, gap, ends - starts)
+        found.append((gap, doing[piece], ends - starts))
+        if not rest.any():
+            break
+        free = _without(free, union(starts, ends))
     unrecorded = np.flatnonzero(rest)
-    gap, cause, ns = np.r_[gap, unrecorded], np.r_[cause, np.zeros_like(unrecorded)], np.r_[ns, rest[unrecorded]]
+    found.append((unrecorded, np.zeros_like(unrecorded), rest[unrecorded]))
+    gap, cause, ns = (np.concatenate(column) for column in zip(*found, strict=True))
     keys, inverse = np.unique(gap * len(numbers) + cause, return_inverse=True)
     totals = np.zeros(len(keys), np.int64)
     np.add.at(totals, inverse, ns)
     return list(numbers), (keys // len(numbers), keys % len(numbers), totals)
 
 
+def _doing(
+    free_starts: np.ndarray, free_ends: np.ndarray, host: Columns, names: list[str], numbers: Names
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(starts, ends, number of the cause) of what a thread was doing; only near the free stretches, since events are
+    looked at one by one."""
+    starts, ends, name, kind = (host[key] for key in ("start", "end", "name", "kind"))
+    near = covered_before(ends, free_starts, free_ends) > covered_before(starts, free_starts, free_ends)
+    pairs, cause_of = np.unique(name[near] * 16 + kind[near].astype(np.int64), return_inverse=True)
+    causes = np.array([numbers[host_cause(names[pair // 16], pair % 16)] for pair in pairs.tolist()], np.int64)
+    return innermost(starts[near], ends[near], causes[cause_of] if len(pairs) else cause_of)
+
+
+def _without(stretches: Stretches, taken: Stretches) -> Stretches:
+    """What is left of stretches. Both are in order, and neither overlaps itself."""
+    if not len(stretches[0]) or not len(taken[0]):
+        return stretches
+    low, high = int(stretches[0][0]), int(stretches[1][-1])
+    starts, ends, _, _ = intersections(stretches, outside(*taken, low, high))
+    return starts, ends
+
+
 def host_cause(name: str, kind: int) -> str:
     """The cause that an event of the host stands for: its name without what differs from one occurrence to the next."""
     if kind == RUNTIME:
         return f"{name} (waiting)" if WAITS.search(name) else name
-    if kind == ANNOTATION:
-        return pattern_of(name)
+    if kind == ANNOTATION:  # the profiler's own only says that nothing else was recorded in it
+        return NOTHING if OF_THE_PROFILER.search(name) else pattern_of(name)
     if kind == PYTHON:
         name = re.sub(r" at 0x[0-9a-fA-F]+", "", name)
         name = re.sub(r"^(nn\.Module: \w+?)_\d+$", r"\1", name)

@@ -39,7 +39,8 @@ def covered_share(stretches: Stretches, start: int, end: int) -> float:
 def intersections(a: Stretches, b: Stretches) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(starts, ends, index in a, index in b) of each piece in which a stretch of `a` and one of `b` overlap."""
     (a_starts, a_ends), (b_starts, b_ends) = a, b
-    cuts = np.unique(np.concatenate([a_starts, a_ends, b_starts, b_ends]))
+    cuts = np.sort(np.concatenate([a_starts, a_ends, b_starts, b_ends]))
+    cuts = cuts[np.r_[True, cuts[1:] != cuts[:-1]]] if len(cuts) else cuts
     begins, stops = cuts[:-1], cuts[1:]
     if not len(a_starts) or not len(b_starts) or not len(begins):
         none = np.zeros(0, np.int64)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from ...pictures import plot
 from ..document import (
     Cell,
     Column,
@@ -20,7 +21,10 @@ from ..document import (
     timeline_view,
     write_html,
 )
-from .report import TraceReport, facts
+from ..outputs import Output, make_folder, write_all, write_json
+from .ranks import Ranks
+from .report import TraceReport
+from .text import answers, facts
 
 SECTIONS = {
     "summary": "Summary",
@@ -32,6 +36,31 @@ SECTIONS = {
 MOST_CAUSES, MOST_GAPS = 12, 20
 
 
+def write_trace(folder: Path, report: TraceReport) -> None:
+    """Write the page, the report as JSON and, unless events are missing, the picture.
+
+    OutError if a file cannot be written."""
+    outputs = [
+        Output("report.html", lambda path: write_trace_page(path, report)),
+        Output("report.json", lambda path: write_json(path, report.as_dict())),
+    ]
+    if report.coverage.complete:  # the caption says how idle the device was
+        picture = plot(report.timeline(), title=f"{report.label}, device {report.device}")
+        outputs.append(Output("trace-timeline.png", picture.savefig))
+    write_all(folder, outputs)
+
+
+def write_traces(folder: Path, ranks: Ranks) -> None:
+    """Write one report of all as JSON, and for each what `write_trace` writes, in a folder of its own."""
+    write_all(folder, [Output("report.json", lambda path: write_json(path, ranks.as_dict()))])
+    numbers = [report.rank for report in ranks.reports]
+    by_number = None not in numbers and len(set(numbers)) == len(numbers)
+    for at, report in enumerate(ranks.reports):
+        own = folder / f"rank-{report.rank if by_number else at}"
+        make_folder(own)
+        write_trace(own, report)
+
+
 def write_trace_page(path: str | Path, report: TraceReport) -> None:
     """Write the page. OSError if the file cannot be written."""
     write_html(path, trace_page(report))
@@ -39,23 +68,31 @@ def write_trace_page(path: str | Path, report: TraceReport) -> None:
 
 def trace_page(report: TraceReport) -> str:
     """The text of the page."""
-    timeline, active = report.timeline(), report.step_active
-    heading = "Too few steps to say how idle the device was"
-    if active is not None:
-        heading = f"Between its steps the device was idle for {percent(1 - active)} of the time"
+    timeline = report.timeline()
+    shown = [timeline] if report.coverage.complete else []  # its caption says how idle the device was
     return render(
         "trace.html.j2",
         SECTIONS,
         title=f"Trace of {report.label}",
         label=report.label,
-        heading=heading,
+        heading=_heading(report),
+        answers=list(answers(report).items()),
         notes=report.notes,
         summary=Table.of("What the trace tells", ("", Column("", "text")), list(facts(report))),
-        timeline=timeline_view([timeline]),
+        timeline=timeline_view(shown),
         gaps=_gaps(report),
+        nothing="No gap was found." if report.coverage.complete else "Not told: events of the device are missing.",
         longest=_longest(report, timeline.origin),
         json=json.dumps(report.as_dict(), indent=1),
     )
+
+
+def _heading(report: TraceReport) -> str:
+    if not report.coverage.complete:
+        return "How idle the device was is not told: events are missing from this trace"
+    if report.step_active is None:
+        return "Too few steps to say how idle the device was"
+    return f"Between its steps the device was idle for {percent(1 - report.step_active)} of the time"
 
 
 def _gaps(report: TraceReport) -> list[list[Table]]:

@@ -1,10 +1,10 @@
-"""A profiler's trace of any engine: how idle was its GPU, step by step and gap by gap?
+"""A profiler's trace of any engine: how idle was its GPU, why, and what would overlapping bring?
 
     python -m asyncbatch.profile --trace vllm.pt.trace.json.gz
 
-`read_trace` takes what `torch.profiler` exports (Chrome trace JSON, also .gz), finds the compute stream and where each
-step begins and ends, and says what the host was doing in each gap of the device. The file is read event by event (see
-`events.py`), so a large one needs little memory: 500 MB with 2.5 million events took 0.6 GB.
+`read_trace` takes what `torch.profiler` exports (Chrome trace JSON, also .gz), checks that nothing is missing, finds
+the compute stream and where each step begins and ends, and says what the host was doing in each gap of the device. The
+file is read event by event, so a large one needs little memory: docs/traces.md says how much.
 
 There are two methods, as everywhere in this project. **Step active** counts the compute stream as active from the first
 to the last kernel of a step, over the time from the end of the first step to the end of the last, as
@@ -14,8 +14,8 @@ over a window.
 Times are whole nanoseconds while anything is added up, and seconds in what is returned; 0 is the beginning of the first
 kernel or copy of the device.
 
-It is tested on traces that are made up (tests/support/make_trace.py), on a CPU-only trace of torch.profiler itself, on
-excerpts of published CUDA traces, old and new, and on traces of this project's own GPU runs (tests/profile/traces).
+It is tested on traces that are made up (tests/support/make_trace.py), on a CPU-only trace of torch.profiler itself, and
+on traces of this project's own GPU runs (tests/profile/traces), whole and with events taken out.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ import os
 from pathlib import Path
 
 from .analysis import report_on
-from .events import gpu_name, read_events
+from .events import TraceError
+from .files import read_events
 from .intervals import covered_share
 from .report import TraceReport
 
@@ -38,17 +39,23 @@ def read_trace(path: str | os.PathLike, progress: bool = False) -> TraceReport:
     says so."""
     path = Path(path)
     events = read_events(path, progress)
-    report = report_on(path.name, events)
-    report.gpu = gpu_name(path, report.device)
-    return report
+    try:
+        return report_on(path.name, events)
+    except TraceError as error:
+        raise TraceError(f"{path} {error}") from None
 
 
 def busy_in(trace: str | os.PathLike | TraceReport, start_s: float | None = None, end_s: float | None = None) -> float:
     """Kernel busy from `start_s` to `end_s`: the share in which any kernel, copy or memset ran on the device.
 
     `trace` is a file or a report. The times are seconds as in the report; None stands for its first or last event.
-    TraceError for a file as in `read_trace`, ValueError for an empty window."""
+    TraceError for a file as in `read_trace`, and where events of the device are missing; ValueError for an empty
+    window."""
     report = trace if isinstance(trace, TraceReport) else read_trace(trace)
+    if not report.coverage.complete:
+        raise TraceError(
+            f"{report.label} does not tell how busy the device was: {'; '.join(report.coverage.problems())}"
+        )
     start = 0.0 if start_s is None else start_s
     end = report.window_s if end_s is None else end_s
     if not (math.isfinite(start) and math.isfinite(end) and start < end):

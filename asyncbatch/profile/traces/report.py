@@ -1,9 +1,8 @@
-"""The report on a trace: its numbers, its text, the same as plain values for JSON, and its timeline to plot."""
+"""The report on a trace: its numbers, the same as plain values for JSON, and its timeline to plot (`text.py` has its
+text)."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -12,10 +11,13 @@ import numpy as np
 
 from ...measure.percentile import p99
 from ...timeline import Timeline, union
+from .coverage import Coverage
 from .gaps import TraceGap, TraceGaps
 from .intervals import Stretches, close_pauses, intersections, outside
+from .overlap import Overlap
+from .text import lines
 
-SCHEMA = 1
+SCHEMA = 2
 MOST_HOST_PIECES = 100_000  # of the host lane of `timeline`
 
 
@@ -45,31 +47,38 @@ class TraceReport:
     `streams`: the use of each stream of each device in the file. `compute_stream`: the stream of `device` with most
     kernel time. `steps`: float64 [N, 2], start and end of each step on it; `how_steps` says how they were found.
     `step_active`: the share of the time from the end of the first step to the end of the last in which a step ran; None
-    with fewer than two steps. `kernel_busy`: the share of `window_s`, from the first to the last event of the device,
-    in which any kernel, copy or memset ran on it. `kernel_busy_in_steps`: the same share over the time of
-    `step_active`. `graph_launches`: None where the trace has no runtime events. `gaps`: the idle time (`gaps.py` says
-    what a gap is); the gaps between steps add up to the idle time behind `step_active`. `notes`: what else a reader
-    must know.
+    with fewer than two steps, and where events of the device are missing. `kernel_busy`: the share of `window_s`, from
+    the first to the last event of the device, in which any kernel, copy or memset ran on it. `kernel_busy_in_steps`:
+    the same share over the time of `step_active`. `graph_launches`: None where the trace has no runtime events.
+    `coverage`: whether anything is missing; if it is not complete, no idle figure is given: shares are None, and there
+    are no gaps. `overlap`: how host and device take turns; None where that is not known. `gaps`: the idle time
+    (`gaps.py` says what a gap is); the gaps between steps add up to the idle time behind `step_active`. `rank`: of a
+    process among several, as the trace says. `collectives_s`: seconds in which a kernel of a collective (NCCL and the
+    like) ran. `notes`: what else a reader must know.
 
     `busy_ns`: the stretches in which anything ran on the device. `copies_ns`: (starts, ends) of the copies on the lanes
     "H2D" and "D2H". `host_ns`: (starts, ends, whether it waits for the device) of the events of the launching
     thread."""
 
     label: str
+    rank: int | None
     device: int
     gpu: str | None
     streams: list[StreamUse]
     compute_stream: int
     steps: np.ndarray
     how_steps: str
-    kernel_busy: float
+    kernel_busy: float | None
     kernel_busy_in_steps: float | None
     step_active: float | None
     window_s: float
     num_events: int
     num_kernels: int
     num_copies: int
+    collectives_s: float
     graph_launches: GraphLaunches | None
+    coverage: Coverage
+    overlap: Overlap | None
     gaps: TraceGaps
     notes: list[str]
     busy_ns: Stretches
@@ -99,8 +108,9 @@ class TraceReport:
         milliseconds, shares are from 0 to 1; null means that the trace does not say.
 
         `steps`: count, how, and the median and 99th percentile of their length and of the period from end to end.
-        `idle`: for "between_steps" and "inside_steps" the seconds `s` and `by_cause`. `longest_gaps`: at most twenty.
-        """
+        `coverage` and `overlap`: see these classes; where coverage is not complete, `step_active`, both `kernel_busy`
+        and `idle` are null. `idle`: for "between_steps" and "inside_steps" the seconds `s` and `by_cause`.
+        `longest_gaps`: at most twenty."""
         lengths, periods = 1e3 * (self.steps[:, 1] - self.steps[:, 0]), 1e3 * np.diff(self.steps[:, 1])
         steps = {"count": len(self.steps), "how": self.how_steps}
         for key, values in (("ms", lengths), ("period_ms", periods)):
@@ -113,6 +123,7 @@ class TraceReport:
         return {
             "schema": SCHEMA,
             "trace": self.label,
+            "rank": self.rank,
             "device": self.device,
             "gpu": self.gpu,
             "streams": [stream._asdict() for stream in self.streams],
@@ -124,9 +135,12 @@ class TraceReport:
             "events": self.num_events,
             "kernels": self.num_kernels,
             "copies": self.num_copies,
+            "collectives_s": self.collectives_s,
             "graph_launches": self.graph_launches and self.graph_launches._asdict(),
+            "coverage": self.coverage.as_dict(),
             "steps": steps,
-            "idle": idle,
+            "overlap": self.overlap and self.overlap.as_dict(),
+            "idle": idle if self.coverage.complete else None,
             "longest_gaps": [
                 {"step": gap.step, "inside": gap.inside, "start_s": gap.start, "ms": gap.ms, "cause": gap.cause}
                 for gap in self.longest(20)
@@ -135,7 +149,7 @@ class TraceReport:
         }
 
     def __str__(self) -> str:
-        return "\n".join(_lines(self))
+        return "\n".join(lines(self))
 
     def timeline(self) -> Timeline:
         """The steps, copies and host work as a `Timeline` to plot, with the lanes host, H2D, compute and D2H.
@@ -166,61 +180,3 @@ class TraceReport:
             for number, start, end in zip(near.tolist(), begins.tolist(), stops.tolist(), strict=True):
                 timeline.add("host", name, number, 1e-9 * start, 1e-9 * end)
         return timeline
-
-
-# ---- as text --------------------------------------------------------------------------------------------------------
-
-
-def _plain(text: str, longest: int = 80) -> str:
-    """A name in the file as text for a terminal: without control characters, and not too long."""
-    text = "".join(letter if letter.isprintable() else " " for letter in text)
-    return text if len(text) <= longest else text[: longest - 3] + "..."
-
-
-def facts(report: TraceReport) -> Iterator[tuple[str, str]]:
-    """(label, text) of everything that the trace says in one number or line."""
-
-    def share(value: float | None) -> str:
-        return "not measured" if value is None else f"{100 * value:.2f} %"
-
-    others = len(report.streams) - 1
-    yield "device", f"{report.device}{f' ({report.gpu})' if report.gpu else ''}"
-    yield "compute stream", f"{report.compute_stream}" + (f", one of {others + 1}" if others else "")
-    yield "window", f"{report.window_s:.6g} s, {report.num_kernels} kernels, {report.num_copies} copies"
-    if report.graph_launches is None:
-        yield "graph launches", "not known: the trace has no runtime events"
-    elif report.graph_launches.calls and not report.graph_launches.kernels:
-        yield "graph launches", f"{report.graph_launches.calls}, but none of their kernels is in the trace"
-    else:
-        calls, kernels = report.graph_launches
-        yield "graph launches", f"{calls}, with {kernels} of the kernels" if calls else "none"
-    yield "steps", f"{len(report.steps)}: {report.how_steps}"
-    steps = report.as_dict()["steps"]
-    if steps["ms_median"] is not None:
-        yield "ms a step", f"{steps['ms_median']:.3f} (median), {steps['ms_p99']:.3f} (99th percentile)"
-    active = report.step_active
-    yield "step active", share(active) + (f", idle {100 * (1 - active):.2f} %" if active is not None else "")
-    yield "kernel busy", f"{share(report.kernel_busy_in_steps)} over these steps, {share(report.kernel_busy)} over all"
-
-
-def _lines(report: TraceReport) -> Iterator[str]:
-    notes = (("note", note) for note in report.notes)
-    for label, text in itertools.chain([("trace", report.label)], facts(report), notes):
-        yield f"{label:<16}{_plain(text, 300 if label in ('steps', 'note') else 80)}"
-    for where, seconds in report.idle_s.items():
-        if seconds:
-            yield ""
-            yield f"idle {where}: {1e3 * seconds:.3f} ms, by what the host was doing"
-            causes = list(report.idle_by_cause(where == "inside steps").items())
-            rest = sum(value for _, value in causes[8:])
-            causes = causes[:8] + ([(f"{len(causes) - 8} more", rest)] if rest else [])
-            yield from (
-                f"{1e3 * value:>12.3f} ms {100 * value / seconds:>6.1f} %  {_plain(name)}" for name, value in causes
-            )
-    longest = [gap for gap in report.longest(5) if gap.seconds > 0]
-    if longest:
-        yield ""
-        yield "longest gaps"
-        for gap in longest:
-            where = "inside" if gap.inside else "before"
-            yield f"{gap.ms:>12.3f} ms  {where} step {gap.step}, at {gap.start:.6f} s: {_plain(gap.cause)}"
