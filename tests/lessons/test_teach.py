@@ -80,7 +80,7 @@ def test_an_untouched_stub_says_so(name, stub, capsys):
 def test_the_message_names_the_input_in_the_learners_terms(capsys):
     teach.check("fit_budget", WRONG["fit_budget"][0])  # ignores the free rows
     out = capsys.readouterr().out.replace("\n", " ")
-    assert "room for 2 requests and a budget of 64 tokens your function admitted 3; 2 is right." in out
+    assert "room for 2 requests and a budget of 64 tokens your function admitted 3. Expected: 2 is right. Why: " in out
     assert "no third row is free" in out
 
 
