@@ -61,13 +61,13 @@ def load(name: str) -> tuple[Callable[..., Any] | None, str]:
         return None, f"{FOLDER if where is None else where.name} holds none of yours"
     place = f"from {path.parent.name}/{path.name}"
     try:
-        return _run(path.read_text(encoding="utf-8"), name, str(path.resolve())), place
+        return defined(path.read_text(encoding="utf-8"), name, str(path.resolve())), place
     except Exception as error:  # the reader may have changed the file
         return None, f"yours, {place}, stopped with {type(error).__name__}: {error}"
 
 
-def _run(text: str, name: str, path: str) -> Callable[..., Any]:
-    """What a file of answers defines under `name`."""
+def defined(text: str, name: str, path: str = "<answer>") -> Callable[..., Any]:
+    """What the text of an answer defines under `name`. path: of its file."""
     linecache.checkcache(path)
     space: dict[str, Any] = {"__name__": f"answer_{name}"}
     exec(compile(text, path, "exec"), space)
@@ -86,10 +86,10 @@ def source_of(function: Callable[..., Any], name: str) -> str:
         lines.append(f"{name} = {function.__name__}\n" if function.__name__ != "<lambda>" else "")
     text = "\n".join(line for line in lines if line)
     try:
-        defined = _run(text, name, "<answer>")
+        made = defined(text, name)
     except Exception as error:
         raise CannotKeep(f"by itself it stops with {type(error).__name__}: {error}") from None
-    if not callable(defined):
+    if not callable(made):
         raise CannotKeep(f"what it defines as {name} is no function")
     return text
 
