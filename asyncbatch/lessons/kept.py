@@ -105,7 +105,7 @@ def _define(function: Any, lines: list[str], done: set[str]) -> None:
     except (OSError, TypeError):
         raise CannotKeep(f"the text of {function.__name__} is not known") from None
     done.add(function.__name__)
-    for used in sorted({*_globals_in(function.__code__), *_names_in_head(source)} & function.__globals__.keys()):
+    for used in sorted({*globals_in(function.__code__), *_names_in_head(source)} & function.__globals__.keys()):
         if used not in done and not hasattr(builtins, used):
             done.add(used)
             _define_name(used, function.__globals__[used], lines, done)
@@ -130,12 +130,12 @@ def _define_name(used: str, value: Any, lines: list[str], done: set[str]) -> Non
         raise CannotKeep(f"it uses {used}, a {type(value).__name__} of this notebook; make that inside the function")
 
 
-def _globals_in(code: CodeType) -> Iterator[str]:
+def globals_in(code: CodeType) -> Iterator[str]:
     """The names of globals that a function uses, those of functions inside it too."""
     yield from (each.argval for each in dis.get_instructions(code) if each.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
-            yield from _globals_in(inner)
+            yield from globals_in(inner)
 
 
 def _names_in_head(source: str) -> Iterator[str]:

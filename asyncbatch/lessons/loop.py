@@ -5,30 +5,29 @@ The exercises are in `exercises/loop.py`, the batcher that a learner's parts go 
 
 from __future__ import annotations
 
+import io
 import string
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from matplotlib.patches import Rectangle
+from PIL import Image
 
 from ..batcher import SyncBatcher
 from ..devices.virtual import Costs
 from ..models.toy import VOCABULARY, toy_llama
-from ..ordering.races import resource_name
+from ..ordering.races import Access, resource_name
 from ..ordering.toy import toy_tokens, use_toy_model
 from ..pictures.picture import COLORS, TEXT, Picture, figure
 from ..request import Request, SamplingParams
-from ..scheduler import Committed
+from ..scheduler import Committed, StepKind
 from ..timeline import Timeline
 from .blocks import letter
 from .learned import MOST_TURNS, Endless, YourBatcher
-from .rounds import draw_rounds
+from .rounds import COSTS, draw_rounds
 
 __all__ = ["Committed", "YourBatcher", "draw_rounds", "middle", "request", "serve", "story", "synchronous", "trial"]
-
-# Seconds: a host that needs 4.4 ms for a step, in front of a device that needs 6.
-COSTS = Costs(plan=1e-3, fill=1e-3, launch=1.2e-3, commit=1.2e-3, copy_in=0.5e-3, step=6e-3, copy_out=0.5e-3)
 
 
 def toy_batcher(batcher: Any, **options: Any) -> Any:
@@ -119,22 +118,18 @@ def story(
 def _note_parts(batcher: Any) -> list[str]:
     """Let a batcher note each part of a step, with what came of it. Returns the list that it writes to."""
     noted: list[str] = []
-    scheduler, plan, commit = batcher.scheduler, batcher.scheduler.plan, batcher.scheduler.commit
-    running: set[int] = set()
+    scheduler = batcher.scheduler
+    plan, commit, preempt = scheduler.plan, scheduler.commit, scheduler._preempt
 
     def noted_plan() -> Any:
-        before = {state.number: state.num_preemptions for state in scheduler.running}
         made = plan()
-        for state in scheduler.waiting:
-            if state.num_preemptions > before.get(state.number, state.num_preemptions):
-                noted.append(f"{letter(state.number)} is preempted")
-        if made is None:
-            noted.append("nothing to plan")
-        else:
-            names = " ".join(letter(row.state.number) for row in made.rows)
-            noted.append(f"plan {made.step} ({names})")
-            running.update(row.state.number for row in made.rows)
+        names = " ".join(letter(row.state.number) for row in made.rows) if made else ""
+        noted.append(f"plan {made.step} ({names})" if made else "nothing to plan")
         return made
+
+    def noted_preempt(state: Any) -> None:
+        noted.append(f"{letter(state.number)} is preempted")
+        preempt(state)
 
     def noted_commit(made: Any, token_ids: Sequence[int]) -> Any:
         result = commit(made, token_ids)
@@ -143,7 +138,7 @@ def _note_parts(batcher: Any) -> list[str]:
         noted.append(" ".join([f"commit {made.step}", *(f"- {each}" for each in ends + wasted)]))
         return result
 
-    scheduler.plan, scheduler.commit = noted_plan, noted_commit
+    scheduler.plan, scheduler.commit, scheduler._preempt = noted_plan, noted_commit, noted_preempt
     for name in ("launch", "wait"):
         _note_part(batcher, name, noted)
     return noted
@@ -203,6 +198,14 @@ class Trial(Picture):
 
     right: bool
 
+    def png(self, dpi: int = 100) -> bytes:
+        """As of every Picture, but with fewer colours: a notebook has a dozen of these."""
+        buffer, small = io.BytesIO(), io.BytesIO()
+        self.savefig(buffer, dpi=dpi, format="png")
+        image = Image.open(buffer).convert("RGB").quantize(16, Image.Quantize.MEDIANCUT)
+        image.save(small, "png", optimize=True)
+        return small.getvalue()
+
 
 def trial(**parts: Any) -> Trial:
     """Serve eight requests with the asynchronous loop and these parts (of `YourBatcher`) in place of its own, twice: as
@@ -217,8 +220,9 @@ def trial(**parts: Any) -> Trial:
     race = watched.races[0] if watched.races else None
     checker = "nothing"
     if race is not None:
-        second, first, what = race.second, race.first, resource_name(race.resource)
-        checker = f"{second} {second.kind} {what}; {first} {first.kind} it too, without an order"
+        second, first = (_spoken(access) for access in (race.second, race.first))
+        what = resource_name(race.resource)
+        checker = f"{second} {race.second.kind} {what}, {first} {race.first.kind} it too, and nothing orders them"
     if plain.error:
         tokens += f"; the loop stopped with {plain.error}"
     picture = _draw_trial(got, want, tokens, checker, plain.books)
@@ -226,6 +230,12 @@ def trial(**parts: Any) -> Trial:
     picture.right = not wrong and race is None and plain.books == "right" and not plain.error  # type: ignore[attr-defined]
     picture.title = f"tokens: {tokens}. Race checker: {checker}. Books: {plain.books}"
     return picture  # type: ignore[return-value]
+
+
+def _spoken(access: Access) -> str:
+    """An access in few words, as "copy_in 3 on H2D"."""
+    name = "step" if isinstance(access.name, StepKind) else access.name
+    return f"{name} {access.step} on {access.lane}"
 
 
 def _run(requests: Sequence[Request], parts: Mapping[str, Any], check_races: bool = False) -> Any:
@@ -256,26 +266,26 @@ def _run(requests: Sequence[Request], parts: Mapping[str, Any], check_races: boo
 
 def _draw_trial(got: Sequence, want: Sequence, tokens: str, checker: str, books: str) -> Picture:
     longest = max(map(len, [*got, *want]))
-    picture = figure(10, 0.24 * len(want) + 0.95)
+    picture = figure(9.5, 0.21 * len(want) + 0.8)
     axes: Any = picture.axes
     for row, (mine, right) in enumerate(zip(got, want, strict=True)):
         axes.text(-0.15, row + 0.5, string.ascii_uppercase[row], ha="right", va="center", fontsize=9, fontweight="bold")
         for place in range(max(len(mine), len(right))):
             token = mine[place] if place < len(mine) else None
             good = place < len(right) and token == right[place]
-            look = {"facecolor": COLORS["sky"], "edgecolor": "white"}
-            if not good:
-                look = {"facecolor": "#FBE9DF", "edgecolor": COLORS["vermillion"], "hatch": "////"}
-            axes.add_patch(Rectangle((place, row + 0.06), 0.96, 0.88, linewidth=0.8, **look))
+            look = {"facecolor": COLORS["sky"], "edgecolor": "white", "linewidth": 0.8}
+            if not good:  # no hatch: it would make the file five times as large
+                look = {"facecolor": "white", "edgecolor": COLORS["vermillion"], "linewidth": 1.6, "linestyle": "--"}
+            axes.add_patch(Rectangle((place + 0.02, row + 0.08), 0.92, 0.84, **look))
             words = "none" if token is None else str(token)
-            paper = {} if good else {"bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.9}}
-            axes.text(place + 0.48, row + 0.5, words, fontsize=7.5, ha="center", va="center", **paper)
+            weight = "normal" if good else "bold"
+            axes.text(place + 0.48, row + 0.5, words, fontsize=7.5, ha="center", va="center", fontweight=weight)
     axes.set(xlim=(-0.3, longest + 0.1), ylim=(len(want), 0), xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
     lines = [f"tokens: {tokens}", f"race checker: {checker}", f"books of the KV cache: {books}"]
     for number, line in enumerate(lines):
         good = line.endswith(("right in all requests", "checker: nothing", "cache: right"))
-        axes.annotate(line[:150], (0, 1), (0, 6 + 13 * (2 - number)), xycoords="axes fraction", fontsize=9,
+        axes.annotate(line[:140], (0, 1), (0, 6 + 13 * (2 - number)), xycoords="axes fraction", fontsize=8.5,
                       textcoords="offset points", color=TEXT if good else COLORS["vermillion"],
                       fontweight="normal" if good else "bold", parse_math=False)  # fmt: skip
     return picture

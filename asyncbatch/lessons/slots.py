@@ -13,14 +13,14 @@ import torch
 from matplotlib.patches import FancyArrowPatch, Patch, Rectangle
 
 from ..batcher import AsyncBatcher
-from ..devices.virtual import Costs
 from ..models.toy import toy_llama
 from ..ordering.explore import Outcomes, explore
 from ..ordering.races import HOST, RaceChecker
 from ..pictures.picture import COLORS, Picture, figure
-from .rounds import SLOT_COLORS, draw_rounds
+from .lab import Lab
+from .rounds import COSTS, SLOT_COLORS, draw_rounds
 
-__all__ = ["draw_carry", "draw_designs", "draw_rounds", "draw_slot_bytes", "draw_turns", "puzzle", "server"]
+__all__ = ["draw_carry", "draw_designs", "draw_rounds", "draw_slot_bytes", "draw_turns", "puzzle", "server", "watched"]
 WRONG = {"facecolor": "#FBE9DF", "edgecolor": COLORS["vermillion"], "hatch": "////"}
 FROM_HOST = "#DDDDDD"
 
@@ -225,7 +225,7 @@ def puzzle(name: str, answer: Any, carry: Any = None, outputs: Any = None, ids: 
     print("\n".join(textwrap.fill(line, 88) for line in text.splitlines()))
     if carry is not None:
         return draw_carry(carry, outputs, ids, got, right)
-    return _draw_row(got if isinstance(got, list) else [], right)
+    return _draw_row(answer.flatten().tolist() if isinstance(answer, torch.Tensor) else [], right)
 
 
 def _draw_row(got: Sequence[int], right: Sequence[int]) -> Picture:
@@ -233,8 +233,9 @@ def _draw_row(got: Sequence[int], right: Sequence[int]) -> Picture:
     axes: Any = picture.axes
     axes.text(-0.2, 0.33, "D's row of the pool", fontsize=9, ha="right", va="center", fontweight="bold")
     for place, token in enumerate(got):
-        good = place < len(right) and token == right[place]
-        _box(axes, place, 0.1, str(token), COLORS["yellow"], None if good else WRONG)
+        good = place >= len(right) or token == right[place]
+        color = COLORS["yellow"] if place < len(right) else FROM_HOST
+        _box(axes, place, 0.1, str(token), color, None if good else WRONG)
         axes.text(place + 0.45, 0.72, str(place), fontsize=8, ha="center", va="center")
     axes.set(xlim=(-2.2, max(len(right), len(got)) + 0.2), ylim=(0.85, 0), xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
@@ -242,15 +243,23 @@ def _draw_row(got: Sequence[int], right: Sequence[int]) -> Picture:
     return picture
 
 
-# ---- what slots cost, and what nobody sees ---------------------------------------------------------------------------
+# ---- slots that clash, what they cost, and what nobody sees ----------------------------------------------------------
+
+
+def clash(launch_step: Callable[[Any, Any], Any]) -> list[int]:
+    """What the host reads in the lab for batches 7 and 8, if both are filled into slot 0, one right after the other."""
+    lab = Lab("virtual", num_slots=1)
+    for number in (7, 8):
+        lab.fill(lab.slots[0], number)
+        launch_step(lab.streams, lab.slots[0])
+    lab.slots[0].outputs_ready.synchronize()
+    return [lab.read(lab.slots[0]) for _ in (7, 8)]
 
 
 def server(**options: Any) -> AsyncBatcher:
     """An asynchronous batcher whose slots have the sizes that `options` ask for. Its device computes nothing."""
     longest = options.get("max_length", 64)
-    return AsyncBatcher(
-        toy_llama(max_positions=longest), clock=Costs(), step_s=0.0, **{"prefill_tokens": 256, **options}
-    )
+    return AsyncBatcher(toy_llama(max_positions=longest), clock=COSTS, step_s=0.0, **{"prefill_tokens": 256, **options})
 
 
 def two_graphs(num_streams: int) -> Outcomes:

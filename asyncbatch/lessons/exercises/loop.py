@@ -155,7 +155,7 @@ def _explain_rounds(args: tuple[Any, ...], got: Any, want: Any) -> str | None:
         )
     if got.stays is not None:
         return (
-            f"Step {got.stays} is committed and still stands in `self.in_flight`. Take the slot out when you commit it: "
+            f"Step {got.stays} is committed and still stands in `self.in_flight`. Take it out when you commit it: "
             "`popleft()`."
         )
     if got.error is not None:
