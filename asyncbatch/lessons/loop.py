@@ -83,16 +83,18 @@ def story(
     num_slots: int = 2,
     late: Mapping[int, Request] | None = None,
     cancel: Mapping[int, int] | None = None,
+    last: Callable[[Any], bool] | None = None,
     **options: Any,
 ) -> Story:
     """Serve requests on the virtual clock, and tell what the host did in each turn of the loop.
 
     step: the learner's; None is the package's asynchronous one. late: for a turn, the request that is submitted before
-    it. cancel: for a turn, the number (0 is A) of the request that is cancelled before it. options: of the batcher."""
+    it. cancel: for a turn, the number (0 is A) of the request that is cancelled before it. last: called with each
+    request that was planned; those for which it says True get a star. options: of the batcher."""
     batcher = toy_batcher(YourBatcher, step=step, num_slots=num_slots, most_turns=MOST_TURNS, **options)
     late, cancel = dict(late or {}), dict(cancel or {})
     with batcher:
-        noted = _note_parts(batcher)
+        noted = _note_parts(batcher, last)
         handles = [batcher.submit(each) for each in requests]
         turns: list[str] = []
         more = True
@@ -115,7 +117,7 @@ def story(
     return Story(turns, [handle.completion for handle in handles], timeline)
 
 
-def _note_parts(batcher: Any) -> list[str]:
+def _note_parts(batcher: Any, last: Callable[[Any], bool] | None) -> list[str]:
     """Let a batcher note each part of a step, with what came of it. Returns the list that it writes to."""
     noted: list[str] = []
     scheduler = batcher.scheduler
@@ -123,7 +125,8 @@ def _note_parts(batcher: Any) -> list[str]:
 
     def noted_plan() -> Any:
         made = plan()
-        names = " ".join(letter(row.state.number) for row in made.rows) if made else ""
+        rows = [row.state for row in made.rows] if made else []
+        names = " ".join(letter(state.number) + "*" * bool(last and last(state)) for state in rows)
         noted.append(f"plan {made.step} ({names})" if made else "nothing to plan")
         return made
 

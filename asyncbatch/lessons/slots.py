@@ -34,24 +34,19 @@ def draw_turns(slot_of: Callable[[int, int], int], num_slots: int, num_steps: in
     axes: Any = picture.axes
     clashes: list[str] = []
     held: dict[int, tuple[float, int]] = {}  # by slot: until when, and by which step
+    crowded = any(slot_of(step, num_slots) == slot_of(step + 1, num_slots) for step in range(num_steps))
     for step in range(num_steps):
         slot = slot_of(step, num_slots)
         until, holder = held.get(slot, (0.0, -1))
         clash = step + 0.4 < until
-        # (Steps that clash stand in two rows, or they would hide each other.)
-        top, tall = (slot + 0.08 + 0.42 * (step % 2), 0.4) if clash else (slot + 0.08, 0.84)
+        # (Where steps follow each other in one slot they stand in two rows, or they would hide each other.)
+        top, tall = (slot + 0.08 + 0.42 * (step % 2), 0.4) if crowded else (slot + 0.08, 0.84)
         for start, end, part in ((0.4, 0.95, "fill"), (1.0, 2.0, "compute"), (2.0, 2.38, "commit")):
             color = COLORS[SLOT_COLORS[slot % len(SLOT_COLORS)]]
             alpha = 1 if part == "compute" else 0.55
             look = WRONG if clash else {"facecolor": color, "edgecolor": "white", "alpha": alpha}
             axes.add_patch(Rectangle((step + start, top), end - start, tall, **look))
-            words = (
-                f"commit\n{step}"
-                if part == "commit" and not clash
-                else f"c {step}"
-                if clash and part == "commit"
-                else f"{part} {step}"
-            )
+            words = f"{part} {step}" if part != "commit" else f"c {step}" if crowded else f"commit\n{step}"
             axes.text(step + (start + end) / 2, top + tall / 2, words, fontsize=7.5, ha="center", va="center")
         if clash:
             clashes.append(f"step {step} is filled into slot {slot}, which holds step {holder}")

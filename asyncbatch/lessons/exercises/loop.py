@@ -322,9 +322,9 @@ EXERCISES = {
     "step": Exercise(
         AsyncBatcher.step, "With {0} slots and {1},", "did", (
             Case((2, "one request of 4 tokens"), "Plan, fill and launch step N+1 first; then wait for step N."),
-            Case((2, _BOTH), "The same with requests that stop early and one that joins."),
-            Case((3, _BOTH), "With three slots, three steps can be in flight: use `len(self.slots)`, not 2."),
             Case((1, _BOTH), "With one slot the step must be committed before the next one can be filled."),
+            Case((3, _BOTH), "With three slots, three steps can be in flight: use `len(self.slots)`, not 2."),
+            Case((2, _BOTH), "The same with requests that stop early and one that joins."),
         ),
         (
             "Plan, fill and launch as before, and put the slot at the end of `self.in_flight`. Only then ask whether "
