@@ -320,10 +320,10 @@ EXERCISES = {
         _asked,
     ),
     "step": Exercise(
-        AsyncBatcher.step, "With {0} slots and {1},", "did", (
+        AsyncBatcher.step, "With num_slots={0} and {1},", "did", (
             Case((2, "one request of 4 tokens"), "Plan, fill and launch step N+1 first; then wait for step N."),
-            Case((1, _BOTH), "With one slot the step must be committed before the next one can be filled."),
             Case((3, _BOTH), "With three slots, three steps can be in flight: use `len(self.slots)`, not 2."),
+            Case((1, _BOTH), "With one slot the step must be committed before the next one can be filled."),
             Case((2, _BOTH), "The same with requests that stop early and one that joins."),
         ),
         (
