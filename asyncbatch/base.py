@@ -16,14 +16,13 @@ from .kv_cache import KVCache
 from .models.checks import check_model
 from .scheduler import BatchPlan, Committed, Scheduler
 from .serving import Serving
-from .slot import Slot
+from .slot import Slot, slot_of
 from .streams import DeviceError, launch_step
 from .timeline import LANES, Timeline
 
 
 def host_span(method):
-    """Record the method's time on the host lane, under its name and the step of its plan or slot, and tell the device
-    when the part begins and when it ends."""
+    """Record the method on the host lane, under its name and its step, and tell the device when it begins and ends."""
 
     @functools.wraps(method)
     def timed(self, *args):
@@ -56,6 +55,7 @@ class BatcherBase(Serving):
 
     mode = ""
     default_slots = 1
+    runner: Any = None  # what runs on the device, if it is not to be the device's own `Runner`
 
     def __init__(self, model, *, tokenizer=None, **options: Any):
         check_model(model, options.get("max_length"))
@@ -63,7 +63,7 @@ class BatcherBase(Serving):
             options["num_slots"] = self.default_slots
         self.config = config = Config.of(model, **options)
         buffers = host_buffers(config.shape, on_cuda=config.on_cuda)
-        self.device = open_device(model, config, buffers)
+        self.device = open_device(model, config, buffers, self.runner)
         self.shape = self.device.shape
         try:
             self.slots = [Slot(index, self.shape, pair, self.device) for index, pair in enumerate(buffers)]
@@ -92,7 +92,7 @@ class BatcherBase(Serving):
     @host_span
     def fill(self, plan: BatchPlan) -> Slot:
         """Write the step's inputs into the next slot's host buffers."""
-        slot = self.slots[plan.step % len(self.slots)]
+        slot = self.slots[slot_of(plan.step, len(self.slots))]
         slot.fill(plan, self.kv)
         return slot
 

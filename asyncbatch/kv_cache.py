@@ -30,8 +30,7 @@ def kv_bytes(layers: int, kv_heads: int, head_size: int, number_bytes: int) -> i
 def place(tables, row, position, block_size: int):
     """The place in the pool, counted in tokens, of token number `position` of the request in row `row`.
 
-    tables: one block table in each row. NumPy arrays or torch tensors; if `row` and `position` are arrays, so is the
-    result."""
+    tables: one block table in each row. NumPy arrays or torch tensors; for arrays of rows and positions, an array."""
     return tables[row, position // block_size] * block_size + position % block_size
 
 
@@ -60,15 +59,13 @@ class KVCache:
     def allocate(self, owner: int, num_tokens: int, keep_free: int = 0) -> bool:
         """Add blocks to the owner's table until it has room for `num_tokens` tokens, and return True.
 
-        All or nothing: if that takes so many blocks that fewer than `keep_free` would stay free, none is added, and the
-        result is False."""
+        All or nothing: if fewer than `keep_free` blocks would stay free, none is added, and the result is False."""
         used = self._used.get(owner, 0)
         need = blocks_for(num_tokens, self.block_size) - used
         return need <= 0 or self._grow(owner, used, need, keep_free)
 
     def _grow(self, owner: int, used: int, need: int, keep_free: int) -> bool:
-        """Hand out `need` blocks to an owner that has `used`. (Apart from `allocate`, since most tokens need no new
-        block.)"""
+        """Hand out `need` blocks to an owner that has `used`. (Apart from `allocate`: most tokens need no block.)"""
         if need > len(self.free) - keep_free:
             return False
         if owner not in self._row:
@@ -108,6 +105,5 @@ class KVCache:
         return self._used.get(owner, 0) * self.block_size
 
     def tables(self, owners: list[int]) -> np.ndarray:
-        """The tables of several owners: int32 [len(owners), max_blocks_per_owner], with 0 after the end of each
-        table."""
+        """The tables of several owners: int32 [len(owners), max_blocks_per_owner], with 0 after the end of each."""
         return self._tables[[self._row[owner] for owner in owners]]

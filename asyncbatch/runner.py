@@ -105,18 +105,21 @@ class Runner:
         return of_rows
 
     def decode_inputs(self, fields) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Each row's input token, its position and its place in a pool; 0 for rows that do not decode: block 0 belongs
-        to nobody."""
+        """Each row's input token, its position and its place in a pool; 0 (nobody's) for rows that do not decode."""
         live, size = fields["decodes"], self.shape.block_size
         positions = (fields["position"] * live).long()
         rows = self.first[: len(positions)].long()
         return self._input_ids(fields), positions, place(fields["tables"], rows, positions, size) * live
 
     def _input_ids(self, fields) -> torch.Tensor:
-        """Carry-over: a row's input token is an output of a step before, or the host has written it. int32 [rows]."""
-        carry = fields["carry"]
-        carried = self.outputs.view(-1)[carry.clamp(min=0)].clamp(min=0)  # NO_TOKEN is no row of the embedding
-        return torch.where(carry >= 0, carried, fields["input_id"])
+        return self.carry_over(fields["carry"], self.outputs.view(-1), fields["input_id"])
+
+    @staticmethod
+    def carry_over(carry, outputs, ids) -> torch.Tensor:
+        """A row's input token is an output of a step before, or the host has written it. carry: [rows], the index into
+        `outputs` (of all slots, one after the other), or -1. ids: [rows], what the host wrote. int32 [rows]."""
+        carried = outputs[carry.clamp(min=0)].clamp(min=0)  # NO_TOKEN is no row of the embedding
+        return torch.where(carry >= 0, carried, ids)
 
     def _prefill(self, fields) -> torch.Tensor:
         """Chunks of prompts, packed. Returns the logits after each row's last token, [rows, vocabulary]."""

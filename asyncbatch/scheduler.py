@@ -6,8 +6,7 @@ it plans N+1, the asynchronous loop plans N+1 (or further) first. Three rules se
 
 - A row whose input token is still on the device names the step and row that sampled it (its *carry-over*).
 - A request is computed in the same pieces every time: its prompt in chunks (`next_chunk`), each generated token as one
-  decode row. So a preempted request is replayed exactly as it ran first, and no chunk depends on who else is in the
-  batch.
+  decode row. So a preempted request is replayed exactly as it ran first, and no chunk depends on the other rows.
 - A length limit is known ahead, so nothing is planned beyond it. Only a stop token or a cancellation is found late, and
   what was computed for that request meanwhile is a *wasted token*.
 """
@@ -244,8 +243,7 @@ class Scheduler:
         return rows
 
     def _make_room(self, state: RunState, num_tokens: int) -> bool:
-        """Grow the request's block table. While the pool is full, preempt the newest running request. False if that was
-        the request itself."""
+        """Grow the request's block table. While the pool is full, preempt the newest request; False if it was this."""
         while not self.kv.allocate(state.number, num_tokens):
             victim = self.running[-1]
             self._preempt(victim)
@@ -272,8 +270,7 @@ class Scheduler:
         return [(state, *next_chunk(state.num_prompt - state.placed, self.prefill_sizes)) for state in candidates]
 
     def _chunks_come_alone(self) -> bool:
-        """Whether the next step has no decode rows: more chunks wait than go into it, and the budget has room for the
-        step after it too."""
+        """Whether the next step has no decode rows: more chunks wait than fit, and the budget allows two steps."""
         chunks = self._next_chunks() if 2 * self.prefill_sizes[0] <= self.prefill_left else []  # no room for two steps
         count = self._fitting(chunks, self.max_batch_size)
         return 0 < count < len(chunks) and chunks[0][2] + chunks[count][2] <= self.prefill_left

@@ -223,8 +223,7 @@ class Serving:
     def stream(self, request: Request) -> TokenStream:
         """Serve one request and give its tokens as they are committed. Leaving the loop early cancels the request.
 
-        RequestError, at once, for a request that cannot be served. If serving it fails, the error is raised after the
-        last good token."""
+        RequestError at once if the request cannot be served. An error in serving it comes after the last token."""
         return TokenStream(self, self.submit(request))
 
     def close(self) -> None:

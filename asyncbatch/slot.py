@@ -27,6 +27,18 @@ FLOAT_FIELDS = ("temperature", "top_p", "uniform")
 PREFILL_FIELDS = ("prefill_id", "prefill_position", "prefill_row")
 
 
+def slot_of(step: int, num_slots: int) -> int:
+    """Which slot a step uses: the slots take turns."""
+    return step % num_slots
+
+
+def carry_ids(carries, num_slots: int, batch: int) -> list[int]:
+    """For each row: where its input token is among the outputs of all slots, or -1 if the host has it.
+
+    carries: for each row (step, row) of the one that samples the token, or None. Slot s begins at s * batch."""
+    return [-1 if carry is None else slot_of(carry[0], num_slots) * batch + carry[1] for carry in carries]
+
+
 @dataclass(frozen=True)
 class StepShape:
     """The fixed shape of every step. Fixed, because the number of rows of a matrix product can change the last bits of
@@ -114,10 +126,8 @@ class Slot:
         fields["tables"][:count] = kv.tables([row.state.number for row in rows])
         fields["tables"][count:] = 0
         fields["position"][:count] = [row.position for row in rows]
-        slots = self.shape.num_slots
-        carried = [-1 if row.carry is None else row.carry[0] % slots * batch + row.carry[1] for row in rows]
         fields["carry"][:] = -1
-        fields["carry"][:count] = carried
+        fields["carry"][:count] = carry_ids([row.carry for row in rows], self.shape.num_slots, batch)
         decode = plan.num_decode
         fields["decodes"][:decode] = 1
         fields["input_id"][:decode] = [

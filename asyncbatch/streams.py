@@ -81,8 +81,7 @@ class Device(Protocol):
         """The host has done that part. `plan` is None if there was nothing to plan."""
 
     def spans(self, slot: int) -> np.ndarray:
-        """The (start, end) of the slot's newest command on each stream, float64 [3, 2] in seconds of `now()`. Asked
-        when the last of them is done."""
+        """The (start, end) of the slot's newest commands: float64 [3, 2], seconds of `now()`. Asked when done."""
 
     def parts(self, slot: int) -> list[float]:
         """The seconds that the slot's newest step spent on carry-over, on the model and on sampling; zeros where the

@@ -116,8 +116,7 @@ def idle_gaps(starts, ends) -> list[tuple[int, float]]:
 def device_activity(starts, ends, counted=None) -> tuple[float, float]:
     """(active_s, period_s) of the steps of a device, added up: how long they ran, and how long their periods were.
 
-    The period of a step goes from the end of the step before it to its own end. The first step has no period and is
-    left out of both sums.
+    The period of a step goes from the end of the step before it to its own end. The first step has none: left out.
     starts, ends: lists or arrays of seconds, one for each step, in order. counted: one bool for each step, whether it
     is added up (the first never is); None adds up all others."""
     starts, ends = np.asarray(starts, float), np.asarray(ends, float)
@@ -232,8 +231,7 @@ class Timeline:
         self._spans.append((lane, name, step, start, end))
 
     def add_step(self, step: int, kind: str, tokens: int, wasted: int, rows: int = 0, context: int = 0) -> None:
-        """Note what a step did, once it is committed and its spans on the device are there. `Step` says what the
-        arguments mean."""
+        """Note what a step did (as `Step` says), once it is committed and its spans on the device are there."""
         self._steps.append((step, kind, tokens, wasted, rows, context))
         totals = self.totals
         totals.steps += 1
@@ -347,8 +345,7 @@ def save_trace(path: str | Path, timelines: Sequence[Timeline]) -> None:
 
 
 def load_trace(path: str | Path) -> list[Timeline]:
-    """All timelines of a file that `Timeline.save` or `save_trace` wrote. ValueError if the file holds anything
-    else."""
+    """All timelines of a file that `Timeline.save` or `save_trace` wrote. ValueError for any other file."""
     from .shown.trace import read
 
     def timeline(label, clock, steps, spans, most_steps=None, dropped=0, totals=None) -> Timeline:

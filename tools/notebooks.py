@@ -172,7 +172,8 @@ def run(path: Path, notebook: NotebookNode) -> None:
     from nbclient import NotebookClient  # not needed, and slow, for a check
 
     # IPython colours and line widths must not depend on the terminal this runs in.
-    os.environ.update(COLUMNS="100", LINES="40")
+    # Nor on what whoever runs it has answered before.
+    os.environ.update(COLUMNS="100", LINES="40", ASYNCBATCH_ANSWERS="")
     NotebookClient(
         notebook,
         timeout=CELL_TIMEOUT_S,

@@ -19,13 +19,19 @@ from ..streams import Device, DeviceError
 from .padding import PaddedRunner
 
 
-def open_device(model: torch.nn.Module, config: Config, buffers: list[tuple[torch.Tensor, torch.Tensor]]) -> Device:
+def open_device(
+    model: torch.nn.Module,
+    config: Config,
+    buffers: list[tuple[torch.Tensor, torch.Tensor]],
+    runner: Callable[..., Any] | None = None,
+) -> Device:
     """The device of a batcher, with a program on it that serves `model`. buffers: (inputs, output ids) of each slot on
     the host (`buffers.host_buffers`). The device's `shape` is that of its steps: on CUDA the pool may have fewer blocks
-    than were wanted.
+    than were wanted. runner: makes the program, in place of the device's own class; to a worker process it travels, so
+    it is an importable name, or a `functools.partial` of one.
 
     Raises DeviceError for a device that cannot be opened, MemoryError for what does not fit into the GPU."""
-    device: Any = _on_cuda(model, config, buffers) if config.on_cuda else _on_cpu(model, config, buffers)
+    device: Any = (_on_cuda if config.on_cuda else _on_cpu)(model, config, buffers, runner)
     if config.check_races:
         from .checked import CheckedDevice
 
@@ -33,12 +39,12 @@ def open_device(model: torch.nn.Module, config: Config, buffers: list[tuple[torc
     return device
 
 
-def _on_cuda(model, config: Config, buffers) -> Any:
+def _on_cuda(model, config: Config, buffers, runner) -> Any:
     from .cuda.device import CudaDevice
     from .cuda.runner import CudaRunner
 
     asked = config.num_blocks is not None
-    program = CudaRunner(
+    program = (runner or CudaRunner)(
         model, shape=config.shape, host=buffers, asked_blocks=asked, compile=config.compile, parts=config.parts
     )
     device = CudaDevice(program, config.num_slots, next(model.parameters()).device)
@@ -46,9 +52,9 @@ def _on_cuda(model, config: Config, buffers) -> Any:
     return device
 
 
-def _on_cpu(model, config: Config, buffers) -> Any:
+def _on_cpu(model, config: Config, buffers, runner) -> Any:
     """A worker process, or this process where the clock is virtual; with `step_s` the program computes nothing."""
-    program: Callable[..., Any] = PaddedRunner
+    program: Callable[..., Any] = runner or PaddedRunner
     arguments: dict[str, Any] = {"shape": config.shape, "host": buffers}
     if config.step_s is not None:
         from .timed import TimedRunner

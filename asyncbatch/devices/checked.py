@@ -7,6 +7,7 @@ from typing import Any
 from ..kv_cache import blocks_for
 from ..ordering.races import HOST, RaceChecker, RaceError
 from ..scheduler import BatchPlan
+from ..slot import slot_of
 from ..streams import EVENTS, STREAMS, Device
 
 
@@ -45,7 +46,7 @@ class CheckedDevice:
     def host_begins(self, phase: str, plan: BatchPlan | None, kv) -> None:
         """`fill` writes a slot's inputs, and `commit` reads its output ids: the host's own accesses."""
         if plan is not None and phase in ("fill", "commit"):
-            slot = plan.step % self.num_slots
+            slot = slot_of(plan.step, self.num_slots)
             if phase == "fill":
                 self.checker.access(HOST, "fill", plan.step, writes=[("host inputs", slot)], slot=slot)
                 self._filled[slot] = plan.step, *step_accesses(plan, kv, self.num_slots)
@@ -71,7 +72,7 @@ def step_accesses(plan: BatchPlan, kv, num_slots: int) -> tuple[list[tuple[str, 
     writes: dict[tuple[str, int], None] = {}
     for row in plan.rows:
         if row.carry is not None:
-            reads["output ids", row.carry[0] % num_slots] = None
+            reads["output ids", slot_of(row.carry[0], num_slots)] = None
         table = kv.table(row.state.number)
         end = row.position + row.num_tokens
         for block in table[: blocks_for(end, kv.block_size)]:

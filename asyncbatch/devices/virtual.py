@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from ..scheduler import BatchPlan
+from ..slot import slot_of
 from ..streams import STREAMS, CostModel, DeviceError
 
 HOST_PHASES = ("plan", "fill", "launch", "commit")
@@ -188,7 +189,7 @@ class VirtualDevice:
             return
         work = StepWork.of(plan)
         if phase != "commit":  # by then the slot may hold another step
-            self._plans[plan.step % self.num_slots] = plan.step, work
+            self._plans[slot_of(plan.step, self.num_slots)] = plan.step, work
         extra = self.host_work_s if phase == "plan" else 0.0
         self.work(self.costs.seconds(phase, work, plan.step) + extra)
 

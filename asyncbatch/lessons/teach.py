@@ -4,6 +4,7 @@
     guess = teach.predict(question, options)           the reader chooses before a result is shown ...
     guess.reveal("B", "because ...")                   ... and afterwards learns whether that was right
     fit_budget = teach.check("fit_budget", fit_budget) checks the reader's function, and the notebook goes on
+    fit_budget = teach.yours("fit_budget")             what the reader wrote in another notebook, if it was right
 
 The solution of every exercise is a function of this package: nothing is implemented a second time here.
 Without Jupyter or ipywidgets, all of it is plain text. Whatever a caller passes is shown as text, never as HTML.
@@ -20,9 +21,9 @@ import platform
 import textwrap
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
-from . import needs
+from . import kept, needs
 from .parts import Exercise, with_widget
 
 LETTERS = "ABCDEFGH"
@@ -123,44 +124,83 @@ def _same(got: Any, want: Any) -> bool:
     return type(got) is type(want) and got == want
 
 
+class Outcome(NamedTuple):
+    """How a function did. verdict: "right", "not attempted" or "wrong". args, got, want: the last case that was tried,
+    the function's answer to it, and the right one. said: what the function did, in words. why: what it has missed."""
+
+    verdict: str
+    args: tuple[Any, ...]
+    got: Any
+    want: Any
+    said: str = ""
+    why: str = ""
+
+
+def _try(exercise: Exercise, function: Callable[..., Any]) -> Outcome:
+    """Try a function on the cases of an exercise, up to the first that it fails. Whatever it raises, this does not."""
+    answer = exercise.answer or (lambda function, *args: function(*args))
+    for args, lesson, slips in exercise.cases:
+        want, said = answer(exercise.reference, *copy.deepcopy(args)), ""
+        try:
+            got = answer(function, *copy.deepcopy(args))
+            said = f"{exercise.verb} {got!r}" + (", as without a `return`" if got is None else "")
+        except NotImplementedError:
+            got = ...
+        except Exception as error:
+            got, said = error, f"stopped with {type(error).__name__}: {error}"
+        if got is ...:
+            return Outcome("not attempted", args, got, want)
+        if not _same(got, want):
+            why = next((text for value, text in slips if _same(got, value)), None)
+            if why is None and exercise.explain is not None and not isinstance(got, Exception):
+                why = exercise.explain(args, got, want)
+            return Outcome("wrong", args, got, want, said, why or lesson)
+    return Outcome("right", args, got, want)
+
+
 def check(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Try the learner's `function` on every case of the exercise `name`, and print how it did.
+    """Try the learner's `function` on every case of the exercise `name`, and print how it did. One that is right is
+    kept for later notebooks (`yours`).
 
     Returns the function that the notebook goes on with: the learner's if it is right, else the package's own. Whatever
     `function` does or raises, this does not raise. A function that raises NotImplementedError or returns `...` counts
     as not written yet. ValueError for an unknown exercise.
     """
     exercise = _exercise(name)
-    answer = exercise.answer or (lambda function, *args: function(*args))
-    for args, lesson, slips in exercise.cases:
-        want = answer(exercise.reference, *copy.deepcopy(args))
-        try:
-            got = answer(function, *copy.deepcopy(args))
-            outcome = f"{exercise.verb} {got!r}" + (", as without a `return`" if got is None else "")
-        except NotImplementedError:
-            got = ...
-        except Exception as error:
-            got, outcome = error, f"stopped with {type(error).__name__}: {error}"
-        if got is ...:
-            _say(f"{name}: not attempted yet. The notebook goes on with the package's own function.")
-            return exercise.reference
-        if not _same(got, want):
-            reason = next((text for value, text in slips if _same(got, value)), None)
-            if reason is None and exercise.explain is not None and not isinstance(got, Exception):
-                reason = exercise.explain(args, got, want)
-            _say(
-                f"{name}: not yet.\n{exercise.given.format(*args)} your function {outcome}; {want!r} is right. "
-                f"{reason or lesson}\n"
-                "The notebook goes on with the package's own until you change yours and run its cells again."
-            )
-            _show_picture(exercise, args, got, want)
-            return exercise.reference
+    verdict, args, got, want, said, why = _try(exercise, function)
+    if verdict == "not attempted":
+        _say(f"{name}: not attempted yet. The notebook goes on with the package's own function.")
+        return exercise.reference
+    if verdict == "wrong":
+        _say(
+            f"{name}: not yet.\nYou gave: {exercise.given.format(*args)} your function {said}.\n"
+            f"Expected: {want!r} is right.\nWhy: {why}\n"
+            "The notebook goes on with the package's own until you change yours and run its cells again."
+        )
+        _show_picture(exercise, args, got, want)
+        return exercise.reference
     own = "but this is the package's own: run your function's cell first."  # the check's cell was run twice
     yours = "and the notebook goes on with your function."
     _say(f"{name}: right in all {len(exercise.cases)} cases, {own if function is exercise.reference else yours}")
     if function is not exercise.reference:
+        if told := kept.keep(name, function):
+            _say(told)
         _show_picture(exercise, args, got, want)
     return function
+
+
+def yours(name: str) -> Callable[..., Any]:
+    """The learner's own function from an earlier notebook, if a check has found it right there and does so again; else
+    the package's own. Prints which. ValueError for an unknown exercise."""
+    exercise = _exercise(name)
+    function, told = kept.load(name)
+    if function is not None:
+        if _try(exercise, function).verdict == "right":
+            _say(f"{name}: yours, {told}.")
+            return function
+        told = f"yours, {told}, does not pass its check any more"
+    _say(f"{name}: the package's own ({told}).")
+    return exercise.reference
 
 
 def _show_picture(exercise: Exercise, args: tuple[Any, ...], got: Any, want: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -46,6 +47,25 @@ def test_a_silent_kernel_is_reported_and_replaced(lab, tmp_path, monkeypatch, ca
     out = capsys.readouterr().out
     assert "example.ipynb: not a word; 2 tries left" in out
     assert "Kernel started" in out
+
+
+def test_what_is_written_in_one_notebook_is_used_in_another(lab, tmp_path):
+    teach, answers = "from asyncbatch.lessons import teach", lab.folder / "notebooks" / "my-answers"
+    helper = "def turn(step, num_slots):\n    return step % num_slots"
+    own = "def slot_of(step, num_slots):\n    return turn(step, num_slots)"
+    first = write_notebook(tmp_path / "first.ipynb", teach, helper, own, 'slot_of = teach.check("slot_of", slot_of)')
+    second = write_notebook(tmp_path / "second.ipynb", teach, 'slot_of = teach.yours("slot_of")', "slot_of(7, 4)")
+    try:
+        with run_notebook(lab, second) as (_, told, value):
+            assert "the package's own (my-answers holds none of yours)" in str(told["outputs"])
+            assert not answers.exists()
+        with run_notebook(lab, first) as cells:
+            assert "It is kept for later notebooks, in my-answers/slot_of.py." in str(cells[-1]["outputs"])
+        with run_notebook(lab, second) as (_, told, value):
+            assert told["outputs"][0]["text"] == "slot_of: yours, from my-answers/slot_of.py.\n"
+            assert value["outputs"][0]["data"]["text/plain"] == "3"
+    finally:
+        shutil.rmtree(answers, ignore_errors=True)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -80,7 +80,7 @@ def test_an_untouched_stub_says_so(name, stub, capsys):
 def test_the_message_names_the_input_in_the_learners_terms(capsys):
     teach.check("fit_budget", WRONG["fit_budget"][0])  # ignores the free rows
     out = capsys.readouterr().out.replace("\n", " ")
-    assert "room for 2 requests and a budget of 64 tokens your function admitted 3; 2 is right." in out
+    assert "room for 2 requests and a budget of 64 tokens your function admitted 3. Expected: 2 is right. Why: " in out
     assert "no third row is free" in out
 
 
@@ -202,8 +202,9 @@ def test_notebooks_hold_to_the_form_of_a_lesson(path):
 
     pictures = [number for number, cell in enumerate(book) if has_picture(cell)]
     assert len(book) <= 9 * len(pictures), f"{len(book)} cells with {len(pictures)} pictures"
-    alone = [number for number in pictures if "*Picture: " not in book[number - 1]["source"]]
-    assert alone == [], "no sentence in the cell above says what these pictures show"
+    around = {number: book[number - 1]["source"] + book[number + 1]["source"] for number in pictures}
+    alone = [number for number, text in around.items() if "*Picture: " not in text]
+    assert alone == [], "no sentence above or below says what these pictures show, or what to look for"
 
 
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)

@@ -73,6 +73,7 @@ def server_environment(home: Path) -> dict[str, str]:
     env = os.environ | {f"JUPYTER_{name}_DIR": str(path) for name, path in folders.items()}
     env |= {"JUPYTERLAB_SETTINGS_DIR": str(home / "settings"), "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces")}
     env |= {"ASYNCBATCH_CLONE": str(ROOT)}
+    env.pop("ASYNCBATCH_ANSWERS", None)  # as a reader's: answers are kept beside the notebooks
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return env
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from asyncbatch.lessons.kept import globals_in
+
 
 def wrong_answers() -> dict[str, tuple[Callable[..., Any], ...]]:
     """Return the WRONG of all modules together. Raises ValueError where two of them name the same exercise."""
@@ -45,7 +47,8 @@ def _names_in_defaults(function: Callable[..., Any]) -> dict[str, Any]:
 def _define(function: Callable[..., Any], lines: list[str], done: set[str]) -> None:
     """Append the source of `function` to `lines`, after all that it uses of its module and that is not yet `done`."""
     done.add(function.__name__)
-    for used, value in {**inspect.getclosurevars(function).globals, **_names_in_defaults(function)}.items():
+    names = sorted(set(globals_in(function.__code__)) & function.__globals__.keys())
+    for used, value in {**{name: function.__globals__[name] for name in names}, **_names_in_defaults(function)}.items():
         if used in done:
             continue
         done.add(used)
@@ -57,4 +60,5 @@ def _define(function: Callable[..., Any], lines: list[str], done: set[str]) -> N
             lines.append(f"from {value.__module__} import {value.__name__} as {used}")
         else:
             lines.append(f"{used} = {value!r}")
-    lines.append(textwrap.dedent(inspect.getsource(function)))
+    typed = [line for line in textwrap.dedent(inspect.getsource(function)).splitlines() if not line.startswith("@")]
+    lines.append("\n".join(typed) + "\n")  # (a method of the package may be decorated)

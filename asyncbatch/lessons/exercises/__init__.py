@@ -1,5 +1,12 @@
 """The exercises of all notebooks, by name. The solution of each is a function of this package."""
 
-from . import cache, idle, measuring, streams
+from . import cache, idle, loop, measuring, slots, streams
 
-EXERCISES = {**idle.EXERCISES, **streams.EXERCISES, **cache.EXERCISES, **measuring.EXERCISES}
+EXERCISES = {
+    **idle.EXERCISES,
+    **streams.EXERCISES,
+    **cache.EXERCISES,
+    **slots.EXERCISES,
+    **loop.EXERCISES,
+    **measuring.EXERCISES,
+}
