@@ -48,11 +48,13 @@ class IdleTime(Record):
     """All idle time before decode steps, in seconds; `by` cause it adds up to `idle_s`. all_idle_s, all_by: the same
     before all steps, prefill and mixed ones too."""
 
+    LATER = ("all_idle_s", "all_by")
+
     idle_s: float = 0.0
     by: dict[str, float] = field(default_factory=dict)
     longest: tuple[IdleGap, ...] = ()
     all_idle_s: float | None = None
-    all_by: dict[str, float] = field(default_factory=dict)
+    all_by: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class Prediction(Record):
     """Both loops simulated from a synchronous run. Of one step, in the median: host_ms, the host's work; between_ms,
     what lies between two steps, copies and waking up too; device_ms, the step on the device. slots: of the
     asynchronous loop; early_stops: requests that ended before their length limit, each of which costs it tokens."""
+
+    LATER = ("host_ms", "slots", "early_stops")
 
     sync_s: float | None = None
     async_s: float | None = None
@@ -276,15 +280,15 @@ class Comparison(Record):
     device_ratios: for each pair how much longer equal steps took the device in the asynchronous run.
     law_idle: the idle share of the synchronous device by the law host / (host + device)."""
 
-    LATER = ("workload",)
+    LATER = ("workload", "interval", "confidence", "pairs", "device_ratios")
 
     model: str | None = None
     batch_size: int | None = None
     async_speedup: float | None = None
     interval: tuple[float, ...] | None = None
     confidence: float | None = None
-    pairs: tuple[float, ...] = ()
-    device_ratios: tuple[float, ...] = ()
+    pairs: tuple[float, ...] | None = None
+    device_ratios: tuple[float, ...] | None = None
     law_idle: float | None = None
     workload: str | None = None
 
@@ -383,7 +387,7 @@ class Report(Record):
     idle the device is; causes: why; first: what to eliminate first; verdict: what asynchronous batching brings; trust:
     what speaks against it."""
 
-    LATER = ("matmul_flops_per_s",)
+    LATER = ("matmul_flops_per_s", "idleness", "causes", "trust")
 
     schema: int | None = None
     model: str | None = None
@@ -410,7 +414,7 @@ class Report(Record):
     causes: str | None = None
     first: str | None = None
     verdict: str | None = None
-    trust: tuple[str, ...] = ()
+    trust: tuple[str, ...] | None = None
     matmul_flops_per_s: float | None = None
 
     @classmethod
@@ -420,7 +424,7 @@ class Report(Record):
     @property
     def sentences(self) -> list[str]:
         """What is to be read first, in order."""
-        return [one for one in (self.idleness, self.causes, self.first, self.verdict, *self.trust) if one]
+        return [one for one in (self.idleness, self.causes, self.first, self.verdict, *(self.trust or ())) if one]
 
 
 def _of_today(data: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
 
-from ..measure.points import COPY_IN, COPY_OUT, GC, MEANING, NO_REQUEST, NOT_BEGUN, NOTHING, WAKING
+from ..measure.points import COPY_IN, COPY_OUT, GC, MEANING, NO_REQUEST, NOT_BEGUN, NOTHING, WAIT, WAKING
 from ..measure.simulate import WORTH_IT
 from .pairs import DISTURBED, Pairs
 from .report import OWN, Comparison, Prediction, Run
@@ -24,6 +24,7 @@ WHO = {
     NOTHING: "the operating system",
     GC: "Python's garbage collector",
     NO_REQUEST: "nobody: there was no request",
+    WAIT: "not told",  # in reports before version 5
 }
 HOST = "the host's code"
 
@@ -47,7 +48,8 @@ def idle_line(run: Run) -> str:
     if run.idle is None:
         return "No decode step came after another step, so active and idle could not be measured."
     words = f"The {loop} loop leaves the device idle for {run.idle:.1%} of the time, measured over {steps_counted(run)}"
-    if run.idle_all_steps is not None and run.measured_steps != run.steps:
+    left_out = (run.steps or 0) - 1 - (run.measured_steps or 0)  # besides the first, which has no period
+    if run.idle_all_steps is not None and left_out > 0:
         words += f" ({run.idle_all_steps:.1%} over all steps, prefill and mixed ones too)"
     return words + "."
 
@@ -117,7 +119,7 @@ def gain_line(run: Run | None, only: Comparison) -> str | None:
 
 
 def _measured(only: Comparison) -> str | None:
-    pairs = Pairs(only.pairs, only.device_ratios)
+    pairs = Pairs(only.pairs or (), only.device_ratios or ())
     if not pairs.speedups:
         return None
     if pairs.void:
@@ -153,7 +155,7 @@ def trust(run: Run | None, only: Comparison, same_tokens: bool, over_time: bool)
     found = tuple(_doubts(run, only, same_tokens, over_time))
     if found or run is None:
         return found
-    pairs = Pairs(only.pairs, only.device_ratios)
+    pairs = Pairs(only.pairs or (), only.device_ratios or ())
     if not pairs.speedups:
         return ()
     ratio = pairs.worst_device_ratio
@@ -164,7 +166,7 @@ def trust(run: Run | None, only: Comparison, same_tokens: bool, over_time: bool)
 def _doubts(run: Run | None, only: Comparison, same_tokens: bool, over_time: bool) -> Iterator[str]:
     if not same_tokens:
         yield "The tokens differ: that is a fault, and the comparison is void."
-    pairs = Pairs(only.pairs, only.device_ratios)
+    pairs = Pairs(only.pairs or (), only.device_ratios or ())
     disturbed, worst = len(pairs.speedups) - len(pairs.counted), pairs.worst_device_ratio
     if disturbed and worst:
         what = "Void" if pairs.void else "Disturbed"

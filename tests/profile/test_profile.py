@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import math
 import subprocess
 import sys
 import types
@@ -16,19 +15,15 @@ from support.presets import pretend_gpu
 from support.recordings import MODEL, SESSION, example, made_timeline, recorded, row_of
 from support.reports import call_script
 
-from asyncbatch import AsyncBatcher, SyncBatcher, Timeline, load_model
+from asyncbatch import AsyncBatcher, SyncBatcher, load_model
 from asyncbatch.measure.recording import Recording
 from asyncbatch.measure.steps import steps_of
 from asyncbatch.models import ModelError
 from asyncbatch.profile import cli, turns
 from asyncbatch.profile import session as profile
-from asyncbatch.profile.diagnosis import Place, floor_numbers, make_report
-from asyncbatch.profile.measurement import Measurement
-from asyncbatch.profile.options import PRESETS, parse_arguments
+from asyncbatch.profile.diagnosis import floor_numbers
+from asyncbatch.profile.options import PRESETS
 from asyncbatch.profile.report import Floor, ModelFacts
-from asyncbatch.profile.settings import settle
-from asyncbatch.profile.text import table
-from asyncbatch.profile.workload import Sizes
 from asyncbatch.timeline import load_trace
 
 SMALL = ["--batch-size", "3", "--requests", "5", "--new-tokens", "6", "--repeats", "2"]
@@ -253,46 +248,6 @@ def test_a_device_that_fails_is_one_line_without_its_traceback(call, monkeypatch
     assert (status, out) == (2, "")
     assert error.splitlines()[-1] == "asyncbatch.profile: decode/greedy failed on the device: MemoryError: full"
     assert "Traceback" not in error
-
-
-def timeline(mode, host_ms, device_ms, idle_ms):
-    """Ten decode steps: `idle_ms` between two of them, `host_ms` of host work in each."""
-    made, period = Timeline(mode), device_ms + idle_ms
-    for step in range(10):
-        start = 1e-3 * step * period
-        made.add("host", "plan", step, start, start + 1e-3 * host_ms)
-        made.add("compute", "step", step, start, start + 1e-3 * device_ms)
-        made.add_step(step, "decode", 1, 0)
-    return made
-
-
-def closing(sync, others):
-    settings = settle(parse_arguments([]))
-    (workload,), sizes = settings.workloads, Sizes(longest_prompt=1, new_tokens=10, max_length=11)
-    runs = [("sync", [sync] * len(others)), ("async", others)]
-    measured = [Measurement(workload, sizes, "asyncbatch", mode, runs=[(t, []) for t in each]) for mode, each in runs]
-    report, _ = make_report(settings, measured, Place("none"))
-    text = table(report)
-    return report, text[text.index("same tokens") :]
-
-
-def test_the_closing_sentences_fit_the_numbers():
-    sync = timeline("sync", host_ms=2, device_ms=8, idle_ms=2)
-    report, text = closing(sync, [timeline("async", 2, 8, 0)] * 3)
-    assert report.law_idle == pytest.approx(0.2)
-    saved = 1 - report.runs[1].wall_s / report.runs[0].wall_s
-    assert f"{saved:.1%} less time" in text
-    assert "20.0%" in text
-    assert report.runs[1].idle == pytest.approx(0, abs=1e-9)
-    assert "more time" in closing(sync, [timeline("async", 2, 8, 3)] * 3)[1]
-    # Pairs that do not agree which is faster are no result.
-    mixed = [timeline("async", 2, 8, idle) for idle in (1.9, 2.1, 1.8)]
-    assert "about the same time" in closing(sync, mixed)[1]
-    # A host slower than the device: what can be saved is the device's share, not the host's.
-    report, text = closing(timeline("sync", 6, 2, 6), [timeline("async", 6, 2, 4)] * 3)
-    assert report.law_idle == pytest.approx(0.75)
-    assert "can save about 25.0%" in text
-    assert not math.isnan(report.async_speedup)
 
 
 # ---- emulation ------------------------------------------------------------------------------------------------------
