@@ -141,7 +141,9 @@ class Header(NamedTuple):
 
 def _header(report: Report) -> Header:
     about = ", ".join(text for text in (report.model, report.device, report.date) if text)
-    heading, *verdicts = report.sentences or [f"Profile of {report.model or 'an unknown model'}"]
+    first, *verdicts = report.sentences or [f"Profile of {report.model or 'an unknown model'}"]
+    heading, stop, rest = first.partition(". ")
+    heading, verdicts = heading + stop.strip(), [rest] * bool(rest) + verdicts
     return Header(about, heading, verdicts, list(_notices(report)))
 
 
@@ -272,17 +274,25 @@ def _gaps(runs: list[NamedRun]) -> list[list[Table]]:
 def _causes(name: str, gaps: IdleTime, wall_s: float) -> Iterator[Table]:
     """Idle time by cause, before all steps and before decode steps. The bars are shares of the whole run."""
     everywhere = gaps.all_by or gaps.by
-    rows: list[tuple[Cell, ...]] = []
+    other_steps = any(gaps.by.get(cause) != long_s for cause, long_s in everywhere.items())
+    rows: list[list[Cell]] = []
     for cause, long_s in sorted(everywhere.items(), key=lambda item: -item[1]):
-        share, decode_ms = ratio(long_s, wall_s), milliseconds(1e3 * gaps.by.get(cause, 0.0))
-        rows.append((cause, decode_ms, milliseconds(1e3 * long_s), Meter(percent(share), share, "idle"), who(cause)))
+        share = ratio(long_s, wall_s)
+        rows.append([cause, milliseconds(1e3 * long_s), Meter(percent(share), share, "idle"), who(cause)])
+        if other_steps:
+            rows[-1].append(milliseconds(1e3 * gaps.by.get(cause, 0.0)))
     total_s = sum(everywhere.values())
     total = Meter(percent(ratio(total_s, wall_s)), ratio(total_s, wall_s), "none")
-    rows.append(("all gaps", milliseconds(1e3 * gaps.idle_s), milliseconds(1e3 * total_s), total, ""))
-    columns = (
-        "Cause", "before decode steps", "before all steps", Column("share of the run", "text"),
+    rows.append(["all gaps", milliseconds(1e3 * total_s), total, ""])
+    columns: list[str | Column] = [
+        "Cause",
+        "device idle",
+        Column("share of the run", "text"),
         Column("who could mend it", "text"),
-    )  # fmt: skip
+    ]
+    if other_steps:
+        rows[-1].append(milliseconds(1e3 * gaps.idle_s))
+        columns.append("before decode steps")
     yield Table.of(f"{name}: why the device was idle", columns, rows)
 
 

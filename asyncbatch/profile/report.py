@@ -16,6 +16,7 @@ from .record import AnyRecord, Record
 
 SCHEMA = 5
 OWN = "asyncbatch"  # the name of this package among the engines
+VOID = "Void"  # with it a sentence begins that has to be read before all numbers
 
 
 # ---- the parts of a run -------------------------------------------------------------------------------------------
@@ -423,8 +424,11 @@ class Report(Record):
 
     @property
     def sentences(self) -> list[str]:
-        """What is to be read first, in order."""
-        return [one for one in (self.idleness, self.causes, self.first, self.verdict, *(self.trust or ())) if one]
+        """What is to be read first, in order: first of all, what makes the measurement void."""
+        trust = list(self.trust or ())
+        void = [one for one in trust if one.startswith(VOID)]
+        found = (*void, self.idleness, self.causes, self.first, self.verdict, *trust[len(void) :])
+        return [one for one in found if one]
 
 
 def _of_today(data: dict[str, Any]) -> dict[str, Any]:

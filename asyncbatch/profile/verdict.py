@@ -8,8 +8,8 @@ from operator import attrgetter
 
 from ..measure.points import COPY_IN, COPY_OUT, GC, MEANING, NO_REQUEST, NOT_BEGUN, NOTHING, WAIT, WAKING
 from ..measure.simulate import WORTH_IT
-from .pairs import DISTURBED, Pairs
-from .report import OWN, Comparison, Prediction, Run
+from .pairs import Pairs
+from .report import OWN, VOID, Comparison, Prediction, Run
 
 OVER_TIME = "Requests arrive over time, so no total time is predicted: compare the latencies of the two loops."
 WORTH_SAYING = 0.01  # a latency point that would give back less is not worth eliminating
@@ -123,7 +123,7 @@ def _measured(only: Comparison) -> str | None:
     if not pairs.speedups:
         return None
     if pairs.void:
-        return "no ratio can be given, the measurement is void (the reason follows)"
+        return "not measured, since the runs are void"
     if pairs.interval is None:
         return f"{pairs.speedup:.3f}x as fast in one pair of runs, which is no conclusion"
     low, high, sure = pairs.interval
@@ -165,16 +165,15 @@ def trust(run: Run | None, only: Comparison, same_tokens: bool, over_time: bool)
 
 def _doubts(run: Run | None, only: Comparison, same_tokens: bool, over_time: bool) -> Iterator[str]:
     if not same_tokens:
-        yield "The tokens differ: that is a fault, and the comparison is void."
+        yield f"{VOID}: the tokens differ. That is a fault of asyncbatch, or of this machine."
     pairs = Pairs(only.pairs or (), only.device_ratios or ())
     disturbed, worst = len(pairs.speedups) - len(pairs.counted), pairs.worst_device_ratio
     if disturbed and worst:
-        what = "Void" if pairs.void else "Disturbed"
-        left_out = "" if pairs.void else "; those are left out"
+        so = "so no ratio is given" if pairs.void else "and those pairs are left out"
         yield (
-            f"{what}: in {disturbed} of {len(pairs.speedups)} pairs of runs the same steps took the device more than "
-            f"{DISTURBED:.0%} longer in one loop (up to {max(worst, 1 / worst):.2f}x){left_out}. Something else kept "
-            "this machine busy, or host and device share its cores: run it again when it is quiet."
+            f"{VOID if pairs.void else 'Disturbed'}: the same steps took the device up to {max(worst, 1 / worst):.2f}x "
+            f"as long in one loop as in the other (in {disturbed} of {len(pairs.speedups)} pairs of runs), {so}. "
+            "Something else kept this machine busy, or host and device share its cores: run it again when it is quiet."
         )
     if run and run.interrupted:
         yield "Interrupted: the numbers are of what ran until then."
