@@ -86,11 +86,9 @@ def source_of(function: Callable[..., Any], name: str) -> str:
         lines.append(f"{name} = {function.__name__}\n" if function.__name__ != "<lambda>" else "")
     text = "\n".join(line for line in lines if line)
     try:
-        made = defined(text, name)
+        defined(text, name)
     except Exception as error:
         raise CannotKeep(f"by itself it stops with {type(error).__name__}: {error}") from None
-    if not callable(made):
-        raise CannotKeep(f"what it defines as {name} is no function")
     return text
 
 
