@@ -266,8 +266,7 @@ class Timeline:
         return min((span[3] for span in list(self._spans)), default=0.0)
 
     def lane(self, lane: str) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
-        """The spans of a lane, in the order of their starts: (names, steps, starts, ends), a list of texts, an int64
-        array, and two float64 arrays of seconds."""
+        """The spans of a lane, in the order of their starts: (names, steps int64, starts, ends float64 in seconds)."""
         spans = sorted((span for span in list(self._spans) if span[0] == lane), key=lambda span: span[3])
         if not spans:
             return [], np.zeros(0, np.int64), np.zeros(0), np.zeros(0)

@@ -324,7 +324,7 @@ def targets_of_steps(report: Report, own: Run, sync: Run | None) -> Iterator[Tar
     yield target("device active, async", "99.9 %", share, (active or 0) >= 0.999, "{:.2f} %")
     for name, short, most in MOST_OVER_FLOOR:
         steps: ContextSteps = getattr(own, name) or ContextSteps()
-        near = steps.context / steps.rows
+        near = steps.context
         fits = near <= 128 if name == "first_context" else near >= 0.9 * short
         reached = (steps.over_floor or 9) <= most if fits else None
         what = f"decode step over its floor, context {near:.0f}"

@@ -48,8 +48,9 @@ def moments_of(timeline: Timeline) -> list[Moments]:
     at: dict[tuple[str, str, int], tuple[float, float]] = {}
     last, ready = -math.inf, {}  # ready: of each step on the device, the end of the one before it
     for lane, name, step, start, end in sorted(timeline.spans, key=lambda span: span.start):
-        first, reach = at.get((lane, name, step), (start, end))
-        at[lane, name, step] = min(first, start), max(reach, end)
+        key = lane, name if lane in ("host", LANE) else "", step  # a lane of the device has one span for each step
+        first, reach = at.get(key, (start, end))
+        at[key] = min(first, start), max(reach, end)
         if lane == "compute":
             ready[step], last = min(last, start), max(last, end)
     kinds = {step.step: step.kind for step in timeline.steps}
@@ -60,14 +61,14 @@ def moments_of(timeline: Timeline) -> list[Moments]:
 
 
 def _moments(number: int, kind: str, at: dict, ready: float, before: Sequence[Moments], origin: float) -> Moments:
-    start, end = at["compute", "step", number]
+    start, end = at["compute", "", number]
     host = {name: at["host", name, number] for name in HOST if ("host", name, number) in at}
     launch_start, launch_end = host.get("launch") or (max([e for _, e in host.values()], default=start),) * 2
     launched = min(at.get((LANE, "D2H launch", number), (launch_end,))[0], start)
-    copy_in = at.get(("H2D", "copy_in", number))
+    copy_in = at.get(("H2D", "", number))
     copied = launched if copy_in is None else copy_in[0]
     copy_launched = min(at.get((LANE, "step launch", number), (launched,))[0], copied, launched)
-    copy_out = at.get(("D2H", "copy_out", number), (end, end))
+    copy_out = at.get(("D2H", "", number), (end, end))
     commit_start, committed = at.get(("host", "commit", number), (copy_out[1], copy_out[1]))
     waited = at.get(("host", "wait", number), (commit_start, commit_start))
     free = _free(before, launch_start, origin)

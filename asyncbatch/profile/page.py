@@ -150,7 +150,7 @@ def _header(report: Report) -> Header:
 def _notices(report: Report) -> Iterator[tuple[str, str]]:
     """What has to be known before any number is read."""
     workload = report.workload
-    if report.same_tokens is False and not report.trust:
+    if report.same_tokens is False and not any("tokens differ" in one for one in report.trust or ()):
         yield "The tokens differ.", "That is a fault, and the comparison is void."
     for engine, same in report.peers_same_tokens.items():
         if not same:

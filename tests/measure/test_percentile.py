@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncbatch.measure.percentile import p99, percentile
+from asyncbatch.measure.percentile import median_lies_within, p99, percentile
 
 values = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=300)
 
@@ -34,3 +34,8 @@ def test_the_rank_is_exact_also_where_99_hundredths_are_a_whole_number(count, ra
 def test_what_has_no_percentile_is_refused(numbers, percent):
     with pytest.raises(ValueError, match="percent"):
         percentile(numbers, percent)
+
+
+@pytest.mark.parametrize(("count", "ranks"), [(6, (1, 6)), (8, (1, 8)), (10, (2, 9)), (20, (6, 15)), (100, (40, 61))])
+def test_where_a_median_lies_is_what_the_tables_of_the_sign_test_say(count, ranks):
+    assert median_lies_within(range(1, count + 1))[:2] == ranks

@@ -96,15 +96,6 @@ def test_requests_that_are_too_short_tell_no_overhead(monkeypatch):
         assert overhead(measuring, plain, [Request([1], 1)]) is None
 
 
-@pytest.mark.parametrize(("count", "ranks"), [(6, (1, 6)), (8, (1, 8)), (10, (2, 9)), (20, (6, 15)), (100, (40, 61))])
-def test_where_a_median_lies_is_what_the_tables_of_the_sign_test_say(count, ranks):
-    assert crosscheck._median_lies_within(list(range(1, count + 1))) == ranks
-
-
-def test_too_few_values_tell_nothing_of_their_median():
-    assert crosscheck._median_lies_within([1.0] * 5) is None
-
-
 def test_kineto_compares_both_methods_over_the_same_steps(monkeypatch):
     written = []
 

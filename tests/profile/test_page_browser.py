@@ -14,18 +14,14 @@ from pathlib import Path
 import pytest
 from support.browser import browse, need_browser, until, wait
 from support.hostile import hostile
+from support.page_browser import answered, canvas_of, look, open_offline, open_page, view
 from support.reports import EMULATED, measured
 from support.timelines import steady_run as made_run
 
 from asyncbatch.profile import document
-from asyncbatch.profile.page import write_page
 from asyncbatch.profile.report import Report
 from asyncbatch.profile.traces.page import write_trace_page
 from asyncbatch.profile.traces.read import read_trace
-
-LIVE = (
-    "return document.documentElement.classList.contains('live') && document.querySelector('canvas').dataset.drawMs > 0"
-)
 
 
 @pytest.fixture(scope="module")
@@ -33,30 +29,6 @@ def driver(tmp_path_factory):
     need_browser()
     with browse(tmp_path_factory.mktemp("chromium")) as driver:
         yield driver
-
-
-def look(driver, scheme: str = "light", width: int = 1300, media: str = "") -> None:
-    """From now on the page is seen in this colour scheme, at this width, on this medium."""
-    feature = {"name": "prefers-color-scheme", "value": scheme}
-    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": [feature]})
-    size = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
-    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-
-
-def open_page(driver, path: Path, report, timelines) -> None:
-    """Write a page and open it, offline, light and wide."""
-    write_page(path, Report.from_json(report), timelines)
-    open_offline(driver, path)
-
-
-def open_offline(driver, path: Path) -> None:
-    driver.get_log("browser")  # of the page before
-    driver.execute_cdp_cmd("Network.enable", {})
-    offline = {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
-    driver.execute_cdp_cmd("Network.emulateNetworkConditions", offline)
-    look(driver)
-    driver.get(path.as_uri())
-    wait(driver, LIVE, "the timeline to be drawn", 30)
 
 
 def picture_of(driver, name: str, folder: Path) -> None:
@@ -73,30 +45,15 @@ def fetched(driver) -> list[str]:
     return driver.execute_script("return performance.getEntriesByType('resource').map((entry) => entry.name)")
 
 
-def canvas_of(driver):
-    return driver.find_element("css selector", "#timeline-view canvas[tabindex]")
-
-
-def view(driver) -> tuple[float, float]:
-    low, high = canvas_of(driver).get_attribute("data-view").split()
-    return float(low), float(high)
-
-
-def answered(driver, action) -> tuple[float, float]:
-    """The view after the action, which has to change it."""
-    old = view(driver)
-    action()
-    until(driver, lambda: view(driver) != old, "the picture to answer", 30)
-    return view(driver)
-
-
 def test_it_opens_from_disk_without_a_network_and_fetches_nothing(driver, tmp_path):
     report, timelines = measured(EMULATED)
     open_page(driver, tmp_path / "report.html", report, timelines)
     assert driver.get_log("browser") == []
     assert [name for name in fetched(driver) if not name.startswith("data:")] == []
     assert driver.title == f"Profile of {report['model']} on {report['device']}"
-    assert driver.find_element("tag name", "h1").text == report["first"].partition(". ")[0] + "."
+    assert driver.find_element("tag name", "h1").text.rstrip(".") == Report.from_json(report).sentences[0].partition(
+        ". "
+    )[0].rstrip(".")
     for size in (1300, 400):
         look(driver, width=size)
         wait(driver, f"return innerWidth === {size}", "the new width", 30)

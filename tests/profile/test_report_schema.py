@@ -119,7 +119,7 @@ def places(value, path=()):
 
 
 MAY_LACK = {"floor_s", "time_over_floor", "first_context", "last_context", "kv_bytes_per_s"}
-OPEN = {"by", "versions", "peers_same_tokens", "models"}  # their keys are names
+OPEN = {"by", "all_by", "versions", "peers_same_tokens", "models"}  # their keys are names
 
 
 def test_a_field_too_many_or_too_few_is_found_wherever_it_is():

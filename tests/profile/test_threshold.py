@@ -8,8 +8,8 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.comparing import GPU, WORKLOAD, changed, report, row
 from support.reports import call_script
-from test_compare import GPU, WORKLOAD, changed, report, row
 
 from asyncbatch.profile.report import Run
 from asyncbatch.profile.threshold import FIGURES, judge

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import pytest
 from support.browser import browse, need_browser
+from support.page_browser import answered, canvas_of, open_page, view
 from support.reports import measured
 from support.timelines import steady_run
-from test_page_browser import answered, canvas_of, open_page, view
 
 from asyncbatch.profile.document import gap_causes
 from asyncbatch.timeline import Timeline

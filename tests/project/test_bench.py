@@ -58,7 +58,7 @@ def test_the_targets_are_reached_or_not_as_the_numbers_say():
     own = near.runs[0]
     assert own.time_over_floor == pytest.approx(1.1)
     assert own.first_context.over_floor == pytest.approx(1.1, abs=1e-3)
-    assert own.last_context.floor_ms == pytest.approx(1e3 * (15e9 + own.last_context.context * 131072) / 4e12)
+    assert own.last_context.floor_ms == pytest.approx(1e3 * (15e9 + 32 * own.last_context.context * 131072) / 4e12)
     assert own.floor.kv_bytes_per_s == pytest.approx(4e12 / 1.1, rel=1e-3)
     text = bench.targets_table(bench.targets(near))
     assert "NOT REACHED" not in text

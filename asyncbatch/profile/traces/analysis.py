@@ -35,10 +35,7 @@ def report_on(label: str, events: Events) -> TraceReport:
     if several > 1:
         notes.append(f"{several} devices are in the trace: {number} is reported, the one with most kernel time.")
     everywhere, device = device["correlation"], _one_device(device, number)
-    origin = int(device["start"][0])
-    for columns in (device, host, runtime, on_gpu):
-        for key in columns.keys() & {"start", "end"}:
-            columns[key] = columns[key] - origin
+    _from_zero(device, host, runtime, on_gpu)
     compute, _ = busiest(device["stream"], _kernel_time(device))
     link(device, runtime, names)
     steps = _find_steps(device, compute, host, _rows(on_gpu, on_gpu["device"] == number), names)
@@ -86,6 +83,14 @@ def report_on(label: str, events: Events) -> TraceReport:
         copies_ns={lane: _times(device, kinds == kind) for lane, kind in (("H2D", H2D), ("D2H", D2H))},
         host_ns=(own["start"], own["end"], (own["kind"] == RUNTIME) & _matching(WAITS, names)[own["name"]]),
     )
+
+
+def _from_zero(device: Columns, *others: Columns) -> None:
+    """Count all times from the device's first one."""
+    origin = int(device["start"][0])
+    for columns in (device, *others):
+        for key in columns.keys() & {"start", "end"}:
+            columns[key] = columns[key] - origin
 
 
 def _plausible(device: Columns, host: Columns, notes: list[str]) -> Columns:
