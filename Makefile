@@ -22,7 +22,7 @@ endif
 help:
 	@echo "make run        measure synchronous against asynchronous batching on the embedded model, into out/"
 	@echo "make test       check and test everything, the notebooks too"
-	@echo "make lab        open the notebooks in JupyterLab"
+	@echo "make lab        open copies of the notebooks, your own, in JupyterLab"
 	@echo "make bench      measure this package against its own targets, print only"
 	@echo "make notebooks  run the notebooks and save them in canonical form"
 	@echo "make check      ruff, mypy, who imports whom, and the notebooks' form: no tests"
@@ -53,7 +53,8 @@ check: $(STAMP)
 	$(PY) tools/notebooks.py --check
 
 lab: $(STAMP)
-	$(PY) -m jupyter lab notebooks/00_start_here.ipynb
+	$(PY) tools/notebooks.py --copies
+	$(PY) -m jupyter lab my-notebooks/00_start_here.ipynb
 
 bench: $(STAMP)
 	$(PY) tools/bench.py

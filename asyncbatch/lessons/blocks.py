@@ -337,12 +337,14 @@ class BlockMap(Picture):
         _draw_tables(axes, frame.pool, frame.waiting)
 
     def _draw_overview(self, axes: Any) -> None:
-        """Blocks from top to bottom, steps from left to right. A letter marks where a block gets a new owner."""
+        """Blocks from top to bottom, steps from left to right. A letter marks where a block gets a new owner. A block
+        is its owner's in the step in which it is pruned, too: that step still writes into it."""
         num_blocks = self.frames[0].pool.num_blocks
         boxes: dict[int, list[Rectangle]] = {NOBODY: []}
         before: dict[int, int] = {}
         for number, frame in enumerate(self.frames):
-            owners = {block: owner for owner, table in frame.pool.tables.items() for block in table}
+            held = [*frame.pool.tables.items(), *frame.pool.pruned.items()]
+            owners = {block: owner for owner, table in held for block in table}
             for block in range(1, num_blocks + 1):
                 owner = owners.get(block, NOBODY)
                 boxes.setdefault(owner, []).append(Rectangle((number, block - 1), 1, 1))

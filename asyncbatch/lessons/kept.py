@@ -1,8 +1,10 @@
 """For all notebooks: what the learner wrote travels. An answer that a check finds right is kept, and used later on.
 
-Answers are kept in `my-answers`, a folder of the reader's own beside the notebooks, each in a Python file of its own
-that anybody can read, change or delete; git ignores it. ASYNCBATCH_ANSWERS names another folder, and empty it means:
-keep nothing and look nowhere, as when notebooks are tested. Outside notebooks nothing is kept unless it is set.
+Answers are kept in `my-answers`, a folder of the reader's own beside the notebook that is open, each in a Python file
+of its own that anybody can read, change or delete; git ignores it. `make lab` opens the reader's copies of the
+notebooks, so there it is `my-notebooks/my-answers`, and what was kept beside the originals is brought along.
+ASYNCBATCH_ANSWERS names another folder, and empty it means: keep nothing and look nowhere, as when notebooks are
+tested. Outside notebooks nothing is kept unless it is set.
 """
 
 from __future__ import annotations

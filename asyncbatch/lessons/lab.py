@@ -126,6 +126,7 @@ class LabStream:
 
     def __init__(self, lab: Lab, stream: Any):
         self.lab, self.stream, self.name = lab, stream, stream.name
+        self.marks: dict[str, LabEvent] = {}
 
     def launch(self, command: str, slot: int) -> None:
         check_command(command)
@@ -143,12 +144,23 @@ class LabStream:
         with self.lab.noting("wait", self.name, event):
             self.stream.wait_event(event.event)
 
+    def wait_stream(self, other: LabStream) -> None:
+        """As PyTorch's: what is launched here later starts after all that `other` has been given so far."""
+        wait_stream(self, other, self.lab.event)
+
     def synchronize(self) -> None:
         with self.lab.noting("synchronize", "host", self):
             self.stream.synchronize()
 
     def query(self) -> bool:
         return self.stream.query()
+
+
+def wait_stream(later: Any, earlier: Any, event: Callable[[str], Any]) -> None:
+    """PyTorch's `later.wait_stream(earlier)`, with an event of its own for each pair of streams."""
+    if earlier.name not in later.marks:
+        later.marks[earlier.name] = event(f"{later.name}'s mark in {earlier.name}")
+    streams.order(earlier, later, later.marks[earlier.name])
 
 
 @dataclass(frozen=True)

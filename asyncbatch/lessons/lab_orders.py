@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..ordering import explore
-from .lab import COMMANDS, EVENTS, LabSlot, check_command, lab_slot, serve
+from .lab import COMMANDS, EVENTS, LabSlot, check_command, lab_slot, serve, wait_stream
 
 CELLS = {  # the short name for a single batch, and the name that the race checker of a batcher uses
     "inputs": "slot {}'s host inputs",
@@ -65,6 +65,10 @@ class ExploredStream:
     def __init__(self, lab: ExploredLab, stream: explore.ProgramStream):
         self.lab, self.stream, self.name = lab, stream, stream.name
         self.record_event, self.wait_event, self.synchronize = stream.record, stream.wait, stream.synchronize
+        self.marks: dict[str, explore.ProgramEvent] = {}
+
+    def wait_stream(self, other: ExploredStream) -> None:
+        wait_stream(self, other, self.lab.program.event)
 
     def launch(self, command: str, slot: int) -> None:
         check_command(command)

@@ -94,7 +94,7 @@ class Question:
         """Print whether the choice was right, and why `answer` (a letter) is."""
         right = f"{self._known(answer)}: {self.options[answer]}"
         if self.choice is None:
-            _say(f"You did not choose; the answer is {right}.\n{because}")
+            _say(f"The answer is {right}.\n{because}")  # as in a saved notebook, where nobody has chosen
         elif self.choice == answer:
             _say(f"You chose {right}. That is right.\n{because}")
         else:

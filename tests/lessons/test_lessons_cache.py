@@ -9,6 +9,7 @@ import re
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgba
 from PIL import Image
 from support.wrong.cache import WRONG, entry_for_block, frees_nothing, keeps_the_table
 
@@ -167,6 +168,23 @@ def test_the_block_map_shows_each_block_with_a_letter_in_strip_and_frame(film):
     assert letters.count("D") == 5  # one for each block that D has had
     size = Image.open(io.BytesIO(film_map.png())).size
     assert size[0] == 1200
+
+
+def test_below_the_map_every_block_is_of_who_writes_into_it_in_that_step(film):
+    """Also in the step in which its owner finishes, as the words say: block 10 is C's in step 8, and no step later."""
+    overview = blocks.BlockMap(film, strip=[0]).figure.axes[-1]
+    drawn = {}
+    for boxes in overview.collections:
+        for path in boxes.get_paths():
+            (step, block), _ = path.get_extents().get_points()
+            drawn[round(step), round(block) + 1] = tuple(boxes.get_facecolor()[0])
+    tint = {owner: to_rgba(blocks.color(owner)) for owner in range(6)}
+    free = to_rgba(blocks.FREE["facecolor"])
+    writes = [(step, owner, block) for step, rows in film.writes.items() for owner, _, mine in rows for block in mine]
+    assert len(writes) > 30
+    assert [(step, owner, block) for step, owner, block in writes if drawn[step, block] != tint[owner]] == []
+    assert [drawn[step, 10] == free for step in (7, 8, 9)] == [True, False, True]
+    assert [drawn[step, block] for step in (2, 3) for block in (3, 7)] == [tint[1]] * 4  # B finishes in step 3
 
 
 def test_the_slider_shows_the_frame_and_says_what_happened_and_play_moves_it(film):

@@ -15,12 +15,16 @@ from matplotlib.text import Text
 from support.wrong import streams as answers
 from support.wrong.streams import IN, LAUNCHES, OUT, RIGHT, STEP, WRONG, launches
 
+from asyncbatch import AsyncBatcher, Request
+from asyncbatch.devices.virtual import Costs
 from asyncbatch.lessons import streams, teach
 from asyncbatch.lessons.exercises import EXERCISES
 from asyncbatch.lessons.exercises import streams as exercises
 from asyncbatch.lessons.lab import COMMANDS, Lab, serve
 from asyncbatch.lessons.lab_orders import program
 from asyncbatch.lessons.lab_pictures import draw
+from asyncbatch.lessons.learned import YourBatcher
+from asyncbatch.models.toy import toy_llama
 from asyncbatch.ordering import races
 from asyncbatch.ordering.explore import explore
 from asyncbatch.ordering.faults import launching
@@ -72,6 +76,7 @@ def test_an_untouched_stub_says_so(name, capsys):
     ("name", "wrong", "words"),
     [
         ("order", answers.waits_before_it_records, "A wait means the newest mark at the time of the call"),
+        ("order", answers.the_other_way_round, "here `earlier` waits for `later`"),
         ("order", answers.host_waits, "the host stands still: it waits for 10 ms"),
         ("order", answers.both_ways, "a wait too many: copy in 2 starts 30 ms later than it could"),
         ("launch_step", LAUNCHES["no waits"], "H2D.record_event(inputs_ready) after copy_in (it was never recorded)"),
@@ -97,6 +102,33 @@ def test_other_right_answers_pass(capsys):
     as_a_loop = lambda clock, kind, earlier: tuple(races.racing(clock, kind, earlier))  # noqa: E731
     for name, right in (("order", waits_twice), ("launch_step", more_marks), ("racing", as_a_loop)):
         assert "right in all" in said(capsys, name, right)[1]
+
+
+def by_wait_stream(earlier, later, event):
+    later.wait_stream(earlier)
+
+
+def launches_by_wait_stream(lanes, slot):
+    h2d, compute, d2h = lanes
+    h2d.launch("copy_in", slot.index)
+    compute.wait_stream(h2d)
+    compute.launch("step", slot.index)
+    d2h.wait_stream(compute)
+    d2h.launch("copy_out", slot.index)
+    d2h.record_event(slot.outputs_ready)
+
+
+def test_pytorch_s_wait_stream_is_right_too(capsys):
+    """In the check, in every order, and on a device that really runs; in notebook 05 it serves a real batcher."""
+    for name, right in (("order", by_wait_stream), ("launch_step", launches_by_wait_stream)):
+        assert said(capsys, name, right)[0] is right
+    assert len(explore(program(launches_by_wait_stream, [7, 8, 9], num_slots=2))) == 1
+    for lab in (Lab("virtual"), Lab("cpu")):
+        assert serve(lab, launches_by_wait_stream, [7, 8, 9]) == [42, 48, 54]
+    with YourBatcher(toy_llama(), clock=Costs(), check_races=True, launch_step=launches_by_wait_stream) as batcher:
+        served = batcher.run([Request([1, 2, 3], max_new_tokens=6)])
+    with AsyncBatcher(toy_llama(), clock=Costs()) as batcher:
+        assert served[0].token_ids == batcher.run([Request([1, 2, 3], max_new_tokens=6)])[0].token_ids
 
 
 # ---- the lab ---------------------------------------------------------------------------------------------------------

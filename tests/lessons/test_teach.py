@@ -126,7 +126,7 @@ def test_hints_and_solution(capsys):
 def test_prediction_without_a_choice_with_the_right_and_with_a_wrong_one(capsys):
     guess = teach.predict("Which?", ["this", "that"])
     guess.reveal("B", "Since.")
-    assert capsys.readouterr().out == "You did not choose; the answer is B: that.\nSince.\n"
+    assert capsys.readouterr().out == "The answer is B: that.\nSince.\n"
     guess.choose("B")
     guess.reveal("B", "Since.")
     assert capsys.readouterr().out == "You chose B: that. That is right.\nSince.\n"

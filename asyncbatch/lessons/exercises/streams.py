@@ -85,6 +85,11 @@ def _explain_order(args: tuple[Any, ...], got: Any, want: Any) -> str | None:
         )
     if got.outcomes > 1 and "wait" not in kinds:
         return "The mark is there, but nobody waits for it. `later` has to be told: `later.wait_event(event)`."
+    if got.outcomes > 1 and ("record", "compute") in calls and ("wait", "H2D") in calls:
+        return (
+            "It is the other way round: here `earlier` waits for `later`. `later` is the one to hold back, as in "
+            "PyTorch's `later.wait_stream(earlier)`."
+        )
     if got.outcomes > 1 and ("record", "compute") in calls:
         return (
             "You record the event in `later`, so `later` waits for itself, and for nothing else. The mark belongs "

@@ -46,6 +46,10 @@ def both_ways(earlier, later, event):
     order(later, earlier, event)
 
 
+def the_other_way_round(earlier, later, event):
+    earlier.wait_stream(later)
+
+
 def launches(*calls):
     """A launch_step that makes these calls: "copy_in", "step", "copy_out" are launched on their streams, or as
     "step on H2D"; "H2D > compute" orders two streams; the rest are methods, as "D2H.record_event outputs_ready"."""
@@ -122,6 +126,7 @@ WRONG = {
         holds_back_the_wrong_stream,
         host_waits,
         both_ways,
+        the_other_way_round,
     ),
     "launch_step": tuple(LAUNCHES.values()),
     "racing": (
