@@ -7,6 +7,7 @@ also in the synchronous loop: nobody waits for it.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -55,12 +56,16 @@ def moments_of(timeline: Timeline) -> list[Moments]:
             ready[step], last = min(last, start), max(last, end)
     kinds = {step.step: step.kind for step in timeline.steps}
     made: list[Moments] = []
+    done = [timeline.origin]  # the ends of the commits so far, rising
     for number in sorted(ready):  # also one that an interrupt kept from being noted: the others follow it
-        made.append(_moments(number, kinds.get(number, ""), at, ready[number], made, timeline.origin))
+        made.append(_moments(number, kinds.get(number, ""), at, ready[number], done, made[-1:]))
+        done.append(max(done[-1], made[-1].committed))
     return [one for one in made if one.step in kinds]
 
 
-def _moments(number: int, kind: str, at: dict, ready: float, before: Sequence[Moments], origin: float) -> Moments:
+def _moments(
+    number: int, kind: str, at: dict, ready: float, done: Sequence[float], before: Sequence[Moments]
+) -> Moments:
     start, end = at["compute", "", number]
     host = {name: at["host", name, number] for name in HOST if ("host", name, number) in at}
     launch_start, launch_end = host.get("launch") or (max([e for _, e in host.values()], default=start),) * 2
@@ -71,7 +76,9 @@ def _moments(number: int, kind: str, at: dict, ready: float, before: Sequence[Mo
     copy_out = at.get(("D2H", "", number), (end, end))
     commit_start, committed = at.get(("host", "commit", number), (copy_out[1], copy_out[1]))
     waited = at.get(("host", "wait", number), (commit_start, commit_start))
-    free = _free(before, launch_start, origin)
+    # What came before: a commit, of those in flight some are later; or the launch of the step before.
+    committed_before = done[max(bisect.bisect_right(done, launch_start) - 1, 0)]
+    free = max([committed_before, *(one.launch_end for one in before)])
     return Moments(
         number,
         kind,
@@ -86,13 +93,3 @@ def _moments(number: int, kind: str, at: dict, ready: float, before: Sequence[Mo
         waited,
         max(committed, waited[1]),
     )
-
-
-def _free(before: Sequence[Moments], launch_start: float, origin: float) -> float:
-    """The end of the last commit or launch before a launch: of those in flight, some are committed later."""
-    free = origin
-    for one in reversed(before):
-        free = max(free, one.launch_end)
-        if one.committed <= launch_start:
-            return max(free, one.committed)
-    return free
