@@ -82,8 +82,9 @@ def size_of(product: Product) -> Size:
 
 def _takes_rows(product: Product) -> bool:
     """Whether the product is all that the module does, of its input alone. A router of experts, for instance, takes
-    more, and goes on to choose."""
-    return isinstance(product, nn.Linear) or not isinstance(product, nn.Module) or type(product).__name__ == "Conv1D"
+    more, and goes on to choose. (Quantized weights are of no use without their module.)"""
+    linear = isinstance(product, nn.Linear) or type(product).__name__ == "Conv1D"
+    return linear or not isinstance(product, nn.Module) or not product.weight.is_floating_point()
 
 
 _known: dict[tuple[Size, torch.dtype, int, int], bool] = {}  # by size, rows and threads: tried once in a process

@@ -90,6 +90,8 @@ def _refusal_by_attention(model: Any, max_length: int | None) -> str | None:
     longest = getattr(config, "max_position_embeddings", None) or DEFAULT_LENGTH
     if not isinstance(max_length, int) or max_length < 1:  # not given, or nonsense, of which others complain
         max_length = DEFAULT_LENGTH
+    if any("forward" in vars(module) for module in model.modules()):
+        return None  # a function in its place goes on using the original; what travels to the device says so
     try:
         attention_layers(model, min(max_length, longest))
     except ModelError as error:

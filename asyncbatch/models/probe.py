@@ -10,6 +10,7 @@ where a cache that claims to be long changes anything: then positions are not ta
 from __future__ import annotations
 
 import copy
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -51,11 +52,18 @@ def shared_copy(model: Any) -> Any:
     return copy.deepcopy(model, shared).eval()
 
 
+_forked: list[bool] = []  # not empty in a child that was forked
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _forked.append(True))
+
+
 def attention_layers(model: Any, max_length: int) -> list[AttentionLayer]:
     """The attention of each layer, in the order of a forward pass. Runs the model three times, on two tokens.
 
     max_length: the longest request. A window that holds so many tokens is none.
     Raises ModelError with the reason if paged attention cannot do what a layer asks for."""
+    if _forked:
+        torch.set_num_threads(1)  # torch's threads did not come along, and it would wait for them for ever
     model = shared_copy(model)
     start = max(max_length - 2, 0)
     with torch.inference_mode():

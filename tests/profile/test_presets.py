@@ -124,7 +124,7 @@ def test_all_workloads_are_measured_with_both_engines_and_the_model_of_several_i
             for mode in ("sync", "async")]  # fmt: skip
     assert [(run["workload"], run["engine"], run["mode"]) for run in data["runs"]] == each
     assert [one["workload"] for one in data["comparisons"]] == NAMES
-    assert all(one["async_speedup"] > 0 for one in data["comparisons"])
+    assert all(one["pairs"][0] > 0 for one in data["comparisons"])
     assert data["same_tokens"] is True
     assert data["peers_same_tokens"] == {"transformers": True}
     mixed = [run for run in data["runs"] if run["workload"] == "mixed"]
@@ -186,7 +186,8 @@ def test_the_terminal_and_the_page_have_a_line_for_each_run(ran):
         assert f" {run.longest_gap_ms:.2f} " in line
         assert f" {run.latency.first_token_ms.p99:.0f} " in line
     assert "asyncbatch: all runs of a workload gave the same tokens, sync and async." in lines
-    assert f"mixed {report.comparisons[2].async_speedup:.3f}x" in text
+    for one in report.comparisons:
+        assert one.async_speedup is None or f"{one.workload} {one.async_speedup:.3f}x" in text
     assert "Workloads side by side" in html
     assert "0.6B, 256 rows: transformers async" in html
 
