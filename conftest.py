@@ -20,7 +20,9 @@ except ImportError:
     pass  # a GPU machine may lack it
 else:
     # A busy machine is normal: how long an example takes is no result.
-    settings.register_profile("asyncbatch", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.register_profile(
+        "asyncbatch", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
+    )
     settings.load_profile("asyncbatch")
 
 collect_ignore = []

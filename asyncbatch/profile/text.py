@@ -164,7 +164,8 @@ def lines_of_names(report: Report) -> list[str]:
     if speedups_of:
         each = "; ".join(f"{words} {speedup:.3f}x" for words, speedup in speedups_of.items())
         lines.append(f"async / sync speed of {OWN}: {each}")
-    if report.same_tokens and len([run for run in report.runs if run.engine == OWN]) > len(speedups_of) > 0:
+    both_loops = [one for one in report.comparisons if one.pairs or one.async_speedup]
+    if report.same_tokens and len([run for run in report.runs if run.engine == OWN]) > len(both_loops) > 0:
         lines.append(f"{OWN}: all runs of a workload gave the same tokens, sync and async.")
     return lines
 
