@@ -191,7 +191,7 @@ def comparison(runs: Sequence[Run], measurements: Sequence[Measurement] = ()) ->
         low_high[:2] if low_high else None,
         low_high[2] if low_high else None,
         pairs.speedups,
-        tuple(1.0 if ratio is None else ratio for ratio in pairs.device_ratios),
+        None if None in pairs.device_ratios else pairs.device_ratios,  # type: ignore[arg-type]
         law,
         runs[0].workload,
     )

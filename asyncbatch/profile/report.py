@@ -278,7 +278,8 @@ class Comparison(Record):
 
     async_speedup: synchronous over asynchronous wall time, the median over the pairs of runs that count; None where
     that is void. interval: where that median lies, with the share `confidence`. pairs: the ratio of each pair.
-    device_ratios: for each pair how much longer equal steps took the device in the asynchronous run.
+    device_ratios: for each pair how much longer equal steps took the device in the asynchronous run; None where there
+    were none to compare.
     law_idle: the idle share of the synchronous device by the law host / (host + device)."""
 
     LATER = ("workload", "interval", "confidence", "pairs", "device_ratios")

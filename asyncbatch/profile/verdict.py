@@ -119,7 +119,7 @@ def gain_line(run: Run | None, only: Comparison) -> str | None:
 
 
 def _measured(only: Comparison) -> str | None:
-    pairs = Pairs(only.pairs or (), only.device_ratios or ())
+    pairs = _pairs(only)
     if not pairs.speedups:
         return None
     if pairs.void:
@@ -155,18 +155,26 @@ def trust(run: Run | None, only: Comparison, same_tokens: bool, over_time: bool)
     found = tuple(_doubts(run, only, same_tokens, over_time))
     if found or run is None:
         return found
-    pairs = Pairs(only.pairs or (), only.device_ratios or ())
+    pairs = _pairs(only)
     if not pairs.speedups:
         return ()
-    ratio = pairs.worst_device_ratio
-    equal = f"equal steps took the device the same time in both loops ({ratio:.3f}x), " if ratio else ""
-    return (f"Nothing speaks against these numbers: {equal}and prediction and measurement agree.",)
+    looked_at = []
+    if ratio := pairs.worst_device_ratio:
+        looked_at.append(f"equal steps took the device the same time in both loops ({ratio:.3f}x)")
+    if run.prediction and run.prediction.gain and pairs.interval and not over_time:
+        looked_at.append("prediction and measurement agree")
+    return (f"Nothing speaks against these numbers: {', and '.join(looked_at)}.",) if looked_at else ()
+
+
+def _pairs(only: Comparison) -> Pairs:
+    speedups = only.pairs or ()
+    return Pairs(speedups, only.device_ratios or (None,) * len(speedups))
 
 
 def _doubts(run: Run | None, only: Comparison, same_tokens: bool, over_time: bool) -> Iterator[str]:
     if not same_tokens:
         yield f"{VOID}: the tokens differ. That is a fault of asyncbatch, or of this machine."
-    pairs = Pairs(only.pairs or (), only.device_ratios or ())
+    pairs = _pairs(only)
     disturbed, worst = len(pairs.speedups) - len(pairs.counted), pairs.worst_device_ratio
     if disturbed and worst:
         so = "so no ratio is given" if pairs.void else "and those pairs are left out"

@@ -113,6 +113,9 @@ def test_only_equal_steps_are_compared():
         shifted.add_step(*step[:4], rows=2, context=step.context)
     assert device_ratio(a, shifted) is None
     assert Pairs.of([a], [shifted]).speedup == 1.0, "what cannot be told does not make it void"
+    report = report_of([a] * 6, [shifted] * 6)
+    assert report.comparisons[0].device_ratios is None
+    assert not [doubt for doubt in report.trust if "equal steps" in doubt], "nor does anything speak for it"
 
 
 def test_one_pair_is_no_conclusion_and_few_pairs_say_how_sure_they_are():

@@ -7,9 +7,9 @@
   H200 with the 8B shape, 3 s instead of 26 s for the whole model, and the compiled step was no slower (5.65 against
   5.85 ms at context 64; both beside 8.35 ms without compiling).
 
-Tried and left out (H200, 8B shape, 32 rows, context 33): programmatic dependent launch (`triton.enable_pdl` of
-Inductor, and the same in the attention kernel) took 4.71 ms a step instead of 4.64; a matrix product of our own in
-Triton, whose weights are fetched ahead of that wait, 4.79.
+Tried and left out (H200, 8B shape, 32 rows, context 33; by scripts that are not kept): programmatic dependent launch
+(`triton.enable_pdl` of Inductor, and the same in the attention kernel) took 4.71 ms a step instead of 4.64; with a
+matrix product of our own in Triton besides, 4.79.
 """
 
 from __future__ import annotations
