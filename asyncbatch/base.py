@@ -118,7 +118,7 @@ class BatcherBase(Serving):
             result = Committed([], ended, wasted=0)
         else:
             result = self.scheduler.commit(plan, slot.output_ids.tolist())
-            spans = self.device.spans(slot.index).tolist() if self.timeline.most_steps != 0 else []
+            spans = self.device.spans(slot.index) if self.timeline.most_steps != 0 else []
             for lane, name, (start, end) in zip(LANES[1:], ("copy_in", "step", "copy_out"), spans, strict=False):
                 self.timeline.add(lane, name, plan.step, start, end)
         self.timeline.add_step(plan.step, plan.work, len(result.new), result.wasted, len(plan.rows), plan.context)

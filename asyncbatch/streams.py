@@ -11,8 +11,6 @@ from __future__ import annotations
 import os
 from typing import Any, Protocol
 
-import numpy as np
-
 STREAMS = ("H2D", "compute", "D2H")
 EVENTS = ("inputs_ready", "step_done", "outputs_ready")  # of a slot, one recorded on each of the streams
 
@@ -80,8 +78,8 @@ class Device(Protocol):
     def host_ends(self, phase: str, plan: Any) -> None:
         """The host has done that part. `plan` is None if there was nothing to plan."""
 
-    def spans(self, slot: int) -> np.ndarray:
-        """The (start, end) of the slot's newest commands: float64 [3, 2], seconds of `now()`. Asked when done."""
+    def spans(self, slot: int) -> list[list[float]]:
+        """[start, end] of the slot's newest commands, one on each stream: seconds of `now()`. Asked when done."""
 
     def parts(self, slot: int) -> list[float]:
         """The seconds that the slot's newest step spent on carry-over, on the model and on sampling; zeros where the

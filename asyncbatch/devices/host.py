@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..streams import STREAMS, DeviceError
@@ -101,8 +100,8 @@ class HostDevice(RealTime):
     def event(self, name: str = "an event", slot: int | None = None) -> HostEvent:
         return HostEvent(self.process, self.session)
 
-    def spans(self, slot: int) -> np.ndarray:
-        return self._times[slot].copy()
+    def spans(self, slot: int) -> list[list[float]]:
+        return self._times[slot].tolist()
 
     def parts(self, slot: int) -> list[float]:
         start, carried, computed, end = self._moments[slot].tolist()

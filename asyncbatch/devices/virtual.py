@@ -212,9 +212,9 @@ class VirtualDevice:
     def event(self, name: str = "an event", slot: int | None = None) -> VirtualEvent:
         return VirtualEvent(self)
 
-    def spans(self, slot: int) -> np.ndarray:
+    def spans(self, slot: int) -> list[list[float]]:
         self.now()
-        return self._times[slot].copy()
+        return self._times[slot].tolist()
 
     def parts(self, slot: int) -> list[float]:
         return [0.0, 0.0, 0.0]  # a step has one cost

@@ -254,7 +254,7 @@ class Lab:
         """Start and end (seconds) of a slot's newest command on a stream. On CUDA this cannot use the device's `spans`,
         which may be called once a step, and only after all three streams were used."""
         if self.device.clock != "cuda":
-            start, end = self.device.spans(slot)[number].tolist()
+            start, end = self.device.spans(slot)[number]
         else:
             events = self.device.timing[slot][number]
             start, end = (self.device.origin + 1e-3 * self.device.origin_event.elapsed_time(e) for e in events)

@@ -149,7 +149,7 @@ class PointRecorder:
 
         def wrapper(slot: int):
             times = spans(slot)
-            note((times[1, 0], parts_of(slot)))
+            note((times[1][0], parts_of(slot)))
             return times
 
         return wrapper
@@ -201,7 +201,6 @@ class PointRecorder:
         _, steps, starts, _ = self.timeline.lane("compute")
         step_at = dict(zip(starts.tolist(), steps.tolist(), strict=True))
         for start, parts in zip(*[iter(self.parts)] * 2, strict=True):
-            start = float(start)
             if start not in step_at:  # Ctrl-C came before the step was noted
                 continue
             step = step_at[start]

@@ -3,10 +3,12 @@ same share of active time (`kineto`)?"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 
 from ..measure.percentile import median_lies_within
-from ..measure.point_recorder import record_points
+from ..measure.point_recorder import override, record_points
 from ..request import Request
 from ..timeline import Timeline, device_activity
 from .report import Kineto, Overhead
@@ -106,12 +108,36 @@ def kineto(batcher, requests: list[Request]) -> Kineto:
 def _profiled(batcher, requests: list[Request], most: int) -> Any:
     """The report on the trace of one more run, of at most so many new tokens of each request."""
     few = [replace(request, max_new_tokens=min(request.max_new_tokens, most)) for request in requests]
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+    cuda = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=cuda) as profiler, _replays(batcher) as graphs:
         serve_over_time(batcher, few)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
-        return traces.read_trace(path)
+        return traces.read_trace(path, graphs=graphs)
+
+
+@contextlib.contextmanager
+def _replays(batcher) -> Iterator[list[int] | None]:
+    """Which graph is replayed, each time that one is: a number from 1 for each kind of step, whose graphs are alike for
+    all slots. A kind may come only once, and its kernels be some of another kind's: then the trace alone cannot tell
+    that nothing is missing. None for a batcher whose graphs are not known here."""
+    program: Any = getattr(getattr(batcher, "device", None), "program", None)
+    graphs = getattr(program, "graphs", None)
+    if not graphs:
+        yield None
+        return
+    numbers = {kind: number for number, kind in enumerate(dict.fromkeys(kind for _, kind in graphs), 1)}
+    replayed: list[int] = []
+    run = program.run
+
+    def noted(command: Any, slot: int) -> None:
+        if (slot, command) in graphs:
+            replayed.append(numbers[command])
+        run(command, slot)
+
+    with override(program, "run", noted):
+        yield replayed
 
 
 def kineto_result(busy: float, active: float, trace: Any, steps: int) -> Kineto:

@@ -126,7 +126,7 @@ def test_kineto_compares_both_methods_over_the_same_steps(monkeypatch):
         coverage=Coverage(),
     )
     monkeypatch.setattr(torch.profiler, "profile", Profile)
-    monkeypatch.setattr(traces_module, "read_trace", lambda path: trace)
+    monkeypatch.setattr(traces_module, "read_trace", lambda path, graphs: trace)
     monkeypatch.setattr(traces_module, "busy_in", asked)
     with SyncBatcher(tiny_model(), max_batch_size=2) as batcher:
         long = [Request([1, 2], KINETO_TOKENS + 20, stop_token_ids=())]
@@ -143,6 +143,21 @@ def test_kineto_compares_both_methods_over_the_same_steps(monkeypatch):
         assert batcher.timeline.summary().tokens == KINETO_TOKENS // 16, "with fewer and fewer steps"
         assert (lost.busy, lost.differs, len(written)) == (None, None, 3)
         assert "4 of 9 graph launches have no event of the device" in lost.note
+
+
+def test_each_replay_of_a_graph_is_numbered_by_its_kind_and_what_is_launched_eagerly_is_not():
+    with SyncBatcher(tiny_model(), max_batch_size=2) as batcher, crosscheck._replays(batcher) as graphs:
+        assert graphs is None, "no graphs on the CPU"
+    ran = []
+    slots = {(0, "mixed"), (1, "mixed"), (0, "decode"), (1, "decode")}
+    program = SimpleNamespace(graphs=dict.fromkeys(sorted(slots)), run=lambda *command: ran.append(command))
+    with crosscheck._replays(SimpleNamespace(device=SimpleNamespace(program=program))) as graphs:
+        for command in (("copy_in", 0), ("mixed", 0), ("prefill", 1), ("decode", 1), ("decode", 0), ("mixed", 1)):
+            program.run(*command)
+    mixed, decode, *others = graphs
+    assert (mixed != decode, others) == (True, [decode, mixed])
+    assert min(graphs) == 1
+    assert len(ran) == 6
 
 
 @pytest.mark.parametrize(

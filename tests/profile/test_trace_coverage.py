@@ -19,7 +19,7 @@ from support.traces import read
 from asyncbatch.profile.traces.analysis import report_on
 from asyncbatch.profile.traces.events import Events, TraceError
 from asyncbatch.profile.traces.page import write_trace
-from asyncbatch.profile.traces.read import busy_in
+from asyncbatch.profile.traces.read import busy_in, read_trace
 from asyncbatch.profile.traces.report import TraceReport
 
 FOLDER = Path(__file__).parent / "traces"
@@ -164,6 +164,24 @@ def test_a_launch_that_brings_a_part_of_what_the_others_bring_is_counted(tmp_pat
     coverage = read(trace, tmp_path).coverage
     assert (coverage.partial, coverage.missing) == (2, {})
     assert coverage.problems() == ["2 of 6 graph launches lack a part"]
+
+
+def test_a_graph_that_was_launched_once_lacks_nothing_though_its_kernels_are_some_of_another_one_s(tmp_path):
+    """The caller knows which graph each launch was: here one of 6 kernels, and then one of 8, five times."""
+    trace = engine(steps=6, kernels=8)
+    kernels = [event for event in trace.events if event["cat"] == "kernel"]
+    for event in kernels:
+        del event["args"]["graph id"]
+    path = tmp_path / "trace.json"
+    trace.events = [event for event in trace.events if event not in kernels[6:8]]
+    trace.save(path)
+    assert read_trace(path).coverage.partial == 1, "by the trace alone it looks as if two were lost"
+    assert read_trace(path, graphs=[1, 2, 2, 2, 2, 2]).coverage.complete
+    assert read_trace(path, graphs=[2, 2, 2, 2, 2, 2]).coverage.partial == 1
+    assert read_trace(path, graphs=[1, 2, 2]).coverage.partial == 1, "numbers that do not fit the launches tell nothing"
+    trace.events.remove(kernels[30])
+    trace.save(path)
+    assert read_trace(path, graphs=[1, 2, 2, 2, 2, 2]).coverage.partial == 1
 
 
 def test_kernels_and_copies_without_an_event_are_counted_by_kind(tmp_path):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import time
 import traceback
 import weakref
 from typing import Any
 
-import numpy as np
 import torch
 
 from ...streams import STREAMS, DeviceError
@@ -18,17 +16,24 @@ from ..real_time import RealTime
 ORIGIN_S = 0.25  # how long times are told from the same event
 
 
-@contextlib.contextmanager
-def _cuda_errors():
-    """Most errors of CUDA are found late, by whatever is called next, and end all work of this process on the GPU."""
-    try:
-        yield
-    except torch.AcceleratorError as error:
-        reason = str(error).strip().split("\n")[0]
-        raise DeviceError(
-            f"CUDA failed, and this process cannot use the GPU any more ({reason}). Start Python, or the notebook's "
-            "kernel, anew; with CUDA_LAUNCH_BLOCKING=1 in its environment the traceback shows what failed"
-        ) from error
+class _CudaErrors:
+    """Within it, an error of CUDA is a DeviceError. Most of them are found late, by whatever is called next, and end
+    all work of this process on the GPU. (A class, since a step needs it ten times, and a generator takes longer.)"""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+        if isinstance(error, torch.AcceleratorError):
+            reason = str(error).strip().split("\n")[0]
+            raise DeviceError(
+                f"CUDA failed, and this process cannot use the GPU any more ({reason}). Start Python, or the "
+                "notebook's kernel, anew; with CUDA_LAUNCH_BLOCKING=1 in its environment the traceback shows what "
+                "failed"
+            ) from error
+
+
+_cuda_errors = _CudaErrors()
 
 
 def never_free(thing: Any) -> None:
@@ -42,7 +47,7 @@ class CudaEvent(torch.cuda.Event):
     """A torch.cuda.Event whose wait raises DeviceError where work before it has failed."""
 
     def synchronize(self) -> None:
-        with _cuda_errors():
+        with _cuda_errors:
             super().synchronize()
 
 
@@ -57,15 +62,15 @@ class CudaStream:
         self.query = self.stream.query
 
     def wait_event(self, event: CudaEvent) -> None:
-        with _cuda_errors():
+        with _cuda_errors:
             self.stream.wait_event(event)
 
     def record_event(self, event: CudaEvent) -> None:
-        with _cuda_errors():
+        with _cuda_errors:
             self.stream.record_event(event)
 
     def synchronize(self) -> None:
-        with _cuda_errors():
+        with _cuda_errors:
             self.stream.synchronize()
 
     def launch(self, command: Any, slot: int) -> None:
@@ -74,7 +79,7 @@ class CudaStream:
         if self.device.errors[slot]:
             return
         start, end = self.device.timing[slot][self.number]
-        with _cuda_errors():
+        with _cuda_errors:
             start.record(self.stream)
             try:
                 with self.stream:  # (2 us; torch.cuda.stream(...) takes 18)
@@ -110,15 +115,17 @@ class CudaDevice(RealTime):
     def event(self, name: str = "an event", slot: int | None = None) -> CudaEvent:
         return CudaEvent()
 
-    def spans(self, slot: int) -> np.ndarray:
-        elapsed, pairs = self.origin_event.elapsed_time, self.timing[slot]  # milliseconds
-        with _cuda_errors():
-            spans = self.origin + 1e-3 * np.array([[elapsed(start), elapsed(end)] for start, end in pairs])
-        self.step_s[slot] = float(spans[1, 1] - spans[1, 0])
-        if spans[1, 1] - self.origin > ORIGIN_S:
+    def spans(self, slot: int) -> list[list[float]]:
+        origin, elapsed, pairs = self.origin, self.origin_event.elapsed_time, self.timing[slot]  # milliseconds
+        with _cuda_errors:
+            # (No NumPy: a synchronous device waits meanwhile, and for six numbers it takes longer.)
+            spans = [[origin + 1e-3 * elapsed(start), origin + 1e-3 * elapsed(end)] for start, end in pairs]
+        began, ended = spans[1]
+        self.step_s[slot] = ended - began
+        if ended - origin > ORIGIN_S:
             # CUDA gives these times as float32: a minute after the origin they are whole 4 microseconds. So the end of
             # this step is the next origin; its event goes out of use, and the slot gets another one.
-            (start, self.origin_event), self.origin = pairs[1], float(spans[1, 1])
+            (start, self.origin_event), self.origin = pairs[1], ended
             pairs[1] = (start, torch.cuda.Event(enable_timing=True))
         return spans
 
@@ -127,7 +134,7 @@ class CudaDevice(RealTime):
         if marks is None:
             return [0.0, 0.0, 0.0]
         start, (carried, computed) = self.timing[slot][1][0], marks[slot]
-        with _cuda_errors():
+        with _cuda_errors:
             first, second = 1e-3 * start.elapsed_time(carried), 1e-3 * carried.elapsed_time(computed)
         return [first, second, self.step_s[slot] - first - second]
 

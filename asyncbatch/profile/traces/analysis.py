@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from .coverage import check
 from .events import ANNOTATION, COPY, D2H, GRAPH_LAUNCH, H2D, KERNEL, RUNTIME, Columns, Events, TraceError
 from .gaps import WAITS, TraceGaps, find_gaps, host_pieces, no_gaps
 from .intervals import Stretches, covered_share
-from .launches import busiest, launching_threads, link, out_of_place
+from .launches import busiest, launching_threads, link, number_graphs, out_of_place
 from .overlap import PARTS, Overlap, judge, split_gaps
 from .report import GraphLaunches, StreamUse, TraceReport
 from .steps import UNKNOWN, TraceSteps, Work, find_steps
@@ -25,8 +26,9 @@ COLLECTIVE = re.compile(r"nccl|rccl|all_?(reduce|gather)|reduce_?scatter|cross_d
 COPIES = (COPY, H2D, D2H)
 
 
-def report_on(label: str, events: Events) -> TraceReport:
-    """The report on events that hold at least one kernel. TraceError if no kernel has a time that can be true."""
+def report_on(label: str, events: Events, graphs: Sequence[int] | None = None) -> TraceReport:
+    """The report on events that hold at least one kernel. `graphs`: as for `read_trace`. TraceError if no kernel has a
+    time that can be true."""
     device, host, runtime, on_gpu, names = events.columns()
     notes = [f"{events.unusable} events without a usable time were left out."] if events.unusable else []
     device = _plausible(device, host, notes)
@@ -38,6 +40,8 @@ def report_on(label: str, events: Events) -> TraceReport:
     _from_zero(device, host, runtime, on_gpu)
     compute, _ = busiest(device["stream"], _kernel_time(device))
     link(device, runtime, names)
+    if graphs is not None:
+        number_graphs(device, runtime, names, graphs)
     steps = _find_steps(device, compute, host, _rows(on_gpu, on_gpu["device"] == number), names)
     notes += [steps.note] if steps.note else []
     waits = _in_order(_rows(host, (host["kind"] == RUNTIME) & _matching(WAITS, names)[host["name"]]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from .events import GRAPH_LAUNCH, KERNEL, Columns
@@ -48,6 +50,20 @@ def link(device: Columns, runtime: Columns, names: list[str]) -> None:
     if count:
         by_graph = np.array([bool(GRAPH_LAUNCH.search(name)) for name in names], bool)[runtime["name"]]
         device["is_graph"] |= device["launched"] & by_graph[call]
+
+
+def number_graphs(device: Columns, runtime: Columns, names: list[str], graphs: Sequence[int]) -> None:
+    """Put into the column `graph` of `device` which graph brought an event: `graphs` has a number for each graph launch
+    of `runtime`, in order. Nothing is done where it has more or fewer of them than there are launches."""
+    by_graph = np.array([bool(GRAPH_LAUNCH.search(name)) for name in names], bool)[runtime["name"]]
+    calls = np.flatnonzero(by_graph)
+    if len(calls) != len(graphs) or not len(calls):
+        return
+    calls = calls[np.argsort(runtime["start"][calls], kind="stable")]
+    ids, first = np.unique(runtime["correlation"][calls], return_index=True)
+    at = np.minimum(np.searchsorted(ids, device["correlation"]), len(ids) - 1)
+    known = device["is_graph"] & (ids[at] == device["correlation"])
+    device["graph"] = np.where(known, np.asarray(graphs, np.int64)[first[at]], device["graph"])
 
 
 def launching_threads(device: Columns, compute: int, host: Columns) -> list[int]:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from .analysis import report_on
@@ -31,8 +32,9 @@ from .intervals import covered_share
 from .report import TraceReport
 
 
-def read_trace(path: str | os.PathLike, progress: bool = False) -> TraceReport:
-    """The report on a trace file. `progress` shows a bar on stderr for files larger than 20 MB.
+def read_trace(path: str | os.PathLike, progress: bool = False, graphs: Sequence[int] | None = None) -> TraceReport:
+    """The report on a trace file. `progress` shows a bar on stderr for files larger than 20 MB. `graphs`: a number from
+    1 for each graph launch in it, in order, the same for launches that bring the same kernels, where the caller knows.
 
     TraceError, with one line that says what was found, for a file that cannot be read, is not JSON, is cut off, or has
     no events or none of a device. If there are several devices, the one with most kernel time is reported, and a note
@@ -40,7 +42,7 @@ def read_trace(path: str | os.PathLike, progress: bool = False) -> TraceReport:
     path = Path(path)
     events = read_events(path, progress)
     try:
-        return report_on(path.name, events)
+        return report_on(path.name, events, graphs)
     except TraceError as error:
         raise TraceError(f"{path} {error}") from None
 
