@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 triton = pytest.importorskip("triton")
 
 # Compute capability, KiB of shared memory that a program may have, dtype, sizes of keys and of values, and whether
-# there are a window, a softcap and sinks. A T4 has no bfloat16.
+# there are a window, a softcap and sinks; into how many parts a context is cut. A T4 has no bfloat16.
 TARGETS = [
-    (75, 64, "float16", 128, 128, False), (75, 64, "float16", 256, 256, True), (75, 64, "float32", 64, 64, False),
-    (80, 163, "bfloat16", 128, 128, False), (86, 99, "bfloat16", 256, 256, True), (86, 99, "float32", 128, 128, False),
-    (90, 227, "bfloat16", 128, 128, False), (90, 227, "bfloat16", 192, 128, False), (90, 227, "bfloat16", 64, 64, True),
+    (75, 64, "float16", 128, 128, False, 8), (75, 64, "float16", 256, 256, True, 8),
+    (75, 64, "float32", 64, 64, False, 8), (80, 163, "bfloat16", 128, 128, False, 8),
+    (86, 99, "bfloat16", 256, 256, True, 8), (86, 99, "float32", 128, 128, False, 8),
+    (90, 227, "bfloat16", 128, 128, False, 8), (90, 227, "bfloat16", 192, 128, False, 8),
+    (90, 227, "bfloat16", 64, 64, True, 8), (90, 227, "bfloat16", 128, 128, False, 64),
 ]  # fmt: skip
 
 COMPILE = """
@@ -32,12 +34,12 @@ SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 WEIGHTS = ("q", "new_k", "new_v", "k_pool", "v_pool", "out")
 INTS = ("tables", "live_rows", "position", "first", "count", "arrived")
 results = []
-for capability, kib, name, dim, value_dim, asked in json.loads(sys.argv[1]):
+for capability, kib, name, dim, value_dim, asked, splits in json.loads(sys.argv[1]):
     dtype, shared = getattr(torch, name), 1024 * kib
     sizes, wide = kernels.sizes_of(torch.empty(1, 1, dim), torch.empty(1, 1, value_dim))
     queries = kernels.query_tile(4, wide, shared)
     for kernel, constants, tiling in (
-        (kernels._decode, dict(GROUP=4, M=16, SPLITS=8, LEAST=512), kernels.tiling(wide, dtype, shared)),
+        (kernels._decode, dict(GROUP=4, M=16, **kernels.splitting(splits)), kernels.tiling(wide, dtype, shared)),
         (kernels._prefill, dict(TILES=16, TILE_Q=queries, GROUP=4, M=kernels.power_of_2(4 * queries, 16)),
          kernels.tiling(wide, dtype, shared // 2)),
     ):
@@ -60,7 +62,7 @@ for capability, kib, name, dim, value_dim, asked in json.loads(sys.argv[1]):
                 aligned[(index,)] = [["tt.divisibility", 16]]
         source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
         made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        results.append([made.metadata.shared, shared, "mma" in made.asm["ptx"]])
+        results.append([made.metadata.shared, shared, "mma" in made.asm["ptx"], len(made.asm["ptx"])])
 print(json.dumps(results))
 """
 
@@ -72,10 +74,15 @@ def test_the_kernels_compile_for_other_gpus_and_fit_into_their_shared_memory():
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
     assert len(results) == 2 * len(TARGETS)
-    for (needed, there, uses_matrix_units), target in zip(results, [t for t in TARGETS for _ in range(2)], strict=True):
+    for (needed, there, uses_matrix_units, _), target in zip(
+        results, [t for t in TARGETS for _ in range(2)], strict=True
+    ):
         assert needed <= there, target
         # (Triton multiplies without matrix units on a T4: slower, but decoding waits for memory in any case.)
         assert uses_matrix_units or target[2] == "float32" or target[0] < 80, target
+    # With many parts (a small batch) the kernel is no longer: once it took 26 s of compiling instead of 3.
+    few, many = (results[2 * TARGETS.index((90, 227, "bfloat16", 128, 128, False, splits))][3] for splits in (8, 64))
+    assert many < 1.1 * few
 
 
 @given(st.integers(1, 5000), st.integers(1, 64))
