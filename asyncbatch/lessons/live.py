@@ -17,9 +17,10 @@ from .parts import slider, with_widget
 class Sliders(Picture):
     """A picture below sliders, each with a box to type into. A subclass draws in `_update`.
 
-    controls: for each slider (the attribute that it sets, label, lowest value, highest value, step)."""
+    controls: for each slider (the attribute that it sets, label, lowest value, highest value, step;
+        None: logarithmic)."""
 
-    controls: tuple[tuple[str, str, float, float, float], ...]
+    controls: tuple[tuple[str, str, float, float, float | None], ...]
 
     def _update(self) -> None:
         raise NotImplementedError
@@ -38,7 +39,7 @@ class Sliders(Picture):
 
         image = ipywidgets.Image(value=self._live_png(), format="png", layout=ipywidgets.Layout(max_width="100%"))
 
-        def control(name: str, label: str, lowest: float, highest: float, step: float) -> Any:
+        def control(name: str, label: str, lowest: float, highest: float, step: float | None) -> Any:
             def moved(value: float) -> None:
                 setattr(self, name, value)
                 self._update()
