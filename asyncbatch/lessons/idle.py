@@ -5,7 +5,7 @@ Their servers are in `serving.py`, the toy device of 01 in `batching.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from matplotlib.patches import Rectangle
@@ -42,7 +42,7 @@ __all__ = [
 REQUEST_COLORS = ("sky", "orange", "green", "yellow", "blue", "purple", "vermillion")
 
 
-def draw_batches(batches: dict[str, Sequence[Sequence[int | None]]]) -> Picture:
+def draw_batches(batches: Mapping[str, Sequence[Sequence[int | None]]]) -> Picture:
     """Batches below each other, on one axis of steps. `batches[title][row][step]` is the number of the request that the
     row computes in that step, or None for a wasted place, which is hatched."""
     steps = max(len(row) for rows in batches.values() for row in rows)

@@ -35,8 +35,8 @@ def exact(batcher: Any, host_ms: float = 1.0, **options: Any) -> Timeline:
     """The timeline of 12 steps of a batcher of the class `batcher` on the virtual clock, where the host works for
     `host_ms` in each step, the device for 3.8 ms, and each of the two copies takes 0.1. options: of the batcher."""
     parts = {name: host_ms * ms for name, ms in HOST_PARTS.items()} | DEVICE_PARTS
-    costs = Costs(**{name: ms / 1000 for name, ms in parts.items()})
-    with batcher(_tiny(), max_batch_size=1, clock=costs, **options) as server:
+    costs: Any = {name: ms / 1000 for name, ms in parts.items()}
+    with batcher(_tiny(), max_batch_size=1, clock=Costs(**costs), **options) as server:
         server.run([Request([1], max_new_tokens=12, stop_token_ids=())])
     return server.timeline
 

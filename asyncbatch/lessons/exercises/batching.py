@@ -140,7 +140,7 @@ EXERCISES = {
                  "of a step may have 8 tokens in all: the others join later."),
         ),
         (
-            "Two lists, `waiting` and `running`. Each round: who joins, `compute(running)`, who leaves. When does it end?",
+            "Two lists, `waiting` and `running`. Each round: who joins, `compute(running)`, who leaves. And the end?",
             "`n = fit_budget([len(r.prompt) for r in waiting], rows - len(running), budget)`: move the first `n`. "
             "After `compute`, keep those whose `finish_reason(...)` is None. Go on `while waiting or running`.",
         ),
