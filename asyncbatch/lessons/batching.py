@@ -6,6 +6,7 @@ The exercise is checked against this loop, and this loop by the tests against th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import count
 from typing import Any
 
 from ..request import finish_reason
@@ -85,8 +86,7 @@ class ToyDevice:
         for step, batch in enumerate(self.batches):
             row_of = {number: row for number, row in row_of.items() if number in batch}
             for number in batch:
-                free = next((row for row in range(len(grid)) if row not in row_of.values()), len(grid))
-                row_of.setdefault(number, free)
+                row_of.setdefault(number, next(row for row in count() if row not in row_of.values()))
             grid += [[None] * step for _ in range(max(row_of.values(), default=0) + 1 - len(grid))]
             there = {row: number for number, row in row_of.items()}
             for row, places in enumerate(grid):

@@ -248,8 +248,8 @@ class Lab:
         check_command(command)
         origin = self.calls[0].start if self.calls else 0.0
         spans = [(start, end) for (what, _), (_, start, end) in sorted(self.spans().items()) if what == command]
-        starts, ends = ([round(1e3 * (moment - origin), 6) for moment in column] for column in zip(*spans, strict=True))
-        return starts, ends
+        in_ms = [[round(1e3 * (moment - origin), 6) for moment in span] for span in spans]
+        return [start for start, _ in in_ms], [end for _, end in in_ms]
 
     def spans(self) -> dict[tuple[str, int], tuple[str, float, float]]:
         """For each (command, slot): the stream, start and end (seconds) of its newest launch. Waits until all launches
