@@ -408,6 +408,8 @@ class _Pane:
         self.bars(begins[thin], stops[thin], y, tall, IDLE[1])
         self.axes.vlines(begins[rooms <= 0.3] * self.factor, y, y + tall, color="white", lw=0.7)
         turn = 0 if wide.any() and np.median(rooms[wide]) > 34 else 90
+        if turn == 0:
+            wide &= rooms > 30  # at the edge of the window a gap can be cut, and its word would be
         for middle in (begins + stops)[wide] / 2:
             look = {"color": "#8A3B00", "weight": "bold", "rotation": turn, "clip_on": True}
             self.text(middle, y + tall / 2, "idle", IDLE[0], **look)
