@@ -110,6 +110,10 @@ def test_a_law_has_units_on_both_axes_shows_every_dot_and_fits_a_small_screen(la
             assert low < y < high
     sliders = 2 * 40
     assert law.figure.get_figheight() * law.figure.dpi + sliders < 768 - 250, "JupyterLab's bars take 250 pixels"
+    pytest.importorskip("ipywidgets")
+    layout = law.widget.children[-1].layout
+    assert (layout.width, layout.max_width) == ("800px", "100%"), "not stretched to the width of the page"
+    assert layout.align_self == "flex-start"
 
 
 def test_servers_on_the_exact_clock_take_what_is_said():
