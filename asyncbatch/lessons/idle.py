@@ -1,20 +1,48 @@
-"""Notebooks 00 and 01: pictures of batches, of a device's steps, and of the law of the idle device."""
+"""Notebooks 00 and 01: pictures of batches, of a device's steps, and of the law of the idle device.
+
+Their servers are in `serving.py`, the toy device of 01 in `batching.py`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from matplotlib.patches import Rectangle
 
 from ..measure import law
+from ..pictures import plot
 from ..pictures.picture import COLORS, TEXT, Picture, figure
+from .batching import Asked, ToyDevice, asked
 from .live import Sliders
+from .serving import device_ms, exact, point, serve, step_ms, steps, timed
 
+__all__ = [
+    "PUBLISHED",
+    "RECORDED",
+    "Asked",
+    "GainLaw",
+    "IdleLaw",
+    "ToyDevice",
+    "asked",
+    "device_ms",
+    "draw_batches",
+    "draw_budget",
+    "draw_costs",
+    "draw_gaps",
+    "draw_periods",
+    "exact",
+    "plot",
+    "point",
+    "serve",
+    "step_ms",
+    "steps",
+    "timed",
+]
 REQUEST_COLORS = ("sky", "orange", "green", "yellow", "blue", "purple", "vermillion")
 
 
-def draw_batches(batches: dict[str, Sequence[Sequence[int | None]]]) -> Picture:
+def draw_batches(batches: Mapping[str, Sequence[Sequence[int | None]]]) -> Picture:
     """Batches below each other, on one axis of steps. `batches[title][row][step]` is the number of the request that the
     row computes in that step, or None for a wasted place, which is hatched."""
     steps = max(len(row) for rows in batches.values() for row in rows)
@@ -60,7 +88,12 @@ def draw_costs(cost: dict[int, float]) -> Picture:
     for label, color, marker, values in series:
         axes.plot(places, values, marker + "-", color=COLORS[color], linewidth=2, markersize=7)
         axes.annotate(label, (places[-1], values[-1]), (10, 0), textcoords="offset points", va="center", fontsize=10)
-    axes.set(xlabel="rows in the batch", ylabel="ms", ylim=(0, 1.15 * max(cost.values())), xlim=(-0.3, len(cost) - 0.4))
+    axes.set(
+        xlabel="rows in the batch",
+        ylabel="milliseconds",
+        ylim=(0, 1.15 * max(cost.values())),
+        xlim=(-0.3, len(cost) - 0.4),
+    )
     axes.set_xticks(places, [str(rows) for rows in cost])
     picture.title = f"cost of a step and of a token, {min(cost)} to {max(cost)} rows"
     return picture
@@ -100,7 +133,7 @@ def draw_periods(starts: Sequence[float], ends: Sequence[float]) -> Picture:
         axes.annotate("", (before, 1.3), (end, 1.3), arrowprops=arrow)
         active = f"period {end - before:g}, active {end - starts[number]:g}"
         axes.text((before + end) / 2, 1.8, active, ha="center", va="center", fontsize=9)
-    axes.set(xlim=(min(starts[0], 0), ends[-1]), ylim=(2.2, -0.1), xlabel="time")
+    axes.set(xlim=(min(starts[0], 0), ends[-1]), ylim=(2.2, -0.1), xlabel="milliseconds")
     axes.set_yticks([0.45, 1.3], ["compute", "periods"])
     picture.title = f"{len(starts)} steps and {len(starts) - 1} periods"
     return picture
@@ -118,7 +151,7 @@ def draw_gaps(starts: Sequence[float], ends: Sequence[float], gaps: Sequence[tup
             Rectangle((starts[number] - seconds, 1), seconds, 0.9, facecolor="#FBE9DF", edgecolor=red, hatch="///")
         )
         axes.text(starts[number] - seconds / 2, 2.2, f"{seconds:g}", ha="center", va="center", fontsize=9)
-    axes.set(xlim=(min(starts[0], 0), ends[-1]), ylim=(2.6, -0.1), xlabel="time")
+    axes.set(xlim=(min(starts[0], 0), ends[-1]), ylim=(2.6, -0.1), xlabel="milliseconds")
     axes.set_yticks([0.45, 1.45], ["compute", "gaps found"])
     picture.title = f"{len(starts)} steps, {len(gaps)} gaps found"
     return picture
@@ -179,11 +212,14 @@ RECORDED = (
 
 
 class Law(Sliders):
-    """A picture of a law, with a star for one server. In a notebook, two sliders set the milliseconds that its host and
-    its device take for a step. A subclass draws the law, moves the star in `_update`, and calls `_settle` at the
-    end."""
+    """A picture of a law, with a star for one server. In a notebook, two sliders, logarithmic as the axis is, set the
+    milliseconds that its host and its device take for a step. A subclass draws the law, moves the star in `_update`,
+    and calls `_settle` at the end."""
 
-    controls = (("host_ms", "host, ms", 0.1, 20.0, 0.1), ("device_ms", "device, ms", 0.5, 100.0, 0.1))
+    controls: tuple[tuple[str, str, float, float, float | None], ...] = (
+        ("host_ms", "host, ms", 0.1, 20.0, None),
+        ("device_ms", "device, ms", 0.5, 100.0, None),
+    )
     host_ms: float
     device_ms: float
 
@@ -197,7 +233,7 @@ class IdleLaw(Law):
     """The idle share over the device's time for a step, with measured servers and one to play with."""
 
     def __init__(self, host_ms: float, device_ms: float) -> None:
-        picture = figure(8, 4, "Idle share of the synchronous loop = host / (host + device)")
+        picture = figure(8, 3.8, "Idle share of the synchronous loop = host / (host + device)")
         super().__init__(picture.figure, "idle share over device time", picture.axes)
         self.host_ms, self.device_ms = host_ms, device_ms
         axes: Any = picture.axes
@@ -214,7 +250,9 @@ class IdleLaw(Law):
             axes.text(x, y, letter, ha="center", va="center", fontsize=9, zorder=5)
         (self._curve,) = axes.plot([], [], color=blue, linewidth=2.5, zorder=3)
         (self._star,) = axes.plot([], [], "*", markersize=16, color=red, markeredgecolor="black", zorder=6)
-        axes.set(xscale="log", xlim=(0.5, 100), ylim=(0, 100), xlabel="device time of a step, ms", ylabel="idle, %")
+        axes.set(
+            xscale="log", xlim=(0.5, 100), ylim=(0, 100), xlabel="device time of a step, milliseconds", ylabel="idle, %"
+        )
         axes.set_xticks([0.5, 1, 2, 5, 10, 20, 50, 100], ["0.5", "1", "2", "5", "10", "20", "50", "100"])
         axes.minorticks_off()
         self._settle()
@@ -241,11 +279,12 @@ class GainLaw(Law):
     runs: measured servers, as label -> (ms of the host, ms of the device, times as fast)."""
 
     def __init__(self, runs: dict[str, tuple[float, float, float]], host_ms: float, device_ms: float) -> None:
-        picture = figure(8, 4, "The most that overlapping can bring = (host + device) / the longer of the two")
+        picture = figure(8, 3.8, "The most that overlapping can bring = (host + device) / the longer of the two")
         super().__init__(picture.figure, "gain over host / device", picture.axes)
         self.host_ms, self.device_ms = host_ms, device_ms
         axes: Any = picture.axes
         self._axes = axes
+        lowest = min([0.8, *(gain - 0.1 for _, _, gain in runs.values())])  # (a measured run can be slower, by chance)
         ratios = [0.0005 * 100000 ** (i / 200) for i in range(201)]  # 0.0005 to 50, evenly on a log axis
         axes.plot(ratios, [law.overlap_gain(ratio, 1) for ratio in ratios], color=COLORS["blue"], linewidth=2.5)
         axes.axvline(1, color="#999999", linestyle="--", linewidth=1)
@@ -253,7 +292,7 @@ class GainLaw(Law):
             (0.85, "right", "device slower:\nall host work hides"),
             (1.2, "left", "host slower:\ndevice waits"),
         ):
-            axes.text(x, 0.63, words, ha=side, va="bottom", fontsize=9)
+            axes.text(x, lowest + 0.03, words, ha=side, va="bottom", fontsize=9)
         for letter, (label, (host, device, gain)) in zip("ABCDE", runs.items(), strict=False):
             axes.plot(
                 host / device,
@@ -269,7 +308,11 @@ class GainLaw(Law):
             [], [], "*", markersize=16, color=COLORS["vermillion"], markeredgecolor="black", zorder=6
         )
         axes.set(
-            xscale="log", xlim=(0.0005, 50), ylim=(0.6, 2.15), xlabel="host work / device step", ylabel="times as fast"
+            xscale="log",
+            xlim=(0.0005, 50),
+            ylim=(lowest, 2.15),
+            xlabel="host work / device step (milliseconds / milliseconds)",
+            ylabel="times as fast",
         )
         axes.set_xticks([0.001, 0.01, 0.1, 1, 10], ["0.001", "0.01", "0.1", "1", "10"])
         axes.minorticks_off()

@@ -1,7 +1,7 @@
 """Notebook 02: a small device to try streams on. Its step multiplies a number by 6, and its times are known.
 
 lab = Lab("virtual")                 # exact times; "cpu" (a second process) and "cuda" (a GPU) really measure
-serve(lab, launch_step, [7, 8, 9])   # [42, 48, 54]
+lab.run(launch_step, [7, 8, 9])      # [42, 48, 54]
 draw({"in order": lab})              # lab_pictures.py: lanes, and arrows for the events that were waited for
 explore(program(launch_step))        # lab_orders.py: the same launch in every order that is possible
 """
@@ -237,6 +237,19 @@ class Lab:
         """The host does other work for so many milliseconds."""
         with self.noting("work", "host"):
             self.device.work(1e-3 * ms) if self.device.clock == "virtual" else time.sleep(1e-3 * ms)
+
+    def run(self, launch: Callable[[Any, Any], Any], numbers: Sequence[int]) -> list[int]:
+        """Serve one batch for each number, with `launch(streams, slot)` for each; see `serve`."""
+        return serve(self, launch, numbers)
+
+    def times(self, command: str) -> tuple[list[float], list[float]]:
+        """Starts and ends of a command of all slots, in milliseconds since the host's first call. Waits until all
+        launches are done. ValueError for a command that the lab does not have."""
+        check_command(command)
+        origin = self.calls[0].start if self.calls else 0.0
+        spans = [(start, end) for (what, _), (_, start, end) in sorted(self.spans().items()) if what == command]
+        in_ms = [[round(1e3 * (moment - origin), 6) for moment in span] for span in spans]
+        return [start for start, _ in in_ms], [end for _, end in in_ms]
 
     def spans(self) -> dict[tuple[str, int], tuple[str, float, float]]:
         """For each (command, slot): the stream, start and end (seconds) of its newest launch. Waits until all launches

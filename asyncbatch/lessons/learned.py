@@ -21,6 +21,7 @@ from ..devices.padding import PaddedRunner
 from ..runner import Runner
 from ..sampling import uniforms
 from . import kept
+from .lab import wait_stream
 
 MOST_TURNS, MOST_LINES = 400, 20_000  # of a run on the virtual clock; the lessons' runs take less than a tenth of it
 
@@ -40,22 +41,19 @@ def learned_runner(model: Any, *, source: str, **options: Any) -> Runner:
     return type("LearnedRunner", (base,), {"carry_over": staticmethod(carry_over)})(model, **options)
 
 
-class LabStream:
+class BatcherStream:
     """A stream of a batcher as the lab of notebook 02 has it: there "step" is the name of every step."""
 
     def __init__(self, stream: Any, batcher: Any):
         self.stream, self.batcher, self.name = stream, batcher, stream.name
-        self._marks: dict[str, Any] = {}
+        self.marks: dict[str, Any] = {}
 
     def launch(self, command: Any, slot: int) -> None:
         self.stream.launch(self.batcher.slots[slot].command if command == "step" else command, slot)
 
-    def wait_stream(self, other: LabStream) -> None:
+    def wait_stream(self, other: BatcherStream) -> None:
         """As PyTorch's: what is launched here later starts after all that `other` has been given so far."""
-        if other.name not in self._marks:
-            self._marks[other.name] = self.batcher.device.event(f"{self.name}'s mark in {other.name}")
-        other.record_event(self._marks[other.name])
-        self.wait_event(self._marks[other.name])
+        wait_stream(self, other, self.batcher.device.event)
 
     def __getattr__(self, name: str) -> Any:
         if name == "stream":
@@ -84,7 +82,7 @@ class YourBatcher(AsyncBatcher):
         if carry_over is not None and carry_over is not Runner.carry_over:
             self.runner = partial(learned_runner, source=kept.source_of(carry_over, "carry_over"))
         super().__init__(model, **options)
-        self.lab_streams = [LabStream(stream, self) for stream in self.device.streams]
+        self.lab_streams = [BatcherStream(stream, self) for stream in self.device.streams]
 
     def _new_books(self) -> None:
         super()._new_books()

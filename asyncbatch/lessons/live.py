@@ -17,9 +17,10 @@ from .parts import slider, with_widget
 class Sliders(Picture):
     """A picture below sliders, each with a box to type into. A subclass draws in `_update`.
 
-    controls: for each slider (the attribute that it sets, label, lowest value, highest value, step)."""
+    controls: for each slider (the attribute that it sets, label, lowest value, highest value, step;
+        None: logarithmic)."""
 
-    controls: tuple[tuple[str, str, float, float, float], ...]
+    controls: tuple[tuple[str, str, float, float, float | None], ...]
 
     def _update(self) -> None:
         raise NotImplementedError
@@ -36,9 +37,12 @@ class Sliders(Picture):
         """The sliders and the picture below them (an ipywidgets box)."""
         import ipywidgets
 
-        image = ipywidgets.Image(value=self._live_png(), format="png", layout=ipywidgets.Layout(max_width="100%"))
+        # As large as it was drawn: stretched to the page's width, it would not fit a small screen with its sliders.
+        wide = f"{round(self.figure.get_figwidth() * self.figure.dpi)}px"
+        layout = ipywidgets.Layout(width=wide, max_width="100%", height="auto", align_self="flex-start")
+        image = ipywidgets.Image(value=self._live_png(), format="png", layout=layout)
 
-        def control(name: str, label: str, lowest: float, highest: float, step: float) -> Any:
+        def control(name: str, label: str, lowest: float, highest: float, step: float | None) -> Any:
             def moved(value: float) -> None:
                 setattr(self, name, value)
                 self._update()

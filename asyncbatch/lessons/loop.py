@@ -26,6 +26,7 @@ from ..timeline import Timeline
 from .blocks import letter
 from .learned import MOST_TURNS, Endless, YourBatcher
 from .rounds import COSTS, draw_rounds
+from .serving import serve
 
 __all__ = ["Committed", "YourBatcher", "draw_rounds", "middle", "request", "serve", "story", "synchronous", "trial"]
 
@@ -158,14 +159,6 @@ def _note_part(batcher: Any, name: str, noted: list[str]) -> None:
 
 
 # ---- a real model ----------------------------------------------------------------------------------------------------
-
-
-def serve(batcher: Any, requests: Sequence[Request]) -> tuple[list[list[int]], Timeline]:
-    """Let a batcher warm up and serve the requests. Returns the tokens of each, and the timeline."""
-    with batcher:
-        batcher.run([Request([1], max_new_tokens=2)])
-        completions = batcher.run(requests)
-    return [completion.token_ids for completion in completions], batcher.timeline
 
 
 def middle(timeline: Timeline, steps: int = 3) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -47,12 +48,17 @@ def with_widget(thing: Any, bundle: dict[str, Any]) -> dict[str, Any]:
     return bundle
 
 
-def slider(label: str, value: float, lowest: float, highest: float, moved: Callable[[float], None], step: float = 0.1):
+def slider(
+    label: str, value: float, lowest: float, highest: float, moved: Callable[[float], None], step: float | None = 0.1
+):
     """A slider with a box to type into (sliders of Jupyter Notebook 7 ignore the arrow keys).
 
-    moved: called with each new value. step: an int allows whole numbers only."""
+    moved: called with each new value. step: an int allows whole numbers only; None makes the slider logarithmic, for a
+    range of several powers of ten, and its values have three digits."""
     import ipywidgets
 
+    if step is None:
+        return _log_slider(label, value, lowest, highest, moved)
     integers = isinstance(step, int)
     slide, box = (
         (ipywidgets.IntSlider, ipywidgets.BoundedIntText)
@@ -64,4 +70,25 @@ def slider(label: str, value: float, lowest: float, highest: float, moved: Calla
     right = box(layout=ipywidgets.Layout(width="80px"), **limits)
     ipywidgets.link((left, "value"), (right, "value"))
     left.observe(lambda change: moved(change["new"]), names="value")
+    return ipywidgets.HBox([left, right])
+
+
+def _log_slider(label: str, value: float, lowest: float, highest: float, moved: Callable[[float], None]):
+    import ipywidgets
+
+    ends = {"min": math.log10(lowest), "max": math.log10(highest)}
+    left = ipywidgets.FloatLogSlider(value, description=label, readout=False, base=10, step=0.01, **ends)
+    layout = ipywidgets.Layout(width="80px")
+    right = ipywidgets.BoundedFloatText(value, min=lowest, max=highest, step=None, layout=layout)
+
+    def typed(change: dict[str, Any]) -> None:
+        left.value = change["new"]
+        moved(change["new"])
+
+    def slid(change: dict[str, Any]) -> None:
+        if not math.isclose(change["new"], right.value, rel_tol=0.006):  # else it only follows the box
+            right.value = float(f"{change['new']:.3g}")
+
+    left.observe(slid, names="value")
+    right.observe(typed, names="value")
     return ipywidgets.HBox([left, right])

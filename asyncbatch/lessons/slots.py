@@ -262,7 +262,7 @@ def two_graphs(num_streams: int) -> Outcomes:
     or on two. Every order that is possible."""
 
     def program(p: Any) -> None:
-        p.cells.update({"scratch": 0, "result 0": 0, "result 1": 0})
+        p.cells.update({"result 0": 0, "result 1": 0, "scratch": 0})
         streams = [p.stream("compute"), p.stream("second")][:num_streams]
         for step in (0, 1):
             lane, number = streams[step % num_streams], 10 * (step + 1)

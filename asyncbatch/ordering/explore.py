@@ -178,7 +178,7 @@ class Outcomes:
         return iter(self.outcomes)
 
     def __str__(self) -> str:
-        cells = sorted({cell for outcome in self.outcomes for cell in outcome.cells})
+        cells = list(dict.fromkeys(cell for outcome in self.outcomes for cell in outcome.cells))
         rows = [["orders", *cells, "for example"]]
         for outcome in self.outcomes[:MOST_SHOWN]:
             values = [str(outcome.cells.get(cell, "-")) for cell in cells]
@@ -228,7 +228,10 @@ def explore(program: Callable[[Program], Any], *, bound: int = 10_000, seed: int
     complete = outcomes is not None
     if outcomes is None:
         outcomes = _random_orders(operations, start, bound, random.Random(seed or 0))
-    return Outcomes(outcomes, complete, script._checker.races)
+    # A table reads best in the order in which the program names its cells: from the inputs to the result.
+    names = [*start, *sorted({name for outcome in outcomes for name in outcome.cells} - start.keys())]
+    ordered = [one._replace(cells={name: one.cells[name] for name in names if name in one.cells}) for one in outcomes]
+    return Outcomes(ordered, complete, script._checker.races)
 
 
 # A situation: the operations done so far (as a bit set), and the cells.

@@ -24,7 +24,9 @@ from .picture import COLORS, DPI, GRID, TEXT, Picture, drawable, plain_axes
 
 WORDS = {"host": "host", "H2D": "H2D (copy in)", "compute": "compute", "D2H": "D2H (copy out)"}
 WIDGET = Path(__file__).with_name("static") / "timeline.js"
-HEIGHTS = {"host": 1.0, "H2D": 0.5, "compute": 1.0, "D2H": 0.5}  # of a lane, in rows
+# Rows of a lane. The host's is so tall that UPRIGHT characters can stand upright in a block too narrow for them.
+HEIGHTS = {"host": 2.0, "H2D": 0.5, "compute": 1.0, "D2H": 0.5}
+UPRIGHT = 8
 HEADING, PAUSE = 0.95, 0.3  # rows above a timeline's lanes for its caption, and between two lanes
 # The layers of the lanes, in the order of stacking: (lane, face colour, text colour, hatch, legend).
 LAYERS = {
@@ -47,7 +49,8 @@ def plot(*timelines: Timeline, title: str | None = None, window: tuple[float, fl
          causes: Causes | None = None) -> TimelineFigure:  # fmt: skip
     """The timelines above each other on one time axis, where each begins at 0.
 
-    window: the (start, end) in seconds to zoom in on; None takes a few decode steps in the middle of the run.
+    window: the (start, end) in seconds to zoom in on; None takes two or three steps in the middle of the run, in which
+    the host's blocks have room for their names.
     causes: what explains the gaps of a timeline to who points at them (see `Causes`); None for what the host was doing.
     Only spans on the lanes host, H2D, compute and D2H are drawn. Raises ValueError without a timeline, and for an empty
     window."""
@@ -247,15 +250,28 @@ def _pack_causes(of_tracks: Iterable[Iterable[tuple[int, str, float]]]) -> tuple
 
 
 def _default_window(tracks: list[_Track], end: float) -> tuple[float, float]:
-    """About seven steps in the middle of the shortest run, from the beginning of a step on. A short run is shown
-    whole."""
+    """Two or three steps in the middle of the shortest run, from shortly before a step of the first one on. A run of
+    fewer than five steps is shown whole."""
     starts, ends = tracks[0].steps
-    if len(ends) < 12:
+    if len(ends) < 5:
         return 0.0, end
-    length = 7 * float(np.median(np.diff(ends)))
+    length = 2.5 * float(np.median(np.diff(ends)))
     middle = min(track.end for track in tracks if track.end > 0) / 2
-    begin = float(ends[max(0, np.searchsorted(ends, middle - length / 2) - 1)]) - 0.02 * length
+    begin = float(starts[max(0, np.searchsorted(starts, middle - length / 2) - 1)]) - 0.02 * length
     return max(0.0, begin), min(end, max(0.0, begin) + length)
+
+
+def label(lane: str, name: str, step: int, room: float) -> tuple[str, int]:
+    """What stands in a block that is `room` pixels wide, and by how many degrees it is turned; "" where nothing fits.
+
+    On the host's lane "plan 6", upright where that is too wide, and without the number where that is too tall. On the
+    compute lane "step 5" or "5"."""
+    if lane == "compute":
+        return next((text for text in (f"step {step}", str(step)) if room > 9 * len(text) + 4), ""), 0
+    text = f"{name} {step}"
+    if room > 9 * len(text) + 4:
+        return text, 0
+    return next(((text, 90) for text in (text, name) if room > 13 and len(text) <= UPRIGHT), ("", 0))
 
 
 def _draw(tracks: list[_Track], title: str, window: tuple[float, float], end: float) -> Figure:
@@ -371,11 +387,13 @@ class _Pane:
             self.bars(starts, ends, y, tall, face, HATCH.get(key, face), hatch, 0.0 if compute else 0.5)
             starts, ends = np.clip(starts, start, end), np.clip(ends, start, end)
             rooms = (ends - starts) * self.pixels / (end - start) if tall > 0.6 else np.zeros(len(ends))
+            if lane == "host":  # blocks lie side by side, in one colour
+                self.axes.vlines(starts[rooms > 13] * self.factor, y, y + tall, color="white", lw=0.8)
             for name, step, middle, room in zip(names, steps, (starts + ends) / 2, rooms, strict=True):
-                texts = [f"step {step}", str(step)] if compute else [f"{name} {step}", name]
-                text = next((text for text in texts if room > 9 * len(text) + 4), "")
+                text, turn = label(lane, str(name), int(step), room)
                 if text:
-                    self.text(middle, y + tall / 2, text, rim=face, color=ink, clip_on=True)
+                    look = {"color": ink, "rotation": turn, "clip_on": True}
+                    self.text(middle, y + tall / 2, text, rim=face, **look)
         if compute:
             self.gaps(track, y, tall)
 
@@ -390,6 +408,8 @@ class _Pane:
         self.bars(begins[thin], stops[thin], y, tall, IDLE[1])
         self.axes.vlines(begins[rooms <= 0.3] * self.factor, y, y + tall, color="white", lw=0.7)
         turn = 0 if wide.any() and np.median(rooms[wide]) > 34 else 90
+        if turn == 0:
+            wide &= rooms > 30  # at the edge of the window a gap can be cut, and its word would be
         for middle in (begins + stops)[wide] / 2:
             look = {"color": "#8A3B00", "weight": "bold", "rotation": turn, "clip_on": True}
             self.text(middle, y + tall / 2, "idle", IDLE[0], **look)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncbatch import timeline
+from asyncbatch import AsyncBatcher, SyncBatcher, timeline
 from asyncbatch.lessons import idle
 from asyncbatch.lessons.exercises import idle as exercises
 from asyncbatch.measure import law, simulate
@@ -29,6 +29,7 @@ def test_the_sliders_move_the_star_and_say_the_idle_share():
     host, device, image = law.widget.children
     before = image.value
     host.children[0].value = 6.0
+    assert host.children[1].value == 6.0
     assert law.idle == 0.5
     assert image.value != before
     device.children[1].value = 18.0  # the box beside the slider
@@ -37,6 +38,17 @@ def test_the_sliders_move_the_star_and_say_the_idle_share():
     assert "host 6 ms, device 18 ms: idle 25 %" in [text.get_text() for text in law.axes.get_legend().get_texts()]
     device.children[1].value = 1e9  # out of bounds: the box takes the nearest value
     assert law.device_ms == 100.0
+    device.children[0].value = 12.3456789  # dragged, and three digits are kept
+    assert law.device_ms == device.children[1].value == 12.3
+    for control, low, high in ((host, 0.1, 20.0), (device, 0.5, 100.0)):
+        slide, box = control.children
+        for end in (low, high, low):
+            box.value = end
+            assert slide.value == pytest.approx(end)
+            slide.value = high if end == low else low
+            assert box.value == pytest.approx(slide.value)
+        assert 10**slide.min == pytest.approx(low), "the slider is logarithmic, as the axis is"
+        assert 10**slide.max == pytest.approx(high)
 
 
 def test_recorded_servers_follow_the_law():
@@ -82,6 +94,38 @@ def test_the_gain_is_what_the_simulated_loops_have_and_undoes_the_idle_share(hos
     assert 1 <= gain <= 2
     if host <= device:
         assert gain == pytest.approx(1 / (1 - law.idle_share(host, device)))
+
+
+@pytest.mark.parametrize("law", [idle.IdleLaw(2, 6), idle.GainLaw({"slow": (1.0, 10.0, 0.9)}, 5, 2)])
+def test_a_law_has_units_on_both_axes_shows_every_dot_and_fits_a_small_screen(law):
+    axes = law.axes
+    assert axes.get_xscale() == "log"
+    assert "millisecond" in axes.get_xlabel()
+    assert axes.get_ylabel() in ("idle, %", "times as fast")
+    (low, high), (left, right) = axes.get_ylim(), axes.get_xlim()
+    for line in axes.lines:
+        if line.get_marker() in ("o", "*"):
+            (x,), (y,) = line.get_data()
+            assert left < x < right
+            assert low < y < high
+    sliders = 2 * 40
+    assert law.figure.get_figheight() * law.figure.dpi + sliders < 768 - 250, "JupyterLab's bars take 250 pixels"
+    pytest.importorskip("ipywidgets")
+    layout = law.widget.children[-1].layout
+    assert (layout.width, layout.max_width) == ("800px", "100%"), "not stretched to the width of the page"
+    assert layout.align_self == "flex-start"
+
+
+def test_servers_on_the_exact_clock_take_what_is_said():
+    runs = {Batcher: idle.exact(Batcher, host_ms=2.0) for Batcher in (SyncBatcher, AsyncBatcher)}
+    assert [round(idle.step_ms(run), 6) for run in runs.values()] == [6.0, 3.8]  # 2 + 3.8 + 0.2, and the device alone
+    assert [round(idle.device_ms(run), 6) for run in runs.values()] == [3.8, 3.8]
+    starts, ends = idle.steps(runs[SyncBatcher])
+    assert len(starts) == len(ends) == 12
+    assert [round(starts[i] - ends[i - 1], 6) for i in range(1, 12)] == [2.2] * 11
+    host, device, faster = idle.point(*runs.values())
+    assert (round(host, 6), round(device, 6)) == (2.0, 3.8)
+    assert faster == pytest.approx(12 * 6.0 / (12 * 3.8 + 2.2))
 
 
 def words(picture) -> list[str]:

@@ -302,6 +302,46 @@ def test_the_sliders_decide_whether_reading_without_waiting_is_right():
 # ---- measured --------------------------------------------------------------------------------------------------------
 
 
+def forgets_the_inputs(lanes, slot):
+    h2d, compute, d2h = lanes
+    h2d.launch("copy_in", slot.index)
+    h2d.record_event(slot.inputs_ready)
+    compute.launch("step", slot.index)
+    order(compute, d2h, slot.step_done)
+    d2h.launch("copy_out", slot.index)
+    d2h.record_event(slot.outputs_ready)
+
+
+def test_the_real_batcher_is_launched_by_the_learner_and_watched():
+    requests = [Request([n, n + 1, n + 2], max_new_tokens=8) for n in range(1, 4)]
+    right, timeline = streams.serve(streams.server(launch_step), requests)
+    with AsyncBatcher(toy_llama(), clock=Costs()) as batcher:
+        assert [completion.token_ids for completion in batcher.run(requests)] == right
+    assert timeline.summary().tokens == 24
+    assert streams.serve(streams.server(forgets_the_inputs), requests)[0] == right, "lucky"
+    assert streams.watched(launch_step, requests) == "no race"
+    told = streams.watched(forgets_the_inputs, requests)
+    assert "compute.wait_event(slot 0's inputs_ready) before the step" in told.replace("\n", " ")
+    assert max(map(len, told.splitlines())) <= 88
+
+
+def test_orders_of_a_launch_with_and_without_the_hosts_wait():
+    assert len(streams.orders(launch_step)) == 1
+    assert len(streams.orders(launch_step, [7, 8, 9], num_slots=2)) == 1
+    assert len(streams.orders(launch_step, [7, 8], num_slots=2, waits=False)) == 4, "each number is there or is not"
+    lines = str(streams.orders(forgets_the_inputs)).splitlines()
+    assert lines[1].split() == ["orders", "inputs", "device", "result", "output", "tokens", "for", "example"]
+
+
+def test_times_of_a_command_are_milliseconds_since_the_hosts_first_call():
+    lab = Lab("virtual")
+    assert lab.run(launch_step, [7, 8, 9]) == [42, 48, 54]
+    assert lab.times("step") == ([13.0, 53.0, 93.0], [53.0, 93.0, 133.0])  # 2 ms to fill, 1 to launch, 10 to copy
+    assert Lab("virtual").times("step") == ([], [])
+    with pytest.raises(ValueError, match="there is no command 'jump'"):
+        lab.times("jump")
+
+
 def test_who_finds_which_fault(capsys):
     counts = streams.who_finds(seeds=2)
     assert counts == {

@@ -256,6 +256,15 @@ def test_a_step_without_one_of_its_waits(missing, mend, tokens):
     assert ("races: none" in text) == (not mend)
 
 
+def test_the_columns_stand_in_the_order_in_which_the_program_names_its_cells():
+    def program(p):
+        p.cells.update(zeta=0, alpha=0)
+        p.host.do("one", lambda cells: cells.update(new=1), writes="new")
+        p.host.do("two", lambda cells: cells.update(alpha=cells["zeta"]), reads="zeta", writes="alpha")
+
+    assert str(explore(program)).splitlines()[1].split() == ["orders", "zeta", "alpha", "new", "for", "example"]
+
+
 def test_a_long_table_is_cut():
     def program(p):
         p.cells["x"] = ()

@@ -99,7 +99,7 @@ def test_keys_zoom_and_move(page):
 def test_the_whole_run_is_as_far_out_as_it_goes_and_its_steps_are_painted_there_too(page):
     live = page.driver.find_element("css selector", ".asyncbatch-live")
     before = live.text
-    assert page.press("-", times=6) == pytest.approx((0.0, 399 * 5e-3 + 4.1e-3 + 1e-3))
+    assert page.press("-", times=8) == pytest.approx((0.0, 399 * 5e-3 + 4.1e-3 + 1e-3))
     assert live.text != before
     assert "Showing 0 " in live.text
     # Both runs have 400 steps of 4 ms: far out, too, their blue is 1.6 of 2 s, on 30 pixels and 11 of the overview.
@@ -112,10 +112,10 @@ def test_the_mouse_tells_spans_and_drags(page, tmp_path):
 
     driver, canvas = page.driver, page.canvas
     driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvas)
-    ActionChains(driver).move_to_element_with_offset(canvas, 60, 0).perform()
+    ActionChains(driver).move_to_element_with_offset(canvas, 150, 0).perform()
     texts = []
     for y in range(-int(canvas.size["height"] / 2) + 5, int(canvas.size["height"] / 2), 8):
-        ActionChains(driver).move_to_element_with_offset(canvas, 60, y).perform()
+        ActionChains(driver).move_to_element_with_offset(canvas, 150, y).perform()
         texts.append(driver.find_element("css selector", ".asyncbatch-tip").text)
     steps = [text.split(", ")[:3] for text in texts if "compute: step, " in text]
     assert {track for track, *_ in steps} == {"sync", "<b>async</b>"}, f"labels are text, not markup: {texts}"

@@ -1,9 +1,10 @@
 """The exercises of all notebooks, by name. The solution of each is a function of this package."""
 
-from . import cache, idle, loop, measuring, slots, streams
+from . import batching, cache, idle, loop, measuring, slots, streams
 
 EXERCISES = {
     **idle.EXERCISES,
+    **batching.EXERCISES,
     **streams.EXERCISES,
     **cache.EXERCISES,
     **slots.EXERCISES,

@@ -172,6 +172,26 @@ function render({ model, el }) {
     }).reverse();  // waits first, so that work lies on top
   }
 
+  // The name of a block from a to b: "plan 6" on the host's lane, upright where it is too narrow; "step 5" or "5" on the
+  // compute lane.
+  function label(lane, layer, i, a, b, y, h) {
+    const step = layer.steps[i], name = layer.names[i], host = lane.index === 0;
+    ctx.font = FONT;
+    const fits = (room) => (text) => ctx.measureText(text).width < room;
+    const flat = (host ? [`${name} ${step}`] : [`step ${step}`, `${step}`]).find(fits(b - a - 6));
+    const text = flat ?? (host && b - a > 13 ? [`${name} ${step}`, name].find(fits(h - 2)) : undefined);
+    if (!text) return;
+    ctx.save();
+    ctx.translate((a + b) / 2, y + h / 2);
+    if (!flat) ctx.rotate(-Math.PI / 2);
+    if (layer.line) {  // a quiet rim, to be read on a hatch
+      Object.assign(ctx, { strokeStyle: layer.face, lineWidth: 3, textAlign: "center" });
+      ctx.strokeText(text, 0, 0);
+    }
+    write(text, 0, 0, layer.text, "center");
+    ctx.restore();
+  }
+
   // Between steps drawn one by one: the word "idle" where it fits, a line where not even the hatch does.
   function gaps(found, toX, y, h, w) {
     const steps = found.map(([layer, i]) => [toX(layer.starts[i]), toX(layer.ends[i])]).sort((one, two) => one[0] - two[0]);
@@ -266,14 +286,8 @@ function render({ model, el }) {
         const a = Math.max(LEFT, toX(layer.starts[i])), b = Math.min(LEFT + w, toX(layer.ends[i]));
         ctx.fillStyle = fills[layer.key];
         ctx.fillRect(a, y, Math.max(b - a, lane.index === 2 ? 0 : 1), h);  // a short copy is never lost
-        const step = layer.steps[i], texts = lane.index === 2 ? [`step ${step}`, `${step}`] : [`${layer.names[i]} ${step}`, layer.names[i]];
-        ctx.font = FONT;
-        const text = lane.height > 0.6 && texts.find((t) => ctx.measureText(t).width < b - a - 6);
-        if (text && layer.line) {  // a quiet rim, to be read on a hatch
-          Object.assign(ctx, { strokeStyle: layer.face, lineWidth: 3, textAlign: "center" });
-          ctx.strokeText(text, (a + b) / 2, y + h / 2);
-        }
-        if (text) write(text, (a + b) / 2, y + h / 2, layer.text, "center");
+        if (lane.index === 0 && b - a > 13) { pen.fillStyle = "#fff"; pen.fillRect(a, y, 0.8, h); }  // where a block begins
+        if (lane.height > 0.6) label(lane, layer, i, a, b, y, h);
       }
       if (lane.index === 2 && few) gaps(found, toX, y, h, w);
       leftOut(lane.kept, about.tracks[lane.track].end, from, to, LEFT, y, w, h, "left out");
