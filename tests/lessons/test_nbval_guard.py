@@ -83,7 +83,7 @@ BAD = {
     "looks_at_a_slider": (
         [(SLIDER, ""), ("assert slider.value == 3, 'planted'", ""), TWO],
         1,
-        ["AssertionError: planted"],
+        ["AssertionError"],
     ),
     "slider_that_breaks": ([(SLIDER + BREAKS, ""), TWO], 0, ["A widget ended with an error when it was moved"]),
     "marked_but_raises_nothing": ([(MAY_RAISE + "x = 1", ""), TWO], 0, ["none was raised"]),

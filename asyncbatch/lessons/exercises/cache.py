@@ -50,9 +50,7 @@ def _explain_place(args: tuple[Any, ...], got: Any, want: Any) -> str | None:
     if got == block:
         return f"That is the block. A place counts tokens: block {block} begins at place {block * size}."
     if got == block * size:
-        return (
-            f"Block {block} is right, but that is its first place. What is left over when {position} is cut by {size}?"
-        )
+        return f"Block {block} is right, but that is its first place. Add the remainder of {position} / {size}."
     if hit == block:
         return f"Block {block} is right; the place in it is the remainder, {position} % {size} = {offset}."
     pool = _place_pool(tables, size)
