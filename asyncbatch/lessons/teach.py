@@ -90,10 +90,16 @@ class Question:
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         return with_widget(self, {"text/plain": repr(self)})
 
-    def reveal(self, answer: str, because: str) -> None:
-        """Print whether the choice was right, and why `answer` (a letter) is."""
+    def reveal(self, answer: str, because: str, seen: bool = True) -> None:
+        """Print whether the choice was right, and why `answer` (a letter) is. seen: whether the measurement that was
+        made just now shows it; where something disturbed it, no choice is called wrong."""
         right = f"{self._known(answer)}: {self.options[answer]}"
-        if self.choice is None:
+        if not seen:
+            _say(
+                "Void: something disturbed this measurement, and it says otherwise. Run the cells from the question "
+                f"on again.\nWithout a disturbance the answer is {right}.\n{because}"
+            )
+        elif self.choice is None:
             _say(f"The answer is {right}.\n{because}")  # as in a saved notebook, where nobody has chosen
         elif self.choice == answer:
             _say(f"You chose {right}. That is right.\n{because}")
