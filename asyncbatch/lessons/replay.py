@@ -88,7 +88,7 @@ def compared(before: Timeline, after: Timeline) -> str:
         for timeline in (before, after)
     )
     text = f"fill buffers, median of the steps: {old:.3f} ms before, {new:.3f} ms after"
-    return text if old > 2 * new else f"{text}\nDisturbed: something else keeps this machine busy. Run me again."
+    return text if old > 2 * new else f"{text}\nDisturbed, run me again: something else kept this machine busy."
 
 
 def two_engines() -> dict[tuple[str, str], dict[str, Any]]:

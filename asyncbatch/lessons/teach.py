@@ -3,6 +3,7 @@
     teach.setup()                                      the first cell: versions, device, clock
     guess = teach.predict(question, options)           the reader chooses before a result is shown ...
     guess.reveal("B", "because ...")                   ... and afterwards learns whether that was right
+    teach.seen(idle < 0.1)                             a claim that was measured, on a machine that may be busy
     fit_budget = teach.check("fit_budget", fit_budget) checks the reader's function, and the notebook goes on
     fit_budget = teach.yours("fit_budget")             what the reader wrote in another notebook, if it was right
 
@@ -90,21 +91,17 @@ class Question:
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         return with_widget(self, {"text/plain": repr(self)})
 
-    def reveal(self, answer: str, because: str, seen: bool = True) -> None:
-        """Print whether the choice was right, and why `answer` (a letter) is. seen: whether the measurement that was
-        made just now shows it; where something disturbed it, no choice is called wrong."""
+    def reveal(self, answer: str, because: str, shown: bool = True) -> None:
+        """Print whether the choice was right, and why `answer` (a letter) is. shown: of a measured answer, whether the
+        reader's own run shows it (see `seen`)."""
         right = f"{self._known(answer)}: {self.options[answer]}"
-        if not seen:
-            _say(
-                "Void: something disturbed this measurement, and it says otherwise. Run the cells from the question "
-                f"on again.\nWithout a disturbance the answer is {right}.\n{because}"
-            )
-        elif self.choice is None:
+        if self.choice is None:
             _say(f"The answer is {right}.\n{because}")  # as in a saved notebook, where nobody has chosen
         elif self.choice == answer:
             _say(f"You chose {right}. That is right.\n{because}")
         else:
             _say(f"You chose {self.choice}: {self.options[self.choice]}. The answer is {right}.\n{because}")
+        seen(shown)
 
 
 def predict(question: str, options: Sequence[str]) -> Question:
@@ -115,6 +112,12 @@ def predict(question: str, options: Sequence[str]) -> Question:
     if isinstance(options, str) or not 2 <= len(options) <= len(LETTERS):
         raise ValueError(f"a prediction needs a list of 2 to {len(LETTERS)} options; {options!r} was given")
     return Question(question, options)
+
+
+def seen(shown: bool) -> None:
+    """Say so if a measurement does not show what the text claims. A busy machine is normal, and no reason to stop."""
+    if not shown:
+        _say("Disturbed, run me again: something else kept this machine busy, so this run does not show it.")
 
 
 # ------------------------------------------------------------------------------------------- exercises

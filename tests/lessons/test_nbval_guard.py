@@ -35,6 +35,8 @@ MAY_RAISE = "# NBVAL_RAISES_EXCEPTION\n" + IGNORE
 TWO = ("1 + 1", "2")
 SLIDER = "import ipywidgets\nslider = ipywidgets.IntSlider(value=3, min=1, max=9)\n"
 BREAKS = "def follow(change):\n    assert change['new'] < 9, 'planted'\nslider.observe(follow, names='value')"
+LOG = "far = ipywidgets.FloatLogSlider(value=10, min=-1, max=2)\n"
+LOG += "near = ipywidgets.BoundedFloatText(value=1, min=0, max=7)\n"
 CHOICE = "choice = ipywidgets.ToggleButtons(options=['A', 'B'], value=None)\n"
 NOTED = "seen = []\nchoice.observe(lambda change: seen.append(change['new']), names='value')\n"
 NOTED += "button = ipywidgets.Button()\nbutton.on_click(lambda _: seen.append('pressed'))"
@@ -90,8 +92,11 @@ BAD = {
 }
 GOOD = [
     (SET_UP, ""),
-    (SLIDER + CHOICE + NOTED, ""),
-    ("print(slider.value, choice.value, seen)", "9 None ['A', 'B', None, 'pressed']\n"),
+    (SLIDER + LOG + CHOICE + NOTED, ""),
+    (
+        "print(slider.value, far.value, near.value, choice.value, seen)",
+        "9 100.0 7.0 None ['A', 'B', None, 'pressed']\n",
+    ),
     ("slider.value = 4", ""),
     ("print(slider.value)  # moved once, and then left alone", "4\n"),
     ("print(f'step took {time.perf_counter() % 9:.3f} ms')", "step took 12.345 ms\n"),

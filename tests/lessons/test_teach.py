@@ -133,10 +133,6 @@ def test_prediction_without_a_choice_with_the_right_and_with_a_wrong_one(capsys)
     guess.choose("A")
     guess.reveal("B", "Since.")
     assert capsys.readouterr().out == "You chose A: this. The answer is B: that.\nSince.\n"
-    guess.reveal("B", "Since.", seen=False)  # the measurement was disturbed: the choice is neither right nor wrong
-    void, why, because = capsys.readouterr().out.replace("the\nquestion", "the question").splitlines()
-    assert void.startswith("Void: something disturbed this measurement")
-    assert (why, because) == ("Without a disturbance the answer is B: that.", "Since.")
     for bad in ("C", "", "b", 1):
         with pytest.raises(ValueError, match="not one of the options A, B"):
             guess.choose(bad)

@@ -76,9 +76,9 @@ def move_widgets() -> None:
             continue
         _moved.add(key)
         if widget.has_trait("min") and widget.has_trait("max") and widget.has_trait("value"):
-            middle = (widget.min + widget.max) / 2
-            for value in (widget.min, type(widget.value)(middle), widget.max):
-                widget.value = value
+            for place in (widget.min, (widget.min + widget.max) / 2, widget.max):
+                logarithmic = widget.has_trait("base")  # then its limits are exponents
+                widget.value = type(widget.value)(widget.base**place if logarithmic else place)
         elif widget.has_trait("options") and widget.has_trait("index"):
             before = widget.index
             for index in range(len(widget.options)):

@@ -153,8 +153,8 @@ def _explain_books(args: tuple[Any, ...], got: Any, want: Any) -> str | None:
     wrong = [block for block in range(1, 9) if got.owner_of[block] != want.owner_of[block]]
     if wrong:
         return (
-            f"`kv.owner_of[{wrong[0]}]` still names {letter(got.owner_of[wrong[0]])}, though the block is free. All "
-            "books must say the same: set it to NOBODY."
+            f"`kv.owner_of[{wrong[0]}]` still names {letter(got.owner_of[wrong[0]])}, though the block is free. It, "
+            "the table and `kv.free` must agree: set it to NOBODY."
         )
     if got.returned != want.returned:
         return "The books are right. Return how many blocks went back: 0 for an owner that has none."
