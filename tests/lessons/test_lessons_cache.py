@@ -9,6 +9,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.colors import to_rgba
 from PIL import Image
 from support.wrong.cache import WRONG, entry_for_block, frees_nothing, keeps_the_table
@@ -17,6 +18,7 @@ from asyncbatch import Request, SyncBatcher
 from asyncbatch.kv_cache import NOBODY, KVCache
 from asyncbatch.lessons import blocks, cache, pruning, teach
 from asyncbatch.lessons.exercises import EXERCISES
+from asyncbatch.models.toy import toy_llama
 from asyncbatch.ordering.toy import toy_tokens
 
 # ---- exercises -------------------------------------------------------------------------------------------------------
@@ -275,3 +277,31 @@ def test_on_two_streams_the_checker_finds_the_race_whether_or_not_tokens_show_it
     assert picture.title.endswith(f"in the end {last}")
     labels = [tick.get_text() for tick in picture.axes.get_yticklabels()]
     assert labels == ["host: block 2 is of", "compute stream writes", "second stream writes"]
+
+
+def test_the_faults_of_blocks_are_tried_and_found():
+    told = cache.faults_of_blocks().splitlines()
+    assert [line.split(":")[0] for line in told] == [
+        "the last step finds its blocks pruned",
+        "a block is handed on while it is in use",
+        "blocks are freed twice",
+    ]
+    assert all(line.endswith("Found by: tokens") for line in told)
+
+
+def test_keys_in_blocks_are_those_of_the_models_own_cache():
+    """Of a model of transformers with random weights: its own cache keeps the keys of a text in one piece."""
+    model = toy_llama()
+    prompts = [[3, 5, 7, 9, 11], [2, 4, 6]]
+    tokens, tables, keys = cache.keys_in_blocks(model, prompts, num_new=6, block_size=4)
+    text = prompts[0] + tokens
+    kept = model(torch.tensor([text[:-1]]), use_cache=True).past_key_values
+    mine = keys[[int(tables[0, place // 4]) * 4 + place % 4 for place in range(len(text) - 1)]]
+    torch.testing.assert_close(mine, cache.keys_of(kept), atol=1e-5, rtol=1e-4)
+    assert sorted(tables[0, :3]) != list(range(tables[0, 0], tables[0, 0] + 3))  # in pieces
+
+
+def test_recorded_times_are_those_of_the_h200():
+    weights, step_ms = cache.recorded_8b()
+    assert round(weights / 1e9) == 15
+    assert 4 < step_ms(32 * 100) < step_ms(32 * 4000) < step_ms(32 * 8000) < 14
