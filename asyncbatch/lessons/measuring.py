@@ -209,7 +209,7 @@ class Look(Law):
     device take for a step."""
 
     def __init__(self, host_ms: float, device_ms: float) -> None:
-        picture = figure(8, 3.4, "The same device, looked at through longer and longer windows")
+        picture = figure(8, 3.2, "The same device, looked at through longer and longer windows")
         super().__init__(picture.figure, "share of windows with a kernel, over their length", picture.axes)
         self.host_ms, self.device_ms = host_ms, device_ms
         axes: Any = picture.axes
@@ -254,7 +254,7 @@ def draw_law(runs: Sequence[RecordedRun]) -> Picture:
         twins = [100 * run.idle_async for run in mine]
         axes.scatter(law, twins, 34, color="white", marker="D", label="" if number else "asynchronous twin", **look)
     far, slow = max(runs, key=lambda run: abs(run.law - run.idle)), max(runs, key=lambda run: run.idle_async)
-    for run, y, where in ((far, far.idle, (-8, 40)), (slow, slow.idle_async, (-150, 22))):
+    for run, y, where in ((far, far.idle, (-20, 62)), (slow, slow.idle_async, (-150, 22))):
         axes.annotate(
             f"{run.engine}, {run.label}", (100 * run.law, 100 * y), where, textcoords="offset points", fontsize=8.5,
             arrowprops={"arrowstyle": "-", "color": TEXT, "shrinkB": 5},
