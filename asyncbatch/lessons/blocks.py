@@ -223,6 +223,7 @@ class Film(NamedTuple):
 
     frames: one for each commit. changes: each change of a block's owner, as (seconds, block, new owner or NOBODY).
     writes: for each step, (owner, position, blocks that it writes) of its rows. timeline, completions: of the batcher.
+    num_free: how many blocks are free at the end.
     """
 
     frames: list[Frame]
@@ -230,13 +231,14 @@ class Film(NamedTuple):
     writes: dict[int, list[tuple[int, int, list[int]]]]
     timeline: Any
     completions: list[Any]
+    num_free: int
 
 
 def watch(batcher: Any, requests: Sequence[Request], prune: Callable[[KVCache, int], int] = KVCache.prune) -> Film:
     """Let a new batcher serve the requests, and note what its scheduler and its books do. prune: called in place of
     `KVCache.prune`."""
     kv, scheduler = batcher.kv, batcher.scheduler
-    film = Film([], [], {}, None, [])
+    film = Film([], [], {}, None, [], 0)
     placed: dict[int, Any] = {}  # the RunState of each owner
     taken: dict[int, list[int]] = {}
     pruned: dict[int, list[int]] = {}
@@ -291,7 +293,7 @@ def watch(batcher: Any, requests: Sequence[Request], prune: Callable[[KVCache, i
                            (scheduler, watched_commit)):  # fmt: skip
         setattr(owner, watched.__name__.removeprefix("watched_"), watched)
     completions = batcher.run(requests)
-    return film._replace(timeline=batcher.timeline, completions=completions)
+    return film._replace(timeline=batcher.timeline, completions=completions, num_free=kv.num_free)
 
 
 class BlockMap(Picture):

@@ -1,27 +1,43 @@
-"""Notebook 03: what a KV cache saves, costs and wastes, and a block that is handed on while a step is in flight.
+"""Notebook 03: what a KV cache saves, costs and wastes. The notebook takes all that it needs from here.
 
-The pool of blocks and its film are in `blocks.py`, the exercises in `exercises/cache.py`.
+The pool of blocks and its film are in `blocks.py`, the runs in `pruning.py`, the exercises in `exercises/cache.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
+import torch
 from matplotlib.collections import PatchCollection
 from matplotlib.patches import Patch, Rectangle
 
-from ..devices.checked import CheckedDevice, CheckedStream
-from ..devices.virtual import Costs, VirtualStream
-from ..kv_cache import NOBODY
-from ..models.toy import toy_llama
-from ..ordering.faults import launching
-from ..ordering.toy import use_toy_model
+from ..batcher import SyncBatcher
+from ..devices.virtual import Costs
+from ..measure.recording import Recording
+from ..ordering.toy import program_of
 from ..pictures.picture import COLORS, TEXT, Picture, figure
-from .blocks import FREE, RED, Film, color, letter
+from ..request import Request
+from .blocks import RED, BlockMap, draw_pool
+from .pruning import draw_handover, faults_of_blocks, film, give_prompts_a_stream, handover
 
+__all__ = [
+    "BlockMap",
+    "draw_bytes",
+    "draw_handover",
+    "draw_pool",
+    "draw_waste",
+    "draw_work",
+    "faults_of_blocks",
+    "film",
+    "give_prompts_a_stream",
+    "handover",
+    "keys_in_blocks",
+    "keys_of",
+    "recorded_8b",
+]
+CONVERSATIONS = (1630, 914, 702, 533, 455, 380, 291, 240, 187, 122, 84, 39)  # tokens: a few are long, most are short
 EMPTY = {"facecolor": "#FBE9DF", "edgecolor": RED, "hatch": "////", "lw": 0.4}  # places that are reserved in vain
-HANDOVER_MS = (-6.5, 8.0)  # the part of each run that `draw_handover` shows
 
 # ---- what a cache saves, costs and wastes ----------------------------------------------------------------------------
 
@@ -115,116 +131,31 @@ def draw_waste(lengths: Sequence[int], reserved: Mapping[str, Sequence[int]]) ->
     return picture
 
 
-# ---- a block handed on while a step is in flight ---------------------------------------------------------------------
+# ---- a model's own keys, and a recorded GPU --------------------------------------------------------------------------
 
 
-def toy_server(batcher: Any, **options: Any) -> Any:
-    """A batcher of the class `batcher` on the virtual clock, with blocks of 4 tokens. It serves the toy model of
-    `asyncbatch.ordering.toy`: the next token is a checksum of all tokens before it, read through the block table.
-    options: of the batcher, in place of those that are set here."""
-    options = {"clock": Costs(), "prefill_tokens": 32, "max_length": 40, "block_size": 4, **options}
-    server = batcher(toy_llama(), step_s=0.0, **options)
-    use_toy_model(server)
-    return server
+def keys_of(kept: Any) -> torch.Tensor:
+    """The keys of the last layer in a cache of transformers with one text in it: [tokens, heads, head_size]."""
+    return kept.layers[-1].keys[0].transpose(0, 1)
 
 
-def give_prompts_a_stream(batcher: Any) -> None:
-    """Damage a batcher on the virtual clock: steps that only compute prompts run on a second compute stream, beside the
-    others. Later steps wait for them, but they wait only for their inputs. Races are collected, not raised."""
-    device = batcher.device
-    checked = isinstance(device, CheckedDevice)
-    second: Any = VirtualStream(device.device if checked else device, 1)
-    second.name = "second"
-    if checked:
-        device.checker.add_lane(second.name)
-        device.checker.collect = True
-        second = CheckedStream(device, second)
+def keys_in_blocks(model: Any, prompts: Sequence[Sequence[int]], num_new: int, block_size: int) -> Any:
+    """Serve the prompts side by side, and stop in the middle, when the first has `num_new` new tokens.
 
-    def edit(calls: dict[str, Callable[[], Any]], slot: Any, batcher: Any) -> None:
-        if slot.plan.passes == "prefill":
-            _, compute, d2h = device.streams
-            calls["wait inputs_ready"] = lambda: second.wait_event(slot.inputs_ready)
-            calls["step"] = lambda: second.launch(slot.command, slot.index)
-            calls["record step_done"] = lambda: second.record_event(slot.step_done)
-            calls["wait step_done"] = lambda: [stream.wait_event(slot.step_done) for stream in (compute, d2h)]
-
-    launching(edit)(batcher)
+    Returns these tokens; the block tables, a row for each prompt; and the keys of the last layer, all places of the
+    pool in one row: [places, heads, head_size]."""
+    options = {"max_batch_size": len(prompts), "max_length": 64, "block_size": block_size}
+    with SyncBatcher(model, clock=Costs(), **options) as batcher:
+        streams = [batcher.stream(Request(list(each), max_new_tokens=30, stop_token_ids=())) for each in prompts]
+        tokens = [next(streams[0]) for _ in range(num_new)]
+        tables = batcher.kv.tables(range(len(prompts)))
+        keys = program_of(batcher).model.model.layers[-1].self_attn.paged_pools[0]
+        return tokens, tables, keys.transpose(1, 2).flatten(0, 1).clone()
 
 
-class Write(NamedTuple):
-    """A step that writes into a block: for which request (owner), what (words), and when (start, end, in ms). wasted:
-    whether the request had already ended. beside: whether it runs on a second stream."""
-
-    step: int
-    owner: int
-    words: str
-    start: float
-    end: float
-    wasted: bool
-    beside: bool
-
-
-def writes_of(film: Film, block: int) -> list[Write]:
-    """The steps of a film that wrote `block`, in order of their starts."""
-    pruned_in = {owner: frame.step for frame in film.frames for owner in frame.pool.pruned}
-    prefill = {step.step for step in film.timeline.steps if step.kind == "prefill"}
-    _, steps, starts, ends = film.timeline.lane("compute")
-    two_streams = bool((starts[1:] < ends[:-1]).any())
-    writes = []
-    for step, start, end in zip(steps.tolist(), 1e3 * starts, 1e3 * ends, strict=True):
-        for owner, position, blocks in film.writes[step]:
-            if block in blocks:
-                wasted = step > pruned_in.get(owner, step)
-                words = f"{letter(owner)}'s prompt" if step in prefill else f"{letter(owner)}'s token {position}"
-                words += ", wasted" if wasted else ""
-                writes.append(Write(step, owner, words, start, end, wasted, two_streams and step in prefill))
-    return writes
-
-
-def draw_handover(films: Mapping[str, Film], block: int) -> Picture:
-    """What the books say of one block, and which steps write into it on the device, around the moment when its first
-    owner is pruned (time 0). A step is hatched if its token is wasted: its request has been pruned meanwhile."""
-    all_writes = {title: writes_of(film, block) for title, film in films.items()}
-    tall = {title: 2.6 + 0.85 * any(write.beside for write in writes) for title, writes in all_writes.items()}
-    picture = figure(10, 0.7 + 0.52 * sum(tall.values()))
-    axes: Any = picture.axes
-    axes.set(xlim=HANDOVER_MS, ylim=(sum(tall.values()) - 0.3, 0))
-    top, ticks, captions = 0.0, {}, []
-    for title, writes in all_writes.items():
-        changes = [(1e3 * when, owner) for when, changed, owner in films[title].changes if changed == block]
-        pruned = next(when for when, owner in changes if owner == NOBODY)
-        axes.text(HANDOVER_MS[0], top + 0.22, title, fontsize=10, fontweight="bold", va="center", parse_math=False)
-        axes.text(0, top + 0.42, f"{letter(changes[0][1])} is pruned", fontsize=8.5, ha="center", va="center")
-        axes.plot([0, 0], [top + 0.55, top + tall[title] - 0.4], ":", color="black", lw=1.2)
-        ticks |= {top + 1: f"the books: block {block} is of", top + 1.85: "compute stream writes"}
-        ends = [when for when, _ in changes[1:]] + [pruned + HANDOVER_MS[1]]
-        for (when, owner), end in zip(changes, ends, strict=True):
-            _bar(axes, top + 0.7, when - pruned, end - pruned, owner, "" if owner == NOBODY else letter(owner))
-        for write in writes:
-            y = top + (2.4 if write.beside else 1.55)
-            words = f"step {write.step}\n{write.words}"
-            _bar(axes, y, write.start - pruned, write.end - pruned, write.owner, words, write.wasted)
-            ticks |= {y + 0.3: "second stream writes"} if write.beside else {}
-        last = max((w for w in writes if w.end - pruned < HANDOVER_MS[1]), key=lambda write: write.end)
-        words, tint = f"in block {block} stays:\n{last.words}", RED if last.wasted else "black"
-        axes.text(HANDOVER_MS[1] - 0.1, top + 1.85, words, fontsize=8.5, ha="right", va="center", color=tint)
-        story = ", ".join(f"{write.words} (step {write.step})" for write in writes)
-        captions.append(f"{title}: {story}; in the end {last.words}")
-        top += tall[title]
-    axes.set_xlabel("virtual time, ms, from the moment of pruning", size=8.5)
-    axes.set_yticks(list(ticks), list(ticks.values()))
-    axes.tick_params(labelsize=8.5, length=0)
-    axes.spines[:].set_visible(False)
-    picture.title = "; ".join(captions)
-    return picture
-
-
-def _bar(axes: Any, y: float, start: float, end: float, owner: int, words: str, wasted: bool = False) -> None:
-    start, end = max(start, HANDOVER_MS[0]), min(end, HANDOVER_MS[1])
-    if start >= end:
-        return
-    look = {"facecolor": color(owner), "edgecolor": "white", "hatch": "xxx" if wasted else "", "lw": 1}
-    axes.add_patch(Rectangle((start, y), end - start, 0.6, **(FREE if owner == NOBODY else look)))
-    if words:
-        paper = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85}
-        axes.text((start + end) / 2, y + 0.3, words, fontsize=7.5, ha="center", va="center", bbox=paper)
+def recorded_8b() -> tuple[int, Callable[[int], float]]:
+    """Of the 8B model that was recorded on an H200 with 32 rows: the bytes of its weights, and a function that says how
+    many ms a decode step took, for so many tokens in all rows together."""
+    recording = Recording.load("h200-llama-8b")
+    times = recording.step_times(batch_size=32)
+    return recording.models["random:llama-8b"]["weight_bytes"], lambda tokens: 1e3 * times("decode", tokens)

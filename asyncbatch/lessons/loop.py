@@ -5,14 +5,12 @@ The exercises are in `exercises/loop.py`, the batcher that a learner's parts go 
 
 from __future__ import annotations
 
-import io
 import string
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from matplotlib.patches import Rectangle
-from PIL import Image
 
 from ..batcher import SyncBatcher
 from ..devices.virtual import Costs
@@ -23,6 +21,7 @@ from ..pictures.picture import COLORS, TEXT, Picture, figure
 from ..request import Request, SamplingParams
 from ..scheduler import Committed, StepKind
 from ..timeline import Timeline
+from . import small
 from .blocks import letter
 from .learned import MOST_TURNS, Endless, YourBatcher
 from .rounds import COSTS, draw_rounds
@@ -189,23 +188,18 @@ def puzzle_requests() -> list[Request]:
     return requests
 
 
-class Trial(Picture):
-    """What came of a loop with some parts replaced. right: whether tokens, order and books are as they should be."""
+class Trial(small.Small):
+    """What came of a loop with some parts replaced. right: whether tokens, order and blocks are as they should be."""
 
     right: bool
 
-    def png(self, dpi: int = 100) -> bytes:
-        """As of every Picture, but with fewer colours: a notebook has a dozen of these."""
-        buffer, small = io.BytesIO(), io.BytesIO()
-        self.savefig(buffer, dpi=dpi, format="png")
-        image = Image.open(buffer).convert("RGB").quantize(16, Image.Quantize.MEDIANCUT)
-        image.save(small, "png", optimize=True)
-        return small.getvalue()
+    def __repr__(self) -> str:
+        return f"<Trial: {self.title}>"
 
 
 def trial(**parts: Any) -> Trial:
     """Serve eight requests with the asynchronous loop and these parts (of `YourBatcher`) in place of its own, twice: as
-    it is, for the tokens and the books of the KV cache, and watched by the race checker."""
+    it is, for the tokens and the blocks of the KV cache, and watched by the race checker."""
     requests = puzzle_requests()
     plain = _run(requests, parts)
     watched = _run(requests, parts, check_races=True)
@@ -221,11 +215,10 @@ def trial(**parts: Any) -> Trial:
         checker = f"{second} {race.second.kind} {what}, {first} {race.first.kind} it too, and nothing orders them"
     if plain.error:
         tokens += f"; the loop stopped with {plain.error}"
-    picture = _draw_trial(got, want, tokens, checker, plain.books)
-    picture.__class__ = Trial
-    picture.right = not wrong and race is None and plain.books == "right" and not plain.error  # type: ignore[attr-defined]
-    picture.title = f"tokens: {tokens}. Race checker: {checker}. Books: {plain.books}"
-    return picture  # type: ignore[return-value]
+    drawn = _draw_trial(got, want, tokens, checker, plain.blocks)
+    picture = Trial(drawn.figure, f"tokens: {tokens}. Race checker: {checker}. Blocks: {plain.blocks}", drawn.axes)
+    picture.right = not wrong and race is None and plain.blocks == "right" and not plain.error
+    return picture
 
 
 def _spoken(access: Access) -> str:
@@ -252,15 +245,15 @@ def _run(requests: Sequence[Request], parts: Mapping[str, Any], check_races: boo
     except Exception as failure:
         error = f"{type(failure).__name__}: {failure}"
     kv, races = batcher.kv, list(getattr(batcher.device, "races", ()))
-    books = "right"
+    blocks = "right"
     if not error and (kv.num_free != kv.num_blocks or len(set(kv.free)) != kv.num_free):
-        books = f"wrong: {kv.num_free} blocks lie on kv.free, {len(set(kv.free))} different ones, of {kv.num_blocks}"
+        blocks = f"wrong: {kv.num_free} blocks lie on kv.free, {len(set(kv.free))} different ones, of {kv.num_blocks}"
     completions = [handle.completion for handle in handles]
     batcher.close()
-    return SimpleNamespace(completions=completions, races=races, books=books, error=error)
+    return SimpleNamespace(completions=completions, races=races, blocks=blocks, error=error)
 
 
-def _draw_trial(got: Sequence, want: Sequence, tokens: str, checker: str, books: str) -> Picture:
+def _draw_trial(got: Sequence, want: Sequence, tokens: str, checker: str, blocks: str) -> Picture:
     longest = max(map(len, [*got, *want]))
     picture = figure(9.5, 0.21 * len(want) + 0.8)
     axes: Any = picture.axes
@@ -278,7 +271,7 @@ def _draw_trial(got: Sequence, want: Sequence, tokens: str, checker: str, books:
             axes.text(place + 0.48, row + 0.5, words, fontsize=7.5, ha="center", va="center", fontweight=weight)
     axes.set(xlim=(-0.3, longest + 0.1), ylim=(len(want), 0), xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
-    lines = [f"tokens: {tokens}", f"race checker: {checker}", f"books of the KV cache: {books}"]
+    lines = [f"tokens: {tokens}", f"race checker: {checker}", f"blocks of the KV cache: {blocks}"]
     for number, line in enumerate(lines):
         good = line.endswith(("right in all requests", "checker: nothing", "cache: right"))
         axes.annotate(line[:140], (0, 1), (0, 6 + 13 * (2 - number)), xycoords="axes fraction", fontsize=8.5,

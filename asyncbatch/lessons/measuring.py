@@ -1,11 +1,12 @@
-"""Notebook 06: how an idle device is measured, and pictures of what was found. (Exercises:
-`exercises/measuring.py`.)"""
+"""Notebook 06: how an idle device is measured, and pictures of what was found. The notebook takes all that it needs
+from here. (Exercises: `exercises/measuring.py`; the recorded H200 on the virtual clock: `replay.py`.)"""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import json
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,10 +22,45 @@ from ..measure.steps import steps_of
 from ..models.toy import toy_llama
 from ..pictures.picture import COLORS, TEXT, Picture, figure
 from ..profile.cli import main
+from ..profile.report import Report
 from ..scheduler import StepKind
 from ..timeline import busy_curve
 from .idle import Law
 from .lab import spend_on_gpu
+from .replay import (
+    compared,
+    intervals,
+    on_your_host,
+    recorded_gaps,
+    replayed,
+    sent_trace,
+    simulated,
+    two_engines,
+    without,
+)
+
+__all__ = [
+    "Look",
+    "compared",
+    "draw_attribution",
+    "draw_gap_lengths",
+    "draw_launch",
+    "draw_law",
+    "draw_union",
+    "draw_what_if",
+    "first_screen",
+    "intervals",
+    "on_your_host",
+    "profile",
+    "recorded_gaps",
+    "recorded_runs",
+    "replayed",
+    "sent_trace",
+    "simulated",
+    "timed_step",
+    "two_engines",
+    "without",
+]
 
 # ---- what is measured ------------------------------------------------------------------------------------------------
 
@@ -49,7 +85,7 @@ def timed_step(device: str, ms: float) -> Iterator[tuple[Callable[[], Any], Call
         yield lambda: compute.launch(step, 0), compute.synchronize
 
 
-def profile(*arguments: str) -> dict[str, Any]:
+def profile(*arguments: str) -> Report:
     """The report of `python -m asyncbatch.profile` with these arguments, and none of what it prints on stderr. If it
     fails, RuntimeError with that text."""
     report, messages = io.StringIO(), io.StringIO()
@@ -57,7 +93,12 @@ def profile(*arguments: str) -> dict[str, Any]:
         status = main([*arguments, "--json"])
     if status:
         raise RuntimeError(f"the profiling script ended with status {status}: {messages.getvalue().strip()}")
-    return json.loads(report.getvalue())
+    return Report.from_json(json.loads(report.getvalue()))
+
+
+def first_screen(report: Report) -> str:
+    """What is to be read first in a report, a paragraph for each sentence."""
+    return "\n".join(textwrap.fill(sentence, 88, subsequent_indent="  ") for sentence in report.sentences)
 
 
 def seen_share(starts, ends, window_s: float) -> float:
@@ -119,6 +160,7 @@ def recorded_runs() -> list[RecordedRun]:
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
 BLUE, ORANGE, RED = COLORS["blue"], COLORS["orange"], COLORS["vermillion"]
+WINDOWS_MS = np.geomspace(0.1, 1000, 161)  # of `Look`
 
 
 def draw_launch(back_ms: float, done_ms: float) -> Picture:
@@ -134,7 +176,7 @@ def draw_launch(back_ms: float, done_ms: float) -> Picture:
     )  # fmt: skip
     axes.axvline(done_ms, color=RED, linestyle="--", linewidth=1.5)
     axes.text(done_ms * 0.99, 1.55, f"done after {done_ms:.2f} ms", ha="right", va="center", fontsize=10, color=RED)
-    axes.set(xlim=(-0.01 * done_ms, 1.04 * done_ms), ylim=(0, 2.1), xlabel="ms since the call")
+    axes.set(xlim=(0, 1.04 * done_ms), ylim=(0, 2.1), xlabel="ms since the call")
     axes.set_yticks([1.55, 0.55], ["host", "device"])
     return picture
 
@@ -167,14 +209,18 @@ class Look(Law):
     device take for a step."""
 
     def __init__(self, host_ms: float, device_ms: float) -> None:
-        picture = figure(8, 3.6, "The same device, looked at through longer and longer windows")
+        picture = figure(8, 3.2, "The same device, looked at through longer and longer windows")
         super().__init__(picture.figure, "share of windows with a kernel, over their length", picture.axes)
         self.host_ms, self.device_ms = host_ms, device_ms
         axes: Any = picture.axes
         self._axes = axes
+        axes.axvspan(1000 / 6, 1000, color="#DDDDDD", label="nvidia-smi: windows of 1/6 to 1 s")
         (self._curve,) = axes.plot([], [], color=BLUE, linewidth=2.5)
         (self._truth,) = axes.plot([], [], "--", color=RED, linewidth=1.5)
-        axes.set(xlim=(0, 20), ylim=(0, 108), xlabel="length of a window, ms", ylabel="windows with a kernel, %")
+        axes.set(xscale="log", xlim=(WINDOWS_MS[0], WINDOWS_MS[-1]), ylim=(0, 105))
+        axes.set(xlabel="length of a window, ms", ylabel="windows with a kernel, %")
+        axes.set_xticks([0.1, 1, 10, 100, 1000], ["0.1", "1", "10", "100", "1000"])
+        axes.minorticks_off()
         self._settle()
 
     def seen(self, window_ms: float) -> float:
@@ -183,55 +229,54 @@ class Look(Law):
         return seen_share(starts, starts + self.device_ms, window_ms)
 
     def _update(self) -> None:
-        windows = np.linspace(0, 20, 201)
-        self._curve.set_data(windows, [100 * self.seen(window) for window in windows])
+        self._curve.set_data(WINDOWS_MS, [100 * self.seen(window) for window in WINDOWS_MS])
         truth = 100 * (1 - idle_share(self.host_ms, self.device_ms))
-        self._truth.set_data([0, 20], [truth, truth])
+        self._truth.set_data([WINDOWS_MS[0], WINDOWS_MS[-1]], [truth, truth])
         times = f"{self.device_ms:g} ms of every {self.host_ms + self.device_ms:g} ms"
         self._truth.set_label(f"the truth: busy for {times}, {truth:.0f} %")
         self._curve.set_label("windows in which a kernel ran")
-        self._axes.legend(loc="lower right" if truth > 50 else "center right", fontsize=9)
+        self._axes.legend(loc="lower right" if truth > 40 else "center right", fontsize=9)
 
 
 def draw_law(runs: Sequence[RecordedRun]) -> Picture:
-    """A row for each run: its idle share by the law, as it was measured, and that of its asynchronous twin."""
-    picture = figure(8, 1.5 + 0.27 * (len(runs) + 2))
+    """Each run as a circle: the idle share that the law says, and the one that was measured; on the line they are
+    equal. Below it the idle share of its asynchronous twin. The runs that are farthest off are named."""
+    picture = figure(8, 4.4)
     axes: Any = picture.axes
-    y, places, words = 0.0, [], []
-    for engine in dict.fromkeys(run.engine for run in runs):
-        axes.text(0, y - 0.1, engine, fontsize=10, fontweight="bold", va="center")
-        y += 1
-        for run in (run for run in runs if run.engine == engine):
-            axes.plot([100 * run.idle_async, 100 * run.idle], [y, y], color="#999999", linewidth=1.2, zorder=1)
-            marks = ((run.idle, "o", BLUE, 60), (run.idle_async, "D", ORANGE, 36))
-            for value, mark, color, size in marks:
-                axes.scatter(100 * value, y, size, color=color, marker=mark, edgecolor="black", linewidth=0.6, zorder=3)
-            axes.scatter(100 * run.law, y, 130, color=RED, marker="|", linewidth=2.5, zorder=4)
-            places.append(y)
-            words.append(run.label)
-            y += 1
-    for mark, color, label in (("o", BLUE, "idle, synchronous"), ("|", RED, "the law"), ("D", ORANGE, "idle, async")):
-        axes.scatter([], [], 70, color=color, marker=mark, linewidth=2 if mark == "|" else 0.6, label=label)
-    axes.legend(loc="upper right", fontsize=9)
-    axes.set_yticks(places, words)
-    most = max(max(run.idle, run.law) for run in runs)
-    axes.set(ylim=(y - 0.3, -0.7), xlim=(-1, 100 * most + 4), xlabel="device idle, % of the decode steps")
+    most = 100 * max(max(run.idle, run.law) for run in runs) + 4
+    axes.plot([0, most], [0, most], "--", color=RED, linewidth=1.5, label="the law: host / (host + device)", zorder=1)
+    for number, engine in enumerate(dict.fromkeys(run.engine for run in runs)):
+        mine = [run for run in runs if run.engine == engine]
+        law = [100 * run.law for run in mine]
+        look: dict[str, Any] = {"edgecolor": "black", "linewidth": 0.6, "zorder": 3, "clip_on": False}
+        color, marks = (BLUE, ORANGE)[number % 2], ("o", "s")[number % 2]
+        axes.scatter(law, [100 * run.idle for run in mine], 50, color=color, marker=marks, label=engine, **look)
+        twins = [100 * run.idle_async for run in mine]
+        axes.scatter(law, twins, 34, color="white", marker="D", label="" if number else "asynchronous twin", **look)
+    far, slow = max(runs, key=lambda run: abs(run.law - run.idle)), max(runs, key=lambda run: run.idle_async)
+    for run, y, where in ((far, far.idle, (-20, 62)), (slow, slow.idle_async, (-150, 22))):
+        axes.annotate(
+            f"{run.engine}, {run.label}", (100 * run.law, 100 * y), where, textcoords="offset points", fontsize=8.5,
+            arrowprops={"arrowstyle": "-", "color": TEXT, "shrinkB": 5},
+        )  # fmt: skip
+    axes.set(xlim=(0, most), ylim=(0, most), xlabel="idle by the law, %", ylabel="device idle, measured, %")
+    axes.legend(loc="upper left", fontsize=9)
     picture.title = f"{len(runs)} recorded runs: law, sync, async"
     return picture
 
 
-def draw_gap_lengths(gap_us: Sequence[float]) -> Picture:
-    """The idle gap before each step, on a logarithmic axis, with the median and the longest one."""
-    ms = np.maximum(1e-3 * np.asarray(gap_us, float), 1e-3)
+def draw_gap_lengths(gap_ms: Sequence[float]) -> Picture:
+    """The idle gap before each step (ms), on a logarithmic axis, with the median and the longest one."""
+    ms = np.maximum(np.asarray(gap_ms, float), 1e-3)
     picture = figure(8, 2.4, "The idle gap before each step")
     axes: Any = picture.axes
-    axes.plot(ms, ".", color=BLUE, markersize=4)
+    axes.plot(ms, ".", color=BLUE, markersize=4, clip_on=False)
     median, worst = float(np.median(ms)), int(ms.argmax())
     axes.axhline(median, color=RED, linestyle="--", linewidth=1.5)
     axes.plot(worst, ms[worst], "D", color=ORANGE, markeredgecolor="black", markersize=8)
     axes.annotate(f"  the longest: {ms[worst]:.0f} ms", (worst, ms[worst]), va="center", fontsize=9)
     axes.annotate(f"median {median:.2f} ms", (1.17 * len(ms), median * 1.4), ha="right", fontsize=9, color=RED)
-    axes.set(yscale="log", ylim=(0.05, 3 * ms[worst]), xlim=(-0.02 * len(ms), 1.17 * len(ms)))
+    axes.set(yscale="log", ylim=(0.05, 3 * ms[worst]), xlim=(0, 1.17 * len(ms)))
     axes.set(xlabel="decode step", ylabel="idle, ms")
     axes.set_yticks([y for y in (0.1, 1, 10, 100, 1000) if y < 3 * ms[worst]])
     axes.yaxis.set_major_formatter("{x:g}")

@@ -11,6 +11,7 @@ from ..devices.virtual import Costs
 from ..pictures.picture import COLORS, TEXT, Picture, figure
 from ..slot import slot_of
 from ..timeline import LANES, Timeline
+from .small import smaller
 
 # Seconds: a host that needs 4.4 ms for a step, in front of a device that needs 6. So every block has room for its name.
 COSTS = Costs(plan=1e-3, fill=1e-3, launch=1.2e-3, commit=1.2e-3, copy_in=0.5e-3, step=6e-3, copy_out=0.5e-3)
@@ -63,7 +64,7 @@ def draw_rounds(
     looks += [Patch(label="host waits", **WAIT), Patch(label="device idle", **IDLE)]
     picture.figure.legend(handles=looks, loc="outside lower center", ncols=len(looks), frameon=False, fontsize=8)
     picture.title = "; ".join(captions)
-    return picture
+    return smaller(picture)
 
 
 def _block(axes: Any, box: tuple, lane: str, name: str, step: int, num_slots: int, points_per_ms: float) -> None:

@@ -9,15 +9,16 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.colors import to_rgba
 from PIL import Image
 from support.wrong.cache import WRONG, entry_for_block, frees_nothing, keeps_the_table
 
-from asyncbatch import AsyncBatcher, Request, SyncBatcher
-from asyncbatch.devices.virtual import Costs
+from asyncbatch import Request, SyncBatcher
 from asyncbatch.kv_cache import NOBODY, KVCache
-from asyncbatch.lessons import blocks, cache, teach
+from asyncbatch.lessons import blocks, cache, pruning, teach
 from asyncbatch.lessons.exercises import EXERCISES
+from asyncbatch.models.toy import toy_llama
 from asyncbatch.ordering.toy import toy_tokens
 
 # ---- exercises -------------------------------------------------------------------------------------------------------
@@ -96,7 +97,7 @@ def requests(work=WORK):
 
 @pytest.fixture(scope="module")
 def film():
-    with cache.toy_server(SyncBatcher, max_batch_size=3, num_blocks=11) as batcher:
+    with pruning.toy_server(SyncBatcher, max_batch_size=3, num_blocks=11) as batcher:
         return blocks.watch(batcher, requests())
 
 
@@ -146,7 +147,7 @@ def test_a_film_can_be_made_with_another_prune(film):
         kv.free.sort()
         return blocks_back
 
-    with cache.toy_server(SyncBatcher, max_batch_size=3, num_blocks=11) as batcher:
+    with pruning.toy_server(SyncBatcher, max_batch_size=3, num_blocks=11) as batcher:
         other = blocks.watch(batcher, requests(), prune)
         assert batcher.kv.num_free == 11
     assert calls == [1, 0, 2, 3, 5, 4]
@@ -241,51 +242,66 @@ def test_pictures_say_what_they_count():
 # ---- pruned while a step is in flight --------------------------------------------------------------------------------
 
 
-def handover(damage, prefill_s, slots=2):
-    """One row: A stops by itself, and B waits for the row."""
-    first = Request([5, 6, 7], 20, stop_token_ids=())
-    first = Request([5, 6, 7], 20, stop_token_ids=toy_tokens(first)[3:4])
-    pair = [first, Request(list(range(10, 18)), 4, stop_token_ids=())]
-    costs = Costs(step=lambda work: prefill_s if work.kind == "prefill" else 3e-3)
-    options = {"clock": costs, "check_races": True, "max_batch_size": 1, "num_blocks": 6, "num_slots": slots}
-    with cache.toy_server(AsyncBatcher, **options) as batcher:
-        if damage:
-            cache.give_prompts_a_stream(batcher)
-        film = blocks.watch(batcher, pair)
-        right = [c.token_ids == toy_tokens(request) for c, request in zip(film.completions, pair, strict=True)]
-        return film, right, batcher.device.races
-
-
 @pytest.mark.parametrize("slots", [2, 3, 4])
-@pytest.mark.parametrize("prefill_s", [1e-3, 3e-3])
-def test_on_one_stream_a_block_may_be_handed_on_while_a_step_writes_it(prefill_s, slots):
-    film, right, races = handover(False, prefill_s, slots)
-    assert right == [True, True]
-    assert races == []
-    assert film.timeline.summary().wasted_tokens == slots - 1
+@pytest.mark.parametrize("prompt_ms", [1, 3])
+def test_on_one_stream_a_block_may_be_handed_on_while_a_step_writes_it(prompt_ms, slots):
+    run = pruning.handover(prompt_ms, slots)
+    film = run.film
+    assert repr(run) == f"tokens right, races on blocks none, wasted tokens {slots - 1}"
+    assert (run.right, run.races, run.wasted) == (True, [], slots - 1)
     changes = [(when, owner) for when, block, owner in film.changes if block == 2]
     (pruned, nobody), (handed_on, owner) = changes[1:3]
     assert (nobody, owner) == (NOBODY, 1)
-    wasted = [write for write in cache.writes_of(film, 2) if write.wasted]
+    wasted = [write for write in pruning.writes_of(film, 2) if write.wasted]
     assert wasted
     assert all(write.owner == 0 for write in wasted)
-    assert 1e3 * handed_on < wasted[0].end  # the books are ahead of the device
-    prompt = next(write for write in cache.writes_of(film, 2) if write.owner == 1)
+    assert 1e3 * handed_on < wasted[0].end  # the host is ahead of the device
+    prompt = next(write for write in pruning.writes_of(film, 2) if write.owner == 1)
     assert prompt.start >= max(write.end for write in wasted)  # and yet nothing overlaps there
     assert not prompt.beside
 
 
-@pytest.mark.parametrize(("prefill_s", "b_is_right"), [(3e-3, True), (1e-3, False)])
-def test_on_two_streams_the_checker_finds_the_race_whether_or_not_tokens_show_it(prefill_s, b_is_right):
-    film, right, races = handover(True, prefill_s)
-    assert right == [True, b_is_right]
-    assert ("KV block", 2) in [race.resource for race in races]
-    assert "second.wait_event(slot 0's step_done) before the step" in str(races[-1])
-    writes = [write for write in cache.writes_of(film, 2) if write.step in (4, 5)]
+@pytest.mark.parametrize(("prompt_ms", "b_is_right"), [(3, True), (1, False)])
+def test_on_two_streams_the_checker_finds_the_race_whether_or_not_tokens_show_it(prompt_ms, b_is_right):
+    run = pruning.handover(prompt_ms, damage=pruning.give_prompts_a_stream)
+    a, b = run.film.completions
+    assert a.token_ids == toy_tokens(Request([5, 6, 7], 4, stop_token_ids=()))
+    assert (b.token_ids == toy_tokens(Request(list(range(10, 18)), 4, stop_token_ids=()))) == b_is_right == run.right
+    assert ("KV block", 2) in [race.resource for race in run.races]
+    assert "second.wait_event(slot 0's step_done) before the step" in str(run.races[-1])
+    writes = [write for write in pruning.writes_of(run.film, 2) if write.step in (4, 5)]
     assert [(write.words, write.beside) for write in writes] == [("A's token 6, wasted", False), ("B's prompt", True)]
     assert writes[1].start < writes[0].end
-    picture = cache.draw_handover({"two": film}, 2)
+    picture = pruning.draw_handover({"two": run}, 2)
     last = "B's prompt" if b_is_right else "A's token 6, wasted"
     assert picture.title.endswith(f"in the end {last}")
     labels = [tick.get_text() for tick in picture.axes.get_yticklabels()]
-    assert labels == ["the books: block 2 is of", "compute stream writes", "second stream writes"]
+    assert labels == ["host: block 2 is of", "compute stream writes", "second stream writes"]
+
+
+def test_the_faults_of_blocks_are_tried_and_found():
+    told = cache.faults_of_blocks().splitlines()
+    assert [line.split(":")[0] for line in told] == [
+        "the last step finds its blocks pruned",
+        "a block is handed on while it is in use",
+        "blocks are freed twice",
+    ]
+    assert all(line.endswith("Found by: tokens") for line in told)
+
+
+def test_keys_in_blocks_are_those_of_the_models_own_cache():
+    """Of a model of transformers with random weights: its own cache keeps the keys of a text in one piece."""
+    model = toy_llama()
+    prompts = [[3, 5, 7, 9, 11], [2, 4, 6]]
+    tokens, tables, keys = cache.keys_in_blocks(model, prompts, num_new=6, block_size=4)
+    text = prompts[0] + tokens
+    kept = model(torch.tensor([text[:-1]]), use_cache=True).past_key_values
+    mine = keys[[int(tables[0, place // 4]) * 4 + place % 4 for place in range(len(text) - 1)]]
+    torch.testing.assert_close(mine, cache.keys_of(kept), atol=1e-5, rtol=1e-4)
+    assert sorted(tables[0, :3]) != list(range(tables[0, 0], tables[0, 0] + 3))  # in pieces
+
+
+def test_recorded_times_are_those_of_the_h200():
+    weights, step_ms = cache.recorded_8b()
+    assert round(weights / 1e9) == 15
+    assert 4 < step_ms(32 * 100) < step_ms(32 * 4000) < step_ms(32 * 8000) < 14

@@ -246,7 +246,7 @@ MENDED = {  # name: (what stands in the notebook, what belongs there)
     ),
     "token_number_9": ("row.state.num_known", "row.position + row.num_tokens"),
 }
-FOUND = {  # name: (tokens wrong, checker, books wrong), as the notebook says
+FOUND = {  # name: (tokens wrong, checker, blocks wrong), as the notebook says
     "launch_1": (False, True, False), "launch_2": (True, True, False), "wait_3": (True, True, False),
     "wait_4": (True, True, False), "carry_ids_5": (True, False, False), "carry_ids_6": (True, False, False),
     "prune_7": (True, False, True), "commit_8": (True, False, False), "token_number_9": (True, False, False),
@@ -269,7 +269,7 @@ def test_all_puzzles_are_here():
 def test_a_puzzle_is_a_fault_found_as_the_notebook_says_and_its_line_mends_it(name):
     wrong = tried(PUZZLES[name])
     assert not wrong.right
-    found = ("tokens: wrong" in wrong.title, "Race checker: nothing" not in wrong.title, "Books: wrong" in wrong.title)
+    found = ("tokens: wrong" in wrong.title, "Race checker: nothing" not in wrong.title, "Blocks: wrong" in wrong.title)
     assert found == FOUND[name]
     before, after = MENDED[name]
     assert PUZZLES[name].count(before) == 1
@@ -288,8 +288,8 @@ def test_a_trial_of_a_loop_that_does_not_end_or_breaks_says_so():
     assert "stopped with ZeroDivisionError" in loop.trial(wait=lambda batcher, slot: 1 / 0).title
 
 
-def test_books_that_do_not_agree_are_a_fault_though_all_tokens_are_right():
-    ended = {}  # by the books of each run: who has been pruned
+def test_blocks_that_do_not_agree_are_a_fault_though_all_tokens_are_right():
+    ended = {}  # by the cache of each run: who has been pruned
 
     def once_more(kv, owner):
         count = KVCache.prune(kv, owner)
@@ -301,7 +301,7 @@ def test_books_that_do_not_agree_are_a_fault_though_all_tokens_are_right():
 
     found = loop.trial(prune=once_more)
     assert "tokens: right in all requests" in found.title
-    assert "Books: wrong: 13 blocks lie on kv.free, 12 different ones, of 12" in found.title
+    assert "Blocks: wrong: 13 blocks lie on kv.free, 12 different ones, of 12" in found.title
     assert not found.right
 
 

@@ -129,8 +129,12 @@ def test_recorded_runs_have_both_engines_and_follow_the_law_but_for_one():
 
 def test_pictures_draw_what_they_are_given():
     runs = measuring.recorded_runs()[:3]
-    law = measuring.draw_law(runs)
-    assert [label.get_text() for label in law.axes.get_yticklabels()] == [run.label for run in runs]
+    line, circles, twins = (
+        each for each in (measuring.draw_law(runs).axes.lines[0], *measuring.draw_law(runs).axes.collections)
+    )
+    assert all(x == y for x, y in zip(*line.get_data(), strict=True))
+    assert np.asarray(circles.get_offsets()) == pytest.approx(100 * np.array([(run.law, run.idle) for run in runs]))
+    assert np.asarray(twins.get_offsets()) == pytest.approx(100 * np.array([(run.law, run.idle_async) for run in runs]))
     found = attribution.Attribution(0.02, {"commit": 0.015, "schedule": 0.005}, [], 10)
     bars = measuring.draw_attribution({"before": found, "after": found}, most=1)
     assert [patch.get_width() for patch in bars.axes.patches] == pytest.approx([1.5, 0.5, 1.5, 0.5])
@@ -140,15 +144,19 @@ def test_pictures_draw_what_they_are_given():
     union = measuring.draw_union((0, 3), (5, 8), ((0,), (8,)))
     assert repr(union) == "<Picture: 2 intervals, 1 stretches, 8 ms busy>"
     assert len(union.axes.patches) == 3
-    gaps = measuring.draw_gap_lengths([300, 0, 322000, 300])
+    gaps = measuring.draw_gap_lengths([0.3, 0, 322, 0.3])
     assert [text.get_text() for text in gaps.axes.texts] == ["  the longest: 322 ms", "median 0.30 ms"]
     assert measuring.draw_launch(0.03, 20.1).png().startswith(b"\x89PNG")
 
 
 def test_profile_gives_the_report_and_says_why_it_cannot(capsys):
     report = measuring.profile("--emulate", "h200-llama-8b", "--new-tokens", "4", "--batch-size", "2")
-    assert [run["mode"] for run in report["runs"]] == ["sync", "async"]
-    assert report["same_tokens"]
+    assert [run.mode for run in report.runs] == ["sync", "async"]
+    assert report.same_tokens
+    screen = measuring.first_screen(report)
+    assert " ".join(screen.split()) == " ".join(" ".join(report.sentences).split())
+    assert screen.count("\n") < 25
+    assert max(map(len, screen.splitlines())) <= 88
     with pytest.raises(RuntimeError, match="no recording 'h300'"):
         measuring.profile("--emulate", "h300")
     assert capsys.readouterr() == ("", "")

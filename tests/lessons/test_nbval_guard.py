@@ -33,6 +33,13 @@ FAIL_IN_THREAD = IGNORE + (
 )
 MAY_RAISE = "# NBVAL_RAISES_EXCEPTION\n" + IGNORE
 TWO = ("1 + 1", "2")
+SLIDER = "import ipywidgets\nslider = ipywidgets.IntSlider(value=3, min=1, max=9)\n"
+BREAKS = "def follow(change):\n    assert change['new'] < 9, 'planted'\nslider.observe(follow, names='value')"
+LOG = "far = ipywidgets.FloatLogSlider(value=10, min=-1, max=2)\n"
+LOG += "near = ipywidgets.BoundedFloatText(value=1, min=0, max=7)\n"
+CHOICE = "choice = ipywidgets.ToggleButtons(options=['A', 'B'], value=None)\n"
+NOTED = "seen = []\nchoice.observe(lambda change: seen.append(change['new']), names='value')\n"
+NOTED += "button = ipywidgets.Button()\nbutton.on_click(lambda _: seen.append('pressed'))"
 # name: (cells as (source, saved text output), number of the cell that must fail, words: the report must have one)
 BAD = {
     "failing_assert": ([(SET_UP, ""), ("assert 1 == 2, 'planted'", ""), TWO], 1, ["AssertionError"]),
@@ -75,10 +82,23 @@ BAD = {
     "wrong_output": ([(SET_UP, ""), ("print('16 tokens')", "15 tokens\n"), TWO], 1, ["outputs differ"]),
     "missing_output": ([("print('16 tokens')", ""), TWO], 0, ["outputs differ"]),
     "kernel_dies": ([(SET_UP, ""), ("import os\nos._exit(3)", "")], 1, ["kernel died"]),
+    "looks_at_a_slider": (
+        [(SLIDER, ""), ("assert slider.value == 3, 'planted'", ""), TWO],
+        1,
+        ["AssertionError"],
+    ),
+    "slider_that_breaks": ([(SLIDER + BREAKS, ""), TWO], 0, ["A widget ended with an error when it was moved"]),
     "marked_but_raises_nothing": ([(MAY_RAISE + "x = 1", ""), TWO], 0, ["none was raised"]),
 }
 GOOD = [
     (SET_UP, ""),
+    (SLIDER + LOG + CHOICE + NOTED, ""),
+    (
+        "print(slider.value, far.value, near.value, choice.value, seen)",
+        "9 100.0 7.0 None ['A', 'B', None, 'pressed']\n",
+    ),
+    ("slider.value = 4", ""),
+    ("print(slider.value)  # moved once, and then left alone", "4\n"),
     ("print(f'step took {time.perf_counter() % 9:.3f} ms')", "step took 12.345 ms\n"),
     ("task = asyncio.create_task(asyncio.sleep(0.01, 'slept'))\nprint(await task)", "slept\n"),
     ("print(object())", "<object object at 0x7f0000000000>\n"),

@@ -11,7 +11,6 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-from support.lessons import LAGGING
 
 from asyncbatch.lessons import kept
 from tools import notebooks as tool
@@ -255,9 +254,8 @@ device = teach.setup()"""
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_the_first_code_cell_is_the_same_in_all_notebooks(path):
     first = code_cells(path)[0]
-    if not path.name.startswith(LAGGING):
-        assert first.source == SET_UP
-        assert first.metadata == {"tags": ["nbval-ignore-output"]}
+    assert first.source == SET_UP
+    assert first.metadata == {"tags": ["nbval-ignore-output"]}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -12,7 +12,6 @@ import pytest
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 CAPTION = re.compile(r"^\*Picture: .*\*$", re.MULTILINE)
-WITH_OLD_CAPTIONS = ("04", "05", "06")  # their captions stand above the pictures
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
@@ -70,9 +69,7 @@ def test_what_is_saved_tells_the_answer_only_where_it_is_revealed(book):
 
 
 def test_a_caption_stands_below_its_picture_and_asks(book):
-    name, cells = book
-    if name.startswith(WITH_OLD_CAPTIONS):
-        pytest.skip("captions above the pictures")
+    _, cells = book
     pictures = [number for number, cell in enumerate(cells) if has_picture(cell)]
     for number in pictures:
         assert not CAPTION.search(cells[number - 1].source) or has_picture(cells[number - 2]), cells[number].source
@@ -84,9 +81,7 @@ def test_a_caption_stands_below_its_picture_and_asks(book):
 
 
 def test_no_text_before_the_result_has_the_numbers_of_the_answer(book):
-    name, cells = book
-    if name.startswith(WITH_OLD_CAPTIONS):
-        pytest.skip("captions above the pictures")
+    _, cells = book
     for prediction in predictions(cells):
         asked = {*NUMBER.findall(prediction.question)}
         answer = {*NUMBER.findall(prediction.right)} - asked

@@ -11,11 +11,10 @@ from nbformat.v4 import new_code_cell, new_markdown_cell
 from support import lessons
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
-DONE = [path for path in NOTEBOOKS if not path.name.startswith(lessons.LAGGING)]
 MOST_NAMES, MOST_WORDS, FEWEST_PLACES = 6, 1500, 8
 
 
-@pytest.fixture(params=DONE, ids=lambda path: path.stem)
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
 def cells(request) -> list:
     return lessons.cells_of(request.param)
 
@@ -66,7 +65,7 @@ def test_there_is_enough_to_write(cells):
 
 def test_a_name_means_the_same_in_every_notebook():
     meant: dict[str, tuple[str, str]] = {}
-    for path in DONE:
+    for path in NOTEBOOKS:
         cells = lessons.cells_of(path)
         for name, what in {**lessons.imported(cells), **lessons.defined(cells)}.items():
             there, before = meant.setdefault(name, (path.name, what))

@@ -1,7 +1,8 @@
 """Sent into the kernel of every tested notebook: remembers failures that no cell reports.
 
 An exception in a task that nobody awaited, or in a thread, only appears on stderr, if at all. `check()` raises it.
-nbval_guard.py sends this file to the kernel and calls `check()` after each cell. It uses only the standard library.
+nbval_guard.py sends this file to the kernel, and calls `check()` and `move_widgets()` after each cell. It uses only the
+standard library.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import sys
 import threading
 import traceback
+from typing import Any
 
 PENDING_TIMEOUT_S = 2.0
 KERNEL_PACKAGES = ("/ipykernel/", "/IPython/", "/jupyter_client/", "/tornado/", "/zmq/")
 
 _failures: list[str] = []
+_moved: set[str] = set()  # ids of the widgets that `move_widgets` has used
 
 
 class _Recorder(logging.Handler):
@@ -58,3 +62,27 @@ async def check() -> None:
         report = "\n".join(_failures)
         _failures.clear()
         raise AssertionError(report)
+
+
+def move_widgets() -> None:
+    """Use every widget that has come to life since the last call, as a restless reader would, before the next cell
+    runs: a slider (a box, a play button) goes to its lowest, middle and highest value, and stays there; a button is
+    pressed; of a choice every option is taken, and then what was chosen before, as the next cells print what it was.
+
+    Raises what their callbacks raise."""
+    module: Any = sys.modules.get("ipywidgets")
+    for key, widget in list(module.widgets.widget._instances.items()) if module else ():
+        if key in _moved:
+            continue
+        _moved.add(key)
+        if widget.has_trait("min") and widget.has_trait("max") and widget.has_trait("value"):
+            for place in (widget.min, (widget.min + widget.max) / 2, widget.max):
+                logarithmic = widget.has_trait("base")  # then its limits are exponents
+                widget.value = type(widget.value)(widget.base**place if logarithmic else place)
+        elif widget.has_trait("options") and widget.has_trait("index"):
+            before = widget.index
+            for index in range(len(widget.options)):
+                widget.index = index
+            widget.index = before
+        elif isinstance(widget, module.Button):
+            widget.click()

@@ -13,7 +13,6 @@ from typing import Any
 
 import nbformat
 
-LAGGING = ("03", "06")  # notebooks still to be put into the form of test_scaffolding.py: take out what is done
 BADGES = re.compile(r"^!\[.*\]\(\.\./docs/badges/.*$", re.MULTILINE)  # the line of them below the title
 # A comment that asks the reader to write something, or to change a number and to run the cell again.
 ASKS = re.compile(r"#.*\b(your code here|your turn|change|try)\b", re.IGNORECASE)

@@ -5,7 +5,9 @@ nobody awaited, a thread. With this plugin a cell also fails when
 - its `execute_reply` has status "error", or there is none (and the cell is not marked as raising),
 - it is marked as raising and does not raise,
 - the kernel dies: at once, and not after the time-out,
-- something failed in the background (kernel_watch.py, beside this file, tells of it).
+- something failed in the background (kernel_watch.py, beside this file, tells of it),
+- a widget that it shows ends with an error when it is moved. All are moved before the next cell runs: so a cell that
+  looks at a widget's state fails, too.
 tests/lessons/test_nbval_guard.py shows each of these. The root conftest.py loads the plugin where nbval is installed.
 """
 
@@ -29,6 +31,7 @@ INSTALL = (
     "__import__('sys').modules['_kernel_watch'].install()"
 )
 CHECK = "await __import__('sys').modules['_kernel_watch'].check()"
+MOVE = "__import__('sys').modules['_kernel_watch'].move_widgets()"
 WATCH_TIMEOUT_S = 60
 POLL_S = 0.5
 KNOCK_S = 10.0
@@ -140,6 +143,9 @@ def unseen_problem(item, kernel) -> tuple[str, str] | None:
         return "The cell is marked as raising an exception, and none was raised", ""
     if background["status"] != "ok":
         return "A task or thread failed, or is still pending", background["evalue"]
+    moved = kernel.request(MOVE)
+    if moved["status"] != "ok":
+        return "A widget ended with an error when it was moved", f"{moved.get('ename')}: {moved['evalue']}"
     return None
 
 

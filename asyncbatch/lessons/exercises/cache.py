@@ -50,9 +50,7 @@ def _explain_place(args: tuple[Any, ...], got: Any, want: Any) -> str | None:
     if got == block:
         return f"That is the block. A place counts tokens: block {block} begins at place {block * size}."
     if got == block * size:
-        return (
-            f"Block {block} is right, but that is its first place. What is left over when {position} is cut by {size}?"
-        )
+        return f"Block {block} is right, but that is its first place. Add the remainder of {position} / {size}."
     if hit == block:
         return f"Block {block} is right; the place in it is the remainder, {position} % {size} = {offset}."
     pool = _place_pool(tables, size)
@@ -155,8 +153,8 @@ def _explain_books(args: tuple[Any, ...], got: Any, want: Any) -> str | None:
     wrong = [block for block in range(1, 9) if got.owner_of[block] != want.owner_of[block]]
     if wrong:
         return (
-            f"`kv.owner_of[{wrong[0]}]` still names {letter(got.owner_of[wrong[0]])}, though the block is free. All "
-            "books must say the same: set it to NOBODY."
+            f"`kv.owner_of[{wrong[0]}]` still names {letter(got.owner_of[wrong[0]])}, though the block is free. It, "
+            "the table and `kv.free` must agree: set it to NOBODY."
         )
     if got.returned != want.returned:
         return "The books are right. Return how many blocks went back: 0 for an owner that has none."

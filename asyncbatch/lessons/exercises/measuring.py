@@ -156,10 +156,10 @@ EXERCISES = {
             Case((0.0, 5.0, 0.0), "All of this work is the host's: the device adds nothing."),
         ),
         (
-            "Three moments: the start, work() has returned, the device is done. Which need a synchronize() before "
+            "Three moments: the start, `work()` has returned, the device is done. Which need a `synchronize()` before "
             "them?",
-            "synchronize(), look, work(), look, synchronize(), look. Then return two differences, both to the first "
-            "look.",
+            "`synchronize()`, look, `work()`, look, `synchronize()`, look. Then return two differences, both to the "
+            "first look.",
         ),
         answer=_on_desk, explain=_explain_times,
     ),
