@@ -1,6 +1,6 @@
 """Build the site, static pages that work from a folder, and look at it in a browser.
 
-    python tools/website/build.py --sphinx .venv/site/bin/sphinx-build [--repository https://github.com/x/y] [--to FOLDER]
+    python tools/website/build.py [--repository https://github.com/x/y] [--to FOLDER] [--pictures FOLDER]
 
 `make site` installs Sphinx into an environment of its own and calls this. No notebook is run. With the repository's
 address, pages link to its files and have buttons that open a notebook in Binder or Colab; without it nothing does.

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 project = "asyncbatch"
 copyright = "the asyncbatch authors; text CC BY 4.0, code Apache 2.0"
@@ -26,12 +27,13 @@ html_css_files = ["site.css"]
 html_copy_source = False
 html_use_index = False
 html_show_sphinx = False
-html_theme_options = {
+html_theme_options: dict[str, Any] = {
     "use_download_button": False,
     "use_fullscreen_button": True,
     "show_toc_level": 2,
     "navigation_with_keys": True,
     "home_page_in_toc": True,
+    "navbar_persistent": [],  # its search field stands in the side bar already
 }
 if repository := os.environ.get("SITE_REPOSITORY"):
     html_theme_options |= {

@@ -1,7 +1,7 @@
 """The pages of the site, prepared for Sphinx: where they stand, where their links lead, what is folded.
 
-The folder has the form of the repository, so that links from one page to another stay what they are. README is its first
-page. A link to anything that is no page leads to the repository if its address is known, and else is only its words.
+The folder has the form of the repository, so that links from one page to another stay what they are. README is its
+first page. A link to anything that is no page leads to the repository if its address is known, and else is only its words.
 """
 
 from __future__ import annotations
