@@ -87,6 +87,11 @@ def reveals(cell: NotebookNode) -> bool:
     return cell.cell_type == "code" and _REVEALS.search(cell.source) is not None
 
 
+def asks(cell: NotebookNode) -> bool:
+    """Whether the cell asks for a prediction."""
+    return cell.cell_type == "code" and _ASKS.search(cell.source) is not None
+
+
 def predictions(book: NotebookNode) -> list[Prediction]:
     """The predictions of an executed notebook, in order; question and answer are taken from its saved outputs.
 

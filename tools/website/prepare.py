@@ -1,7 +1,7 @@
 """The pages of the site, prepared for Sphinx: where they stand, where their links lead, what is folded.
 
 The folder has the form of the repository, so that links from one page to another stay what they are. README is its
-first page. A link to anything that is no page leads to the repository if its address is known, and else is only its words.
+first page. A link to anything that is no page leads to the repository if its address is known, and else is its words.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,11 @@ from tools import lessons
 HOME = "README.md"
 FIRST, LAST = "index.md", ("CONTRIBUTING.md", "CHANGELOG.md")
 ASSETS = {".png", ".svg", ".json"}
-_LINK = re.compile(r"(?P<image>!?)\[(?P<words>(?:[^\[\]]|\[[^\]]*\])*)\]\((?P<target>[^)\s]+)\)")
-_CODE = re.compile(r"(```.*?```|`[^`\n]*`)", re.DOTALL)
+# A link, or code, in which nothing is a link; whichever begins first.
+_LINK = re.compile(
+    r"```.*?```|(?P<image>!?)\[(?P<words>(?:[^\[\]]|\[[^\]]*\](?:\([^)\s]*\))?)*)\]\((?P<target>[^)\s]+)\)|`[^`\n]*`",
+    re.DOTALL,
+)
 _CAPTION = re.compile(r"^\*Picture: (.*)\*$", re.MULTILINE)
 
 
@@ -84,15 +86,13 @@ class Links:
 
     def followed(self, text: str, page: str) -> str:
         """The Markdown of a page with its links as they are on the site. FileNotFoundError for one to nowhere."""
-        parts = _CODE.split(text)
-        return "".join(
-            part if number % 2 else _LINK.sub(lambda match: self._link(match, page), part)
-            for number, part in enumerate(_guard(parts))
-        )
+        return _LINK.sub(lambda match: self._link(match, page), text)
 
     def _link(self, match: re.Match[str], page: str) -> str:
+        if match["target"] is None:
+            return match[0]
         target, _, anchor = match["target"].partition("#")
-        words = _LINK.sub(lambda inner: self._link(inner, page), match["words"])  # a picture that is a link
+        words = self.followed(match["words"], page)  # a picture may be a link
         if not target or re.match(r"[a-z]+:", target):
             return f"{match['image']}[{words}]({match['target']})"
         path = os.path.normpath((Path(page).parent / target).as_posix()).replace(os.sep, "/")
@@ -109,19 +109,6 @@ class Links:
         return f"[{words}]({self.repository}/{kind}/main/{path})"
 
 
-def _guard(parts: list[str]) -> Iterator[str]:
-    """The parts of a text, cut at its code, with code within a link's words put back where it belongs."""
-    whole = ""
-    for number, part in enumerate(parts):
-        if number % 2 and part.startswith("```"):
-            yield whole
-            yield part
-            whole = ""
-        else:
-            whole += part
-    yield whole
-
-
 # ---- notebooks -------------------------------------------------------------------------------------------------------
 
 
@@ -135,8 +122,8 @@ def shown(book: NotebookNode) -> NotebookNode:
         tags = set(cell.metadata.get("tags", ()))
         if lessons.reveals(cell) or lessons.SCAFFOLDING in tags:
             tags |= {"remove-input", "hide-output"} if cell.outputs else {"remove-cell"}
-        elif set_up:
-            tags.add("hide-input")  # the same cell in every notebook: it finds the package
+        elif set_up or lessons.asks(cell):  # the first cell only finds the package; a question is its output
+            tags.add("hide-input")
             set_up = False
         cell.source = re.sub(r"^# NBVAL_\w+\n", "", cell.source)
         cell.metadata = nbformat.from_dict({"tags": sorted(tags), "mystnb": _settings(book, number, tags)})
