@@ -90,7 +90,8 @@ def notebook_runs() -> str:
     from nbclient import NotebookClient
 
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in CELLS])
-    NotebookClient(book, timeout=120, kernel_name="python3").execute()
+    quiet = ["--log-level=ERROR"]  # a kernel warns of every local connection
+    NotebookClient(book, timeout=120, kernel_name="python3", extra_arguments=quiet).execute()
     if not any("image/png" in output.get("data", {}) for output in book.cells[-1].outputs):
         raise NotReadyError("a notebook runs, and shows no picture: install again, into an empty .venv")
     return "a notebook runs and draws"
