@@ -16,6 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 TESTS = str(Path(__file__).resolve().parents[2] / "tests")
 PHONE, DESKTOP = (390, 844), (1366, 768)
+PATIENCE_S = 60  # for a search; a machine may be busy
 GATHER = """
 const links = [...document.querySelectorAll('a[href], link[href]')].map(e => e.href);
 const parts = [...document.querySelectorAll('img[src], script[src], iframe[src]')].map(e => e.src);
@@ -117,7 +118,7 @@ def _search(driver: Any, site: Path) -> list[str]:
     _resize(driver, DESKTOP)
     driver.get((site / "search.html").as_uri() + "?q=wasted")
     try:
-        wait(driver, "return document.querySelectorAll('#search-results li a').length", "something found", 20)
+        wait(driver, "return document.querySelectorAll('#search-results li a').length", "something found", PATIENCE_S)
     except Exception as error:
         return [f"search.html finds nothing: {str(error).splitlines()[0]}"]
     return []
