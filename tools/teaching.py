@@ -63,9 +63,12 @@ def rendered(entries: dict[str, dict[str, str]], notes: dict[str, str], unwritte
 def predictions() -> dict[str, dict[str, str]]:
     entries: dict[str, dict[str, str]] = {}
     for path, book in lessons.all_notebooks():
-        entries[lessons.title_of(book)] = {
-            f"{lessons.number_of(path)} {asked.name}": _prediction(asked) for asked in lessons.predictions(book)
-        }
+        try:
+            asked = lessons.predictions(book)
+        except ValueError as error:
+            raise ValueError(f"{path.name}: {error}") from None
+        number = lessons.number_of(path)
+        entries[lessons.title_of(book)] = {f"{number} {each.name}": _prediction(each) for each in asked}
     return entries
 
 
@@ -188,8 +191,12 @@ def to_write(page: str) -> list[str]:
 
 def main(arguments: list[str]) -> int:
     page = PAGE.read_text(encoding="utf-8")
-    new = up_to_date(page)
-    faults = wrong_splits(new, predictions())
+    try:
+        new = up_to_date(page)
+        faults = wrong_splits(new, predictions())
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
     if "--check" in arguments:
         if new != page:
             faults.append("it is not what notebooks and wrong answers say; python tools/teaching.py writes it")

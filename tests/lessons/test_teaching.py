@@ -88,15 +88,17 @@ def test_a_split_that_does_not_fit_its_options_is_named(with_notebook, note):
     assert fault.startswith("09 guess_it: ")
 
 
-def test_a_notebook_whose_answers_are_not_saved_is_refused(with_notebook):
+def test_a_notebook_whose_answers_are_not_saved_is_refused(with_notebook, capsys):
     for book, said in (
         (notebook(told="You chose A.\n"), "guess_it: 0 answers are saved"),
         (new_notebook(cells=notebook().cells[:3]), "guess_it: asked, and never revealed"),
         (new_notebook(cells=[notebook().cells[0], notebook().cells[5]]), "never asked"),
     ):
         with_notebook(book)
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=f"09_nine.ipynb: .*{said}"):
             teaching.predictions()
+    assert teaching.main(["--check"]) == 1
+    assert capsys.readouterr().err.startswith("09_nine.ipynb: ")
 
 
 def test_the_page_has_its_marks_and_all_that_is_rendered():
