@@ -19,10 +19,14 @@ $(STAMP): again
 endif
 
 .PHONY: help run test check lab bench notebooks format clean distclean again
+.PHONY: kit site teaching
 help:
 	@echo "make run        measure synchronous against asynchronous batching on the embedded model, into out/"
 	@echo "make test       check and test everything, the notebooks too"
 	@echo "make lab        open copies of the notebooks, your own, in JupyterLab"
+	@echo "make kit        write dist/asyncbatch-kit: everything for a workshop without a network (TORCH=cpu makes it small)"
+	@echo "make site       build/site: notebooks, README and docs as pages (REPOSITORY=https://... adds links and launch buttons)"
+	@echo "make teaching   renew what is rendered in notebooks/TEACHING.md"
 	@echo "make bench      measure this package against its own targets, print only"
 	@echo "make notebooks  run the notebooks and save them in canonical form"
 	@echo "make check      ruff, mypy, who imports whom, and the notebooks' form: no tests"
@@ -51,6 +55,7 @@ check: $(STAMP)
 	$(PY) -m mypy
 	$(VENV)/bin/lint-imports --no-logo
 	$(PY) tools/notebooks.py --check
+	$(PY) tools/teaching.py --check
 
 lab: $(STAMP)
 	$(PY) tools/notebooks.py --copies
@@ -62,6 +67,20 @@ bench: $(STAMP)
 notebooks: $(STAMP)
 	$(PY) -m ruff format notebooks
 	$(PY) tools/notebooks.py
+
+kit: $(STAMP)
+	$(PY) tools/kit.py $(if $(TORCH),--extra-index-url https://download.pytorch.org/whl/$(TORCH)) $(PIP_OPTIONS)
+
+# Sphinx lives in an environment of its own: what the notebooks are pinned to stays as it is.
+REPOSITORY ?=
+SITE_PIP := $(VENV)/site/bin/python -m pip --disable-pip-version-check install $(PIP_OPTIONS)
+site: $(STAMP)
+	@$(VENV)/site/bin/python -m pip --version >/dev/null 2>&1 || $(PY) -m venv --clear $(VENV)/site
+	$(SITE_PIP) -q -r tools/website/requirements.txt
+	$(PY) tools/website/build.py $(if $(REPOSITORY),--repository $(REPOSITORY))
+
+teaching: $(STAMP)
+	$(PY) tools/teaching.py
 
 format: $(STAMP)
 	$(PY) -m ruff check --fix

@@ -5,13 +5,15 @@
     python tools/notebooks.py --keep-outputs       save in canonical form without running (after a change to text)
     python tools/notebooks.py --check              change nothing, run nothing; exit 1 and say what is wrong
     python tools/notebooks.py --copies             make a reader's copies in my-notebooks/, without results
+    python tools/notebooks.py --students FOLDER    make copies for a class, without results and without answers
+    python tools/notebooks.py --key FOLDER         make the answer key: results, solutions and answers, all open
 
 Canonical: executed from top to bottom with counts 1 to n, stable cell ids, no widget state, no times or paths of the
 machine, no errors, nothing on stderr, under 300 KB, JSON with sorted keys. A reader without a kernel, on GitHub say,
 sees every result and picture, and a change of a notebook is a readable change in git.
 
 A reader works in copies of their own, which hold no results: a prediction comes before its answer, and no commit sees
-what they wrote. `make lab` makes those that are missing.
+what they wrote. `make lab` makes those that are missing. tools/copies.py says what else copies for a class leave out.
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ from pathlib import Path
 
 import nbformat
 from nbformat import NotebookNode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tools import copies
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 OWN = FOLDER.with_name("my-notebooks")  # beside it: links from one to another, and to docs/, lead to the same places
@@ -191,8 +196,8 @@ def run(path: Path, notebook: NotebookNode) -> None:
     ).execute()
 
 
-def make_copies(originals: Sequence[Path], own: Path) -> str:
-    """Copy the notebooks into the folder `own`, without outputs and counts, and say what was made and what was there.
+def make_copies(originals: Sequence[Path], own: Path, kind: str = "own") -> str:
+    """Copy the notebooks into the folder `own`, in a form of copies.KINDS, and say what was made and what was there.
 
     What is there is the reader's, and stays as it is. Answers kept beside the originals, by a reader who worked there,
     come along. Whatever stops it, no copy is left half written. OSError if `own` cannot be written."""
@@ -202,15 +207,12 @@ def make_copies(originals: Sequence[Path], own: Path) -> str:
         if (own / original.name).exists():
             there.append(original.name)
             continue
-        book = canonical(nbformat.reads(original.read_text(encoding="utf-8"), as_version=4))
-        for cell in book.cells:
-            if cell.cell_type == "code":
-                cell.outputs, cell.execution_count = [], None
+        book = copies.KINDS[kind](canonical(nbformat.reads(original.read_text(encoding="utf-8"), as_version=4)))
         draft = own / f".{original.name}.new"
         draft.write_text(text_of(book), encoding="utf-8", newline="\n")
         draft.replace(own / original.name)
         made.append(original.name)
-    for answers in {original.with_name(ANSWERS) for original in originals}:
+    for answers in {original.with_name(ANSWERS) for original in originals if kind == "own"}:
         for answer in answers.glob("*.py"):
             (own / ANSWERS).mkdir(exist_ok=True)
             if not (own / ANSWERS / answer.name).exists():
@@ -219,7 +221,7 @@ def make_copies(originals: Sequence[Path], own: Path) -> str:
         word: " ".join(name.split("_")[0] for name in names) for word, names in (("made", made), ("kept", there))
     }
     told = "; ".join(f"{word} {names or 'none'}" for word, names in numbers.items())
-    return f"{own.name}/, your copies of the notebooks: {told} (for a fresh copy, rename or delete yours)"
+    return f"{own.name}/, {copies.TITLES[kind]}: {told} (for a fresh copy, rename or delete yours)"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -229,15 +231,19 @@ def main(arguments: list[str] | None = None) -> int:
     mode.add_argument("--check", action="store_true", help="change nothing; exit 1 and say what is not canonical")
     mode.add_argument("--keep-outputs", action="store_true", help="do not run, only save in canonical form")
     mode.add_argument("--copies", action="store_true", help="make a reader's copies, without results, in my-notebooks/")
+    mode.add_argument("--students", type=Path, metavar="FOLDER", help="make copies for a class, without answers")
+    mode.add_argument("--key", type=Path, metavar="FOLDER", help="make the answer key")
     options = parser.parse_args(arguments)
     paths = [path.resolve() for path in options.paths or sorted(FOLDER.glob("*.ipynb"))]
-    if options.copies:
-        try:
-            print(make_copies(paths, OWN))
-        except OSError as error:
-            print(f"{OWN.name}/ cannot be written: {error}", file=sys.stderr)
-            return 1
-        return 0
+    wanted = {"own": OWN if options.copies else None, "students": options.students, "key": options.key}
+    for kind, folder in wanted.items():
+        if folder is not None:
+            try:
+                print(make_copies(paths, folder, kind))
+            except OSError as error:
+                print(f"{folder.name}/ cannot be written: {error}", file=sys.stderr)
+                return 1
+            return 0
     bad = 0
     for path in paths:
         if not options.check:

@@ -32,8 +32,10 @@ def need_browser(*packages: str) -> None:
 
 
 @contextlib.contextmanager
-def browse(profile: Path) -> Iterator:
-    """Start a headless Chromium that keeps its files in the folder `profile`, and yield the selenium driver."""
+def browse(profile: Path, **capabilities) -> Iterator:
+    """Start a headless Chromium that keeps its files in the folder `profile`, and yield the selenium driver.
+
+    capabilities: what else WebDriver is asked for, as {"goog:loggingPrefs": {"performance": "ALL"}}."""
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
@@ -46,6 +48,8 @@ def browse(profile: Path) -> Iterator:
         options.add_argument(f"--{flag}")
     options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
     options.add_argument(f"--user-data-dir={profile}")
+    for name, value in capabilities.items():
+        options.set_capability(name, value)
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(CHROMEDRIVER))
     try:
         driver.set_page_load_timeout(PATIENCE)

@@ -1,0 +1,1 @@
+"""What `make` runs, and what maintainers run by hand. Each file says in its first lines how."""
