@@ -53,11 +53,10 @@ def exact(host_ms: float, device_ms: float, requests: Sequence[Request], slots: 
     return batcher.timeline
 
 
-def step_ms(timeline: Timeline) -> float:
-    """Milliseconds from the end of one step to the end of the next, in the middle of a run: its steady state."""
-    _, _, _, ends = timeline.lane("compute")
-    middle = len(ends) // 2
-    return float(1e3 * (ends[middle] - ends[middle - 1]))
+def step_ms(host_ms: float, device_ms: float, slots: int | None = None) -> float:
+    """Milliseconds from the end of one step to the end of the next, in the steady state. slots: as of `exact`."""
+    part = host_ms / 4
+    return Way(part, part, part, part, device=device_ms, slots=slots or 1).period_ms
 
 
 def answer(tokens: int, spare: int = 8) -> Request:
@@ -90,7 +89,7 @@ def first_token_waits(
     One request is served all the time, and the others come to it in one run, three steps apart."""
     long = request([1, 2, 3], new=24)
     timeline = exact(host_ms, device_ms, [long], slots)
-    begin, period = float(1e3 * timeline.lane("compute")[2][8]), step_ms(timeline)
+    begin, period = float(1e3 * timeline.lane("compute")[2][8]), step_ms(host_ms, device_ms, slots)
     arrivals = [period * (number + 0.5) / moments for number in range(moments)]
     to_come = [1e-3 * (begin + 3 * number * period + each) for number, each in enumerate(arrivals)]
     with _loop(slots, clock=costs(host_ms, device_ms), max_batch_size=4, max_length=256) as batcher:
@@ -194,12 +193,21 @@ def three_numbers(periods_ms: Sequence[float]) -> str:
     return f"median {np.median(periods_ms):.2f} ms, p99 {p99(periods_ms):.2f} ms, longest {max(periods_ms):.1f} ms"
 
 
-def pause_costs(pause_ms: float, host_ms: float, device_ms: float, slots: int) -> float:
-    """How many milliseconds longer a run takes if the host pauses once, in the middle of it."""
+PAUSED, STEPS = 20, 60  # in the commit of which step the host pauses, and of how many
+
+
+def paused_run(pause_ms: float, host_ms: float, device_ms: float, slots: int) -> SimulatedRun:
+    """A run (its times are milliseconds) in which the host pauses once, as on the virtual clock. slots: 1 is the
+    synchronous loop."""
     cost = StepCost(before=0.75 * host_ms, copy_in=0.0, step=device_ms, copy_out=0.0, commit=0.25 * host_ms)
-    steps = [cost] * 60
-    paused = [*steps[:20], cost._replace(commit=cost.commit + pause_ms), *steps[21:]]
-    return simulate(paused, slots).total_s - simulate(steps, slots).total_s
+    paused = cost._replace(commit=cost.commit + pause_ms)
+    return simulate([paused if step == PAUSED else cost for step in range(STEPS)], slots)
+
+
+def pause_costs(pause_ms: float, host_ms: float, device_ms: float, slots: int) -> float:
+    """How many milliseconds longer a run takes for one pause of the host."""
+    long, short = (paused_run(pause, host_ms, device_ms, slots).total_s for pause in (pause_ms, 0.0))
+    return long - short
 
 
 @functools.cache
@@ -293,18 +301,22 @@ class Way:
     slots: int = 1
 
     @property
-    def run(self) -> SimulatedRun:
+    def period_ms(self) -> float:
+        """Milliseconds from plan to plan, in the steady state. (With many slots and a host that is hardly longer than
+        the device that takes hundreds of steps to come.)"""
         before = self.plan + self.fill + self.launch
-        return simulate([StepCost(before, 0.0, self.steps * self.device, 0.0, self.commit)] * 12, self.slots)
+        run = simulate([StepCost(before, 0.0, self.steps * self.device, 0.0, self.commit)] * 600, self.slots)
+        last = 599 - self.slots  # those after it do not wait for a later plan
+        return float(run.ends[last] - run.ends[last - 1])
 
     @property
     def idle(self) -> float:
         """The share of time in which the device idles, from 0 to 1."""
-        return 1 - self.steps * self.device / self.run.step_s
+        return 1 - self.steps * self.device / self.period_ms
 
     @property
     def tokens_per_s(self) -> float:
-        return 1e3 * self.rows * self.steps / self.run.step_s
+        return 1e3 * self.rows * self.steps / self.period_ms
 
     @property
     def wasted(self) -> int:

@@ -39,8 +39,9 @@ class Regime(Sliders):
         timelines = {}
         for name, slots in (("synchronous", None), (f"asynchronous, slots: {self.slots}", self.slots)):
             timeline = pays.exact(self.host_ms, self.device_ms, [request([1, 2, 3], new=12)], slots)
-            step = pays.step_ms(timeline)
-            words = f"{name}. A step takes {step:g} ms; of these the device idles for {step - self.device_ms:.3g} ms"
+            step = pays.step_ms(self.host_ms, self.device_ms, slots)
+            idle = max(step - self.device_ms, 0.0)
+            words = f"{name}. A step takes {step:.3g} ms; of these the device idles for {idle:.3g} ms"
             timelines[words] = timeline
         until = 4.2e-3 * (self.host_ms + self.device_ms)
         drawn = draw_rounds(timelines, self.slots, window=(0.0, until))
@@ -166,6 +167,32 @@ def draw_periods(periods_ms: Sequence[float], first: int = 0) -> Picture:
     return picture
 
 
+def draw_pause(pause_ms: float, host_ms: float, device_ms: float, slots: int) -> Picture:
+    """The steps of the device around one pause of the host, in the synchronous loop and in one with `slots` slots, each
+    from the end of the step in whose commit the host pauses."""
+    picture = figure(9, 2.0)
+    axes: Any = picture.axes
+    until, told = pause_ms + 4 * (host_ms + device_ms), []
+    for row, number in enumerate((1, slots)):
+        run = pays.paused_run(pause_ms, host_ms, device_ms, number)
+        begin = run.ends[pays.PAUSED]
+        axes.add_patch(Rectangle((-device_ms, row), until + device_ms, 0.8, **IDLE))
+        for step, (start, end) in enumerate(zip(run.starts - begin, run.ends - begin, strict=True)):
+            if end > -device_ms and start < until:
+                axes.add_patch(Rectangle((start, row), end - start, 0.8, facecolor=BLUE, edgecolor="white"))
+                if (start + end) / 2 < until:
+                    axes.text((start + end) / 2, row + 0.4, step, color="white", ha="center", va="center", fontsize=8)
+        told.append("synchronous" if number == 1 else f"slots: {number}")
+    axes.annotate(
+        "", (0, -0.25), (pause_ms, -0.25), arrowprops={"arrowstyle": "<->", "color": RED, "shrinkA": 0, "shrinkB": 0}
+    )
+    axes.text(pause_ms / 2, -0.4, f"the host pauses, {pause_ms:g} ms", ha="center", va="bottom", fontsize=9, color=RED)
+    axes.set(xlim=(-device_ms, until), ylim=(1.9, -1.0), xlabel=f"ms since the end of step {pays.PAUSED}")
+    axes.set_yticks([0.4, 1.4], told)
+    picture.title = f"a pause of {pause_ms:g} ms with {' and '.join(told)}"
+    return picture
+
+
 def draw_jitter(runs: Mapping[str, pays.Served]) -> Picture:
     """The periods of the steps of runs below each other, each with its three numbers."""
     picture = figure(8, 1.7 * len(runs) + 0.3)
@@ -199,9 +226,9 @@ def draw_ways(ways: Mapping[str, pays.Way]) -> Picture:
         words = f"idle {100 * way.idle:.0f} %, {way.tokens_per_s:.0f} tokens/s; a stop wastes {wasted}"
         axes.text(102, row, words, va="center", fontsize=9)
     axes.set_yticks(range(len(ways)), list(ways))
-    axes.set(ylim=(len(ways) - 0.4, -0.6), xlim=(0, 182), xlabel="% of the time")
+    axes.set(ylim=(len(ways) - 0.4, -0.6), xlim=(0, 182))
+    axes.set_xlabel("% of the time", loc="left")
     axes.set_xticks([0, 25, 50, 75, 100])
-    axes.xaxis.set_label_coords(0.3, -0.075)
     looks = [Patch(color=BLUE, label="device active"), Patch(label="device idle", **IDLE)]
     picture.figure.legend(handles=looks, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     picture.title = "; ".join(f"{name}: idle {100 * way.idle:.0f} %" for name, way in ways.items())
