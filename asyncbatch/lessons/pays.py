@@ -343,3 +343,12 @@ def recorded_step_ms() -> dict[int, float]:
         for run in sorted(runs, key=lambda run: run.rows)
         if (run.engine, run.model) == ("asyncbatch", "8B") and run.label.endswith("short texts")
     }
+
+
+def padding_costs(used: int, padded_to: int) -> float:
+    """How many times as long a step of `padded_to` rows took there as one of `used` rows."""
+    step_of = recorded_step_ms()
+    for rows in (used, padded_to):
+        if rows not in step_of:
+            raise ValueError(f"no step of {rows} rows was recorded; allowed: {', '.join(map(str, step_of))}")
+    return step_of[padded_to] / step_of[used]

@@ -92,10 +92,11 @@ def draw_race(race: pays.Race, guess: float) -> Picture:
         axes.plot([low, high], [0.6, 0.6], color=BLUE, linewidth=6, solid_capstyle="butt")
         axes.annotate(f" {confidence:.0%} sure", (high, 0.6), va="center", fontsize=9)
     else:
+        words = "disturbed, run me again" if pairs.void else "one pair is no conclusion"
         axes.text(
             0.5,
             0.2,
-            "disturbed, run me again",
+            words,
             transform=axes.transAxes,
             ha="center",
             color=RED,

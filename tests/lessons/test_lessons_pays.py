@@ -4,6 +4,7 @@ test_teach.py tests the exercises."""
 from __future__ import annotations
 
 import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -182,9 +183,13 @@ def test_quietly_leaves_old_objects_out_and_collects_new_ones_with_pythons_own_c
         circle = Circle()
         circle.self = circle
 
-    seen = {}
+    old, seen = Circle(), {}
+    old.self = old
+    gone = weakref.ref(old)
+    del old
 
     def serve():
+        seen["garbage"] = gone()
         seen["frozen"] = gc.get_freeze_count()
         make()
         seen["collected"] = gc.collect()
@@ -192,6 +197,7 @@ def test_quietly_leaves_old_objects_out_and_collects_new_ones_with_pythons_own_c
 
     gc.unfreeze()
     assert garbage.quietly(serve) == "tokens"
+    assert seen["garbage"] is None
     assert seen["frozen"] > 1000
     assert 1 <= seen["collected"] < 100
     assert gc.get_freeze_count() == 0
@@ -291,6 +297,10 @@ def test_padding_costs_what_was_recorded():
     step_of = pays.recorded_step_ms()
     assert list(step_of) == [1, 8, 32, 128]
     assert sorted(step_of.values()) == list(step_of.values())
+    assert pays.padding_costs(1, 32) == pytest.approx(5.321 / 4.681)
+    assert pays.padding_costs(8, 8) == 1.0
+    with pytest.raises(ValueError, match="no step of 4 rows was recorded; allowed: 1, 8, 32, 128"):
+        pays.padding_costs(4, 8)
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
@@ -322,8 +332,9 @@ def test_pictures_draw_what_they_are_given():
     assert repr(regimes) == "<Picture: 26 recorded pairs of runs in three regimes>"
     assert sum(abs(pays.gain_of(run, law.step_time) * (1 - run.saved) - 1) <= 0.06 for run in runs) == 24
     quiet, void = pays.judge([1.18, 1.2], [1.0, 1.0]), pays.judge([1.18, 1.2], [1.3, 1.3])
-    words = [[text.get_text() for text in pays_pictures.draw_race(race, 1.1).axes.texts] for race in (quiet, void)]
-    assert words == [[" 50% sure", "your guess"], ["disturbed, run me again", "your guess"]]
+    races = quiet, void, pays.judge([1.2])
+    words = [[text.get_text() for text in pays_pictures.draw_race(race, 1.1).axes.texts][0] for race in races]
+    assert words == [" 50% sure", "disturbed, run me again", "one pair is no conclusion"]
     short = pays_pictures.draw_short(law.gain_with_stops, 1.0, 5.0)
     assert short.title.startswith("host 1 ms, device 5 ms, slots 2: 2 tokens 0.80, 4 tokens 0.96, 8 tokens 1.07")
     first = pays_pictures.draw_first_token(0.4, 6.0)
