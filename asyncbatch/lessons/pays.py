@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -121,7 +122,8 @@ class Race(NamedTuple):
         only = Comparison(pairs=self.pairs.speedups, device_ratios=self.pairs.device_ratios)  # type: ignore[arg-type]
         lines = ["Disturbed, run me again."] if self.pairs.void else []
         lines += [gain_line(None, only) or ""] * (not self.pairs.void)
-        return "\n".join([*lines, *trust(None, only, self.same_tokens, over_time=False)])
+        lines += trust(None, only, self.same_tokens, over_time=False)
+        return "\n".join(textwrap.fill(line, 88) for line in lines)
 
 
 def race(model: Any, requests: Sequence[Request], step: Any = None, count: int = 6, **options: Any) -> Race:

@@ -46,6 +46,7 @@ class Regime(Sliders):
         until = 4.2e-3 * (self.host_ms + self.device_ms)
         drawn = draw_rounds(timelines, self.slots, window=(0.0, until))
         self.figure, self.axes = drawn.figure, drawn.axes
+        self.figure.set_size_inches(12, 3.8)  # with its three sliders it has to fit a screen of 1366x768
 
 
 def draw_regimes(runs: Sequence[RecordedRun], step_time: Callable[[float, float, int], float]) -> Picture:

@@ -114,17 +114,23 @@ def test_a_race_beside_a_recorded_gpu_says_what_it_is_and_knows_no_other():
         pays.race_beside("9B")
 
 
+def in_one_line(race):
+    lines = str(race).splitlines()
+    assert max(map(len, lines)) <= teach.WIDTH
+    return " ".join(lines)
+
+
 def test_what_pairs_say_and_that_disturbed_ones_say_run_me_again():
-    told = str(pays.judge([1.18, 1.19, 1.20, 1.21, 1.21, 1.22]))
+    told = in_one_line(pays.judge([1.18, 1.19, 1.20, 1.21, 1.21, 1.22]))
     assert "1.205x as fast (between 1.180x and 1.220x, 97% sure, 6 pairs of runs)" in told
     assert "Disturbed" not in told
     void = pays.judge([1.18, 1.9, 1.2], [1.3, 1.3, 1.0])
     assert str(void).startswith("Disturbed, run me again.\nVoid: ")
     assert "as fast" not in str(void)
-    left_out = str(pays.judge([1.18, 1.9, 1.2], [1.0, 1.3, 1.0]))
+    left_out = in_one_line(pays.judge([1.18, 1.9, 1.2], [1.0, 1.3, 1.0]))
     assert "between 1.180x and 1.200x" in left_out
     assert "those pairs are left out" in left_out
-    assert "the tokens differ" in str(pays.Race(void.pairs, same_tokens=False))
+    assert "the tokens differ" in in_one_line(pays.Race(void.pairs, same_tokens=False))
 
 
 def test_how_sure_is_what_coins_say():
