@@ -15,6 +15,7 @@ from __future__ import annotations
 import gc
 import time
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 LONG_S = 1e-3  # a collection that takes longer than this is too long for a loop: freeze what it looked at
@@ -42,6 +43,17 @@ def _let_go(holder: int) -> None:
     if not _holders and _frozen_by_us:
         gc.unfreeze()
         _frozen_by_us = False
+
+
+def quietly(serve: Callable[[], Any], gc: Any = gc) -> Any:
+    """Serve, and return what `serve` returns, while no collection looks at the objects that were there before. Garbage
+    among them is collected first: once frozen it would stay. gc: Python's collector, or another with its functions."""
+    gc.collect()
+    gc.freeze()
+    try:
+        return serve()
+    finally:
+        gc.unfreeze()
 
 
 def collect_while_waiting() -> None:

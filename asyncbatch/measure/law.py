@@ -16,3 +16,21 @@ def overlap_gain(host_s: float, device_s: float) -> float:
 
     host_s, device_s: the seconds that each takes for one step. ZeroDivisionError if both are 0."""
     return (host_s + device_s) / max(host_s, device_s)
+
+
+def step_time(host_s: float, device_s: float, slots: int = 2) -> float:
+    """Seconds from the end of one step to the end of the next, in the steady state: the longest of three cycles. The
+    host prepares and commits every step itself; the device computes every step itself; and a slot is filled again only
+    after its commit, when host and device have both had it. With one slot that is the synchronous loop.
+
+    host_s, device_s: the seconds that each takes for one step, copies left out. slots: from 1."""
+    return max(host_s, device_s, (host_s + device_s) / slots)
+
+
+def gain_with_stops(host_s: float, device_s: float, tokens: int, slots: int = 2) -> float:
+    """How many times as fast the asynchronous loop is where every answer ends at a stop token, its last of `tokens`.
+
+    A stop is seen slots - 1 steps late, and for so many steps the row is computed for nobody. Below 1 it is slower.
+
+    host_s, device_s: the seconds that each takes for one step. tokens: of an answer, from 1. slots: from 1."""
+    return tokens * step_time(host_s, device_s, 1) / ((tokens + slots - 1) * step_time(host_s, device_s, slots))

@@ -1,6 +1,6 @@
 """The exercises of all notebooks, by name. The solution of each is a function of this package."""
 
-from . import batching, cache, idle, loop, measuring, slots, streams
+from . import batching, cache, idle, loop, measuring, pays, slots, streams
 
 EXERCISES = {
     **idle.EXERCISES,
@@ -10,4 +10,5 @@ EXERCISES = {
     **slots.EXERCISES,
     **loop.EXERCISES,
     **measuring.EXERCISES,
+    **pays.EXERCISES,
 }
