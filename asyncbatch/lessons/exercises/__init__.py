@@ -1,6 +1,6 @@
 """The exercises of all notebooks, by name. The solution of each is a function of this package."""
 
-from . import cache, idle, loop, measuring, slots, streams
+from . import beyond, cache, idle, loop, measuring, slots, streams
 
 EXERCISES = {
     **idle.EXERCISES,
@@ -9,4 +9,5 @@ EXERCISES = {
     **slots.EXERCISES,
     **loop.EXERCISES,
     **measuring.EXERCISES,
+    **beyond.EXERCISES,
 }
