@@ -55,7 +55,8 @@ def check_grammar(grammar: Grammar) -> None:
         for token, to in allowed.items():
             if token not in list(TOKENS) or to not in grammar:
                 raise ValueError(
-                    f"state {state!r} has {token!r}: {to!r}; tokens are the characters {TOKENS}, states are {list(grammar)}"
+                    f"state {state!r} has {token!r}: {to!r}; allowed are tokens out of {TOKENS}, and states out of "
+                    f"{', '.join(grammar)}"
                 )
 
 
@@ -96,7 +97,8 @@ class _Program:
     def __init__(self, grammar: Grammar, skill: float):
         self.grammar, self.skill = grammar, skill
         self.tokens: dict[int, str] = {}
-        self.places, self.masks, self.outputs = ([None] * NUM_SLOTS for _ in range(3))  # the host's buffers
+        self.places, self.outputs = [0] * NUM_SLOTS, [""] * NUM_SLOTS  # the host's buffers
+        self.masks: list[list[str]] = [[] for _ in range(NUM_SLOTS)]
         self.inputs: list[Any] = [None] * NUM_SLOTS  # the device's: (place, mask)
         self.liked: list[dict[str, float]] = [{}] * NUM_SLOTS
         self.sampled: list[str] = [""] * NUM_SLOTS
@@ -291,7 +293,7 @@ def wait_for_token(server: Server) -> None:
 
 
 def split(server: Server) -> None:
-    """The forward pass needs no mask, only the sampling does: the host looks at the grammar while the device computes."""
+    """Only the sampling needs the mask: the host looks at the grammar while the device computes the forward pass."""
     step = server.forward()
     while not server.done:
         server.sample(step, server.mask())
@@ -411,7 +413,7 @@ def draw(strategies: Mapping[str, Callable[[Server], Any]], until_ms: float = 40
                 look = {"facecolor": COLORS[LOOKS[block.what]], "hatch": "////" if wasted else None}
                 end = min(block.end, until_ms)
                 axes.add_patch(Rectangle((block.start, row), end - block.start, 0.9, edgecolor="white", **look))
-                if block.what == "forward" and end - block.start > 2:
+                if block.what == "forward" and block.step is not None and end - block.start > 2:
                     axes.text((block.start + end) / 2, row + 0.45, f"forward {block.step.place}", ha="center",
                               va="center", fontsize=8, color=TEXT)  # fmt: skip
         ticks |= {top + 1.2 + place: lane for place, lane in enumerate(LANES)}

@@ -228,7 +228,7 @@ def draw(name: str, first: int = 4, count: int = 3) -> Picture:
     block. ValueError for steps that are not there."""
     found = events(name)
     times = steps(found)
-    if not (1 <= first and 1 <= count and first + count <= len(times)):
+    if not (first >= 1 and count >= 1 and first + count <= len(times)):
         raise ValueError(f"steps {first} to {first + count - 1}: the trace has 0 to {len(times) - 1}, draw some from 1")
     low, high = times[first - 1][1] - 900, times[first + count - 1][1] + 150
     picture = figure(10, 2.5)
@@ -240,7 +240,9 @@ def draw(name: str, first: int = 4, count: int = 3) -> Picture:
     for event in found:
         if event.kind in ("copy in", "copy out"):
             row = 1 if event.kind == "copy in" else 3
-            _box(axes, row, event.start, max(event.end, event.start + 0.003 * (high - low)), (low, high), COLORS["black"])
+            _box(
+                axes, row, event.start, max(event.end, event.start + 0.003 * (high - low)), (low, high), COLORS["black"]
+            )
         elif event.kind == "call" and (event.name in SHOWN or event.long > 5):
             word, color = SHOWN.get(event.name, ("", "yellow"))
             if word == "launch":
@@ -256,7 +258,9 @@ def draw(name: str, first: int = 4, count: int = 3) -> Picture:
     return picture
 
 
-def _box(axes: Any, row: int, start: float, end: float, window: tuple[float, float], color: str, word: str = "") -> None:
+def _box(
+    axes: Any, row: int, start: float, end: float, window: tuple[float, float], color: str, word: str = ""
+) -> None:
     start, end = max(start, window[0]), min(end, window[1])
     if end <= start:
         return

@@ -16,7 +16,7 @@ from ..parts import Case, Exercise
 
 def _counted(function: Callable[..., Any], launches: Sequence[tuple], copies: Sequence[tuple]) -> Any:
     made = [
-        [beyond.Event(kind, name, *times, number) for number, times in enumerate(each)]
+        [beyond.Event(kind, name, start, end, number) for number, (start, end) in enumerate(each)]
         for kind, name, each in (("call", "cudaGraphLaunch", launches), ("copy out", "Memcpy DtoH", copies))
     ]
     got = function(*made)
@@ -124,8 +124,8 @@ def _explain_ahead(args: tuple[Any, ...], got: Any, want: Ahead) -> str | None:
         return f"{len(got.text)} of {len(want.text)} tokens were accepted. Go on until `server.done`."
     if got.error is None and got.masks > want.masks:
         return (
-            f"You asked for {got.masks} masks, and {want.masks} are enough: only a token that is not allowed needs one. "
-            "The mask is what costs."
+            f"You asked for {got.masks} masks, and {want.masks} are enough: only a token that is not allowed needs "
+            "one. The mask is what costs."
         )
     if got.error is None and not got.ahead:
         return "Nothing goes ahead: launch the next step before you wait for this one's token."
@@ -168,7 +168,7 @@ EXERCISES = {
         "tokens,", "made",
         (
             Case((2.0, 1.0, 6), "Every token is allowed: no mask is needed, and the device never waits."),
-            Case((2.0, 0.5, 10), "Some tokens are not allowed: choose again with the mask, and launch the next one anew."),
+            Case((2.0, 0.5, 10), "Some tokens are not allowed: choose again with the mask, launch the next one anew."),
             Case((2.0, 0.0, 5), "No token is allowed at first, the last one neither."),
             Case((12.0, 0.8, 12), "The same with a dear mask."),
         ),
