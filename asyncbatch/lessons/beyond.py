@@ -62,9 +62,10 @@ def _small_model() -> Any:
     return load_model("random:llama-0.6b", device="cuda")[0]
 
 
-def _on_cuda(mode: str) -> str:
+def _on_cuda(mode: str, attention: str = "auto") -> str:
     requests = [Request(list(prompt), NEW, stop_token_ids=()) for prompt in PROMPTS]
-    with TransformersBatcher(_small_model(), mode=mode, max_batch_size=len(PROMPTS), max_length=64) as batcher:
+    options: dict[str, Any] = {"max_batch_size": len(PROMPTS), "max_length": 64, "attention": attention}
+    with TransformersBatcher(_small_model(), mode=mode, **options) as batcher:
         batcher.run(requests)  # warms up
         done = batcher.run(requests)
         summary = batcher.timeline.summary()

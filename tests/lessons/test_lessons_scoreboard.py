@@ -1,5 +1,5 @@
-"""Notebook 08's capstone: the board ranks by what was measured, proves that tokens are unchanged, and says what is wrong
-with a policy that cannot be."""
+"""Notebook 08's capstone: the board ranks by what was measured, proves that tokens are unchanged, and says what is
+wrong with a policy that cannot be."""
 
 from __future__ import annotations
 
@@ -27,9 +27,7 @@ def test_a_policy_of_the_learner_s_is_ranked_and_shares_a_place_with_its_equal()
     told = lines_of(board(lambda waiting, running, free: sorted(waiting, key=lambda one: -one.new)[:free]))
     assert told[1].startswith("1. YOURS")
     assert told[1].split()[2:] == told[2].split()[4:]  # the same figures as "longest answer first"
-    better = lines_of(
-        board(lambda waiting, running, free: sorted(waiting, key=lambda o: -(o.new + o.prompt / 8))[:free])
-    )
+    better = lines_of(board(lambda waiting, running, free: sorted(waiting, key=lambda o: -o.new - o.prompt / 8)[:free]))
     assert better[1].startswith("1. YOURS")
     assert float(better[1].split()[2].replace(",", "")) > float(told[1].split()[2].replace(",", ""))
 
