@@ -3,11 +3,20 @@ wrong with a policy that cannot be."""
 
 from __future__ import annotations
 
+import math
+import random
+
 import pytest
 
 from asyncbatch.lessons import scoreboard
 from asyncbatch.lessons.scoreboard import REFERENCES, WORKLOAD, board, first_come, longest_first
 from asyncbatch.ordering.toy import toy_tokens
+
+
+def test_the_workload_is_what_was_drawn():
+    draw = random.Random(0).lognormvariate
+    drawn = [(round(draw(math.log(32), 0.8)), round(draw(math.log(16), 0.6))) for _ in range(40)]
+    assert list(WORKLOAD) == drawn
 
 
 def lines_of(text):
