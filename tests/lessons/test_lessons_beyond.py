@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 
+import nbformat
 import pytest
 from support.wrong.beyond import RIGHT_STRATEGIES, WRONG
 
@@ -139,3 +141,52 @@ def test_recorded_runs_are_those_of_the_recordings():
     assert beyond.recorded("1b", 128, "sync").host_ms == pytest.approx(4.15, abs=0.01)
     with pytest.raises(ValueError, match="1b, 64 rows, 'sync' was not recorded"):
         beyond.recorded("1b", 64, "sync")
+
+
+# ---- the notebook ----------------------------------------------------------------------------------------------------
+
+BOOK = nbformat.read(next((Path(__file__).parents[2] / "notebooks").glob("08_*.ipynb")), as_version=4)
+TABLES = [cell.source for cell in BOOK.cells if cell.cell_type == "markdown" and cell.source.startswith("| ")]
+
+
+def test_the_notebook_is_short():
+    text = "\n".join(c.source for c in BOOK.cells if c.cell_type == "markdown" and c.source not in TABLES)
+    seen = re.sub(r"```.*?```|(?<=\])\([^)]*\)", "", text, flags=re.DOTALL)  # (a link's address is not read)
+    assert len(TABLES) == 2
+    assert len(seen.split()) <= 1500
+    code = [cell.source for cell in BOOK.cells if cell.cell_type == "code"]
+    assert max(len([line for line in source.splitlines() if line.strip()]) for source in code) <= 15
+    assert sum("teach.predict(" in source for source in code) >= 5
+    imported = re.findall(r"^from asyncbatch\S* import (.*)$", "\n".join(code), re.MULTILINE)
+    assert len(", ".join(imported).split(", ")) <= 6
+
+
+def test_every_name_of_another_engine_has_a_line_at_a_commit_or_says_that_it_was_not_read():
+    names = TABLES[0].splitlines()
+    assert names[0] == "| here | transformers | vLLM | SGLang | mini-sglang | TensorRT-LLM |"
+    assert [row.split(" | ")[0] for row in names[2:]] == [
+        "| the loop", "| slot", "| carry-over", "| the one wait", "| late stop", "| prune"
+    ]  # fmt: skip
+    link = re.compile(
+        r"\[([\w.-]+):(\d+)\]\(https://github\.com/[\w-]+/[\w-]+/blob/(?:v[\d.]+|[0-9a-f]{40})/\S+/(\S+)#L(\d+)\)"
+    )
+    for row in names[2:]:
+        cells = row.strip("| ").split(" | ")[1:]
+        assert len(cells) == 5
+        for cell in cells:
+            found = link.search(cell)
+            assert found or cell == "not read", cell
+            assert not found or (found[1], found[2]) == (found[3], found[4])
+
+
+@pytest.mark.parametrize(
+    "row", ["carry_over_tokens", "io_pairs", "d2h_over", "finish_request", "_generation_loop_body"]
+)
+def test_lines_of_transformers_are_those_of_its_source(row):
+    import transformers
+
+    if transformers.__version__ != "5.23.0":
+        pytest.skip("the table names the lines of transformers 5.23.0")
+    path, number = re.search(rf"`{row}`[^|]*?\(https://\S+?/src/(transformers/\S+?)#L(\d+)\)", TABLES[0]).groups()
+    lines = (Path(transformers.__file__).parents[1] / path).read_text("utf-8").splitlines()
+    assert row in lines[int(number) - 1]
