@@ -14,6 +14,7 @@ from typing import Any
 import nbformat
 
 BADGES = re.compile(r"^!\[.*\]\(\.\./docs/badges/.*$", re.MULTILINE)  # the line of them below the title
+TABLE_LINES = re.compile(r"^\|.*$", re.MULTILINE)
 # A comment that asks the reader to write something, or to change a number and to run the cell again.
 ASKS = re.compile(r"#.*\b(your code here|your turn|change|try)\b", re.IGNORECASE)
 
@@ -37,8 +38,9 @@ def markdown(cells: Sequence[Any]) -> str:
 
 
 def words(cells: Sequence[Any]) -> int:
-    """Words of the Markdown, hints and answers included, without the badges, HTML tags and the targets of links."""
-    text = re.sub(r"<[^>]*>", " ", BADGES.sub("", markdown(cells)))
+    """Words of the Markdown, hints and answers included, without the badges, HTML tags and the targets of links, and
+    without tables, which are looked up and not read."""
+    text = re.sub(r"<[^>]*>", " ", TABLE_LINES.sub("", BADGES.sub("", markdown(cells))))
     text = re.sub(r"\]\([^)\s]*\)", "]", text)
     return sum(bool(re.search(r"\w", word)) for word in text.split())
 

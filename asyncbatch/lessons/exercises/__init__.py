@@ -1,6 +1,6 @@
 """The exercises of all notebooks, by name. The solution of each is a function of this package."""
 
-from . import batching, cache, idle, loop, measuring, pays, slots, streams
+from . import batching, beyond, cache, idle, loop, measuring, pays, slots, streams
 
 EXERCISES = {
     **idle.EXERCISES,
@@ -11,4 +11,5 @@ EXERCISES = {
     **loop.EXERCISES,
     **measuring.EXERCISES,
     **pays.EXERCISES,
+    **beyond.EXERCISES,
 }

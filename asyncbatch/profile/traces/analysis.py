@@ -17,7 +17,7 @@ from .coverage import check
 from .events import ANNOTATION, COPY, D2H, GRAPH_LAUNCH, H2D, KERNEL, RUNTIME, Columns, Events, TraceError
 from .gaps import WAITS, TraceGaps, find_gaps, host_pieces, no_gaps
 from .intervals import Stretches, covered_share
-from .launches import busiest, launching_threads, link, number_graphs, out_of_place
+from .launches import busiest, launching_threads, link, out_of_place
 from .overlap import PARTS, Overlap, judge, split_gaps
 from .report import GraphLaunches, StreamUse, TraceReport
 from .steps import UNKNOWN, TraceSteps, Work, find_steps
@@ -39,9 +39,7 @@ def report_on(label: str, events: Events, graphs: Sequence[int] | None = None) -
     everywhere, device = device["correlation"], _one_device(device, number)
     _from_zero(device, host, runtime, on_gpu)
     compute, _ = busiest(device["stream"], _kernel_time(device))
-    link(device, runtime, names)
-    if graphs is not None:
-        number_graphs(device, runtime, names, graphs)
+    link(device, runtime, names, graphs)
     steps = _find_steps(device, compute, host, _rows(on_gpu, on_gpu["device"] == number), names)
     notes += [steps.note] if steps.note else []
     waits = _in_order(_rows(host, (host["kind"] == RUNTIME) & _matching(WAITS, names)[host["name"]]))

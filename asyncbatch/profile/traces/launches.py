@@ -30,8 +30,9 @@ def out_of_place(device: Columns, host: Columns) -> np.ndarray:
     return wrong
 
 
-def link(device: Columns, runtime: Columns, names: list[str]) -> None:
-    """Find the call that launched each device event, by correlation id.
+def link(device: Columns, runtime: Columns, names: list[str], graphs: Sequence[int] | None = None) -> None:
+    """Find the call that launched each device event, by correlation id, and put into the column `graph` which graph
+    brought it, where the caller knows (`graphs`: as for `read_trace`).
 
     It adds columns to `device`: `launched` (whether the call is known), `launch`, `returned` and `thread` (when the
     call began and ended, and where; they mean nothing where it is not known), and `is_graph` (a graph launch brought
@@ -50,12 +51,13 @@ def link(device: Columns, runtime: Columns, names: list[str]) -> None:
     if count:
         by_graph = np.array([bool(GRAPH_LAUNCH.search(name)) for name in names], bool)[runtime["name"]]
         device["is_graph"] |= device["launched"] & by_graph[call]
+        if graphs is not None:
+            _number_graphs(device, runtime, by_graph, graphs)
 
 
-def number_graphs(device: Columns, runtime: Columns, names: list[str], graphs: Sequence[int]) -> None:
-    """Put into the column `graph` of `device` which graph brought an event: `graphs` has a number for each graph launch
-    of `runtime`, in order. Nothing is done where it has more or fewer of them than there are launches."""
-    by_graph = np.array([bool(GRAPH_LAUNCH.search(name)) for name in names], bool)[runtime["name"]]
+def _number_graphs(device: Columns, runtime: Columns, by_graph: np.ndarray, graphs: Sequence[int]) -> None:
+    """The column `graph` from the number of each graph launch, in order. by_graph: which calls of `runtime` are such.
+    Nothing is done where there are more or fewer numbers than launches."""
     calls = np.flatnonzero(by_graph)
     if len(calls) != len(graphs) or not len(calls):
         return
