@@ -87,7 +87,9 @@ def test_what_is_written_in_one_notebook_is_used_in_a_later_one():
 
 def test_the_counts_are_those_of_a_hand():
     cells = [
-        new_markdown_cell("# One two\n\n![Badge of it](../docs/badges/x.svg)\n\n| a | [three four](five_six.md) |"),
+        new_markdown_cell(
+            "# One two\n\n![Badge of it](../docs/badges/x.svg)\n\n[a three four](five_six.md)\n\n| no | row |"
+        ),
         new_markdown_cell("<details><summary>Hint 1</summary>\n\n`x = 1`: so **it** is.\n\n</details>"),
         new_code_cell(
             "from asyncbatch import Request as Asked, AsyncBatcher\nimport torch\nimport asyncbatch.pictures"
