@@ -15,7 +15,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "asyncbatch"
 FILES = sorted(PACKAGE.rglob("*.py"))
-CORE_LINES, FILE_LINES, FUNCTION_LINES = 2380, 450, 60
+CORE_LINES, FILE_LINES, FUNCTION_LINES = 2368, 450, 60
+DOORS, DOOR_LINES = ("__main__.py", "faults.py", "simulate.py"), 8  # commands at the top level that only call a wing
 
 
 def name_of(path: Path) -> str:
@@ -38,7 +39,8 @@ def test_the_tree_of_the_readme_is_what_is_there():
 
 
 def test_the_core_is_read_in_an_afternoon():
-    assert sum(lines_of(path) for path in PACKAGE.glob("*.py")) <= CORE_LINES
+    assert sum(lines_of(path) for path in PACKAGE.glob("*.py") if path.name not in DOORS) <= CORE_LINES
+    assert all(lines_of(PACKAGE / name) <= DOOR_LINES for name in DOORS)
 
 
 def test_no_file_is_long():
