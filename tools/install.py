@@ -5,8 +5,8 @@
     python tools/install.py run notebooks test   everything
 
 Each part is a file of requirements/. It is installed again after a change of the pins, a failure, or a move of the
-clone. uv does it where it is there and would do the same as pip; pip does it where pip has settings of its own (a mirror,
-a folder of wheels, ...), which uv does not read. Standard library only: nothing else is there yet.
+clone. uv does it where it is there and would do the same as pip; pip does it where pip has settings of its own (a
+mirror, a folder of wheels, ...), which uv does not read. Standard library only: nothing else is there yet.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def install(parts: Sequence[str], options: argparse.Namespace) -> None:
         stamp_of(part).unlink(missing_ok=True)
     if "run" in parts and sys.platform == "linux" and not options.torch:
         print(
-            f"  (on Linux, PyPI's PyTorch is a CUDA build, about {CUDA_BUILD_MB:,} MB more: TORCH=cpu takes the small one)"
+            f"  (on Linux, PyPI's PyTorch is a CUDA build, about {CUDA_BUILD_MB:,} MB more; with TORCH=cpu it is small)"
         )
     files = [word for part in parts for word in ("-r", str(file_of(part)))]
     LOG.write_text("", encoding="utf-8")

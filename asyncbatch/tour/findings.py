@@ -114,7 +114,8 @@ def emulated(beside: Beside) -> str:
     return (
         f"Emulated: the GPU. Its steps take as long as they took on an {recording.gpu['name']} on "
         f"{recording.data['date'][:10]} ({recording.name}), and compute nothing. Real: the host's work, which is this "
-        f"machine's, for {run.batch_size} requests at a time; {beside.report.workload.repeats} runs of each loop, in turns."
+        f"machine's, for {run.batch_size} requests at a time. {beside.report.workload.repeats} runs of each loop, in "
+        "turns."
     )
 
 

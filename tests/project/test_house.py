@@ -1,5 +1,5 @@
-"""The house of the package: the README's tree is what is there, the core is small and stands by itself, and nobody
-imports what stands above."""
+"""The house of the package: the tree in docs/house.md is what is there, the core is small and stands by itself, and
+nobody imports what stands above."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def lines_of(path: Path) -> int:
     return len(path.read_text(encoding="utf-8").splitlines())
 
 
-def test_the_tree_of_the_readme_is_what_is_there():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (tree,) = re.findall(r"```\nasyncbatch/\n(.*?)```", readme, re.DOTALL)
+def test_the_tree_is_what_is_there():
+    text = (ROOT / "docs" / "house.md").read_text(encoding="utf-8")
+    (tree,) = re.findall(r"```\nasyncbatch/\n(.*?)```", text, re.DOTALL)
     told = re.findall(r"^  ([a-z_]+(?:\.py|/))  ", tree, re.MULTILINE)
     there = [
         f"{path.name}/" if path.is_dir() else path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"
