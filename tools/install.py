@@ -95,12 +95,7 @@ def install(parts: Sequence[str], options: argparse.Namespace) -> None:
     """Install these parts and the package itself, then fetch the embedded model. Failed if something cannot be had."""
     began = time.monotonic()
     for part in parts:
-        print(f"  {part}: {size_of(part)}")
         stamp_of(part).unlink(missing_ok=True)
-    if "run" in parts and sys.platform == "linux" and not options.torch:
-        print(
-            f"  (on Linux, PyPI's PyTorch is a CUDA build, about {CUDA_BUILD_MB:,} MB more; with TORCH=cpu it is small)"
-        )
     files = [word for part in parts for word in ("-r", str(file_of(part)))]
     LOG.write_text("", encoding="utf-8")
     follow("installing " + ", ".join(parts), command(options, files), options.verbose)
@@ -179,7 +174,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"asyncbatch needs Python {allowed}; {sys.executable} is {sys.version.split()[0]}", file=sys.stderr)
         print("Name another one:  make run PYTHON=python3.12", file=sys.stderr)
         return 1
-    print(f"Installing into {VENV}, once:", flush=True)
+    print(f"Installing into {VENV}, once:")
+    for part in parts:
+        print(f"  {part}: {size_of(part)}")
+    if "run" in parts and sys.platform == "linux" and not options.torch:
+        print(f"  (on Linux, PyPI's PyTorch is a CUDA build: {CUDA_BUILD_MB:,} MB more; TORCH=cpu takes a small one)")
+    sys.stdout.flush()
     try:
         if subprocess.run([str(PYTHON), "-m", "pip", "--version"], capture_output=True, check=False).returncode:
             raise FileNotFoundError

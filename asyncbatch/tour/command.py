@@ -85,8 +85,9 @@ def _simulate(words: Sequence[str]) -> int:
 
 def _first_minute(options: argparse.Namespace) -> int:
     with waiting("loading asyncbatch and torch"):  # the import alone can take half a minute, the first time
+        from ..profile.console import one_line
         from ..profile.machine import version_line
-        from ..profile.outputs import OutError, make_folder
+        from ..profile.outputs import make_folder
         from . import page, screen
     if options.version:
         print(version_line())
@@ -97,9 +98,12 @@ def _first_minute(options: argparse.Namespace) -> int:
         path = options.out / page.NAME
         with waiting(f"writing {path}"):
             page.write(path, findings)
-    except (OutError, OSError) as error:
+    except OSError as error:  # of --out among them
         print(f"asyncbatch: {error}", file=sys.stderr)
         return 1
+    except (RuntimeError, ValueError, MemoryError) as error:
+        print(f"asyncbatch: {one_line(error)}", file=sys.stderr)
+        return 2
     screen.end(path.resolve())
     if options.open:
         _open(path.resolve())
