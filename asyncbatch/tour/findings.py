@@ -8,6 +8,7 @@ from ..profile.document import percent
 from ..profile.report import OWN, Report, Run
 from ..timeline import Timeline
 from .measuring import Answer, Beside, Here, Recorded
+from .replay import RECORDING, WORDS
 
 WHAT = (
     "A language model server works in steps: the host (Python, on the CPU) prepares a batch, the device (a GPU) "
@@ -32,7 +33,7 @@ VOID = "void"
 class Findings:
     """point: the sentence that the minute is about. emulated: what is emulated in it, and what is not. rows: of the
     table under `HEAD`. here: the verdict for this machine as it is, None where the embedded model could not be had;
-    then `missing` says why. timelines: both loops beside the recorded GPU; disturbed: whether these were."""
+    then `missing` says why. timelines, captions: both loops beside the recorded GPU, and what is said of each."""
 
     point: str
     emulated: str
@@ -43,7 +44,6 @@ class Findings:
     same_tokens: bool
     timelines: tuple[Timeline, ...]
     captions: tuple[str, ...]
-    disturbed: bool
     again: str
     date: str
     machine: str
@@ -60,9 +60,8 @@ def findings(here: Here | None, beside: Beside, missing: str | None = None) -> F
         missing=missing,
         answers=here.answers if here else (),
         same_tokens=all(report.same_tokens is not False for report in reports),
-        timelines=beside.timelines,
+        timelines=beside.replayed if gain is None else beside.timelines,
         captions=tuple(caption(run, gain is None) for run in beside.report.runs),
-        disturbed=gain is None,
         again=beside.report.command or "",
         date=beside.report.date or "",
         machine=beside.report.machine or "",
@@ -98,19 +97,21 @@ def _void(report: Report) -> str:
 
 
 def _as_recorded(beside: Beside) -> str:
-    most = max(beside.recorded, key=lambda one: one.gain)
+    pair = beside.busier
     return (
-        f"Recorded on an {beside.recording.gpu['name']} with an 8B model: {_loops(most.engine)} left it idle for "
-        f"{100 * most.idle_sync:.0f} % of the time, and overlapping gave that back: {most.gain:.2f}x."
+        f"As it was recorded on an {beside.recording.gpu['name']} with {WORDS}: the host left it idle for "
+        f"{100 * pair.idle_sync:.0f} % of the time; overlapping gave that back: {pair.gain:.2f}x."
     )
 
 
-def _loops(engine: str) -> str:
-    return "this package's synchronous loop" if engine == OWN else f"{engine}' own synchronous loop"
-
-
 def emulated(beside: Beside) -> str:
+    """What of the drawing is emulated, and what is real."""
     run, recording = of_mode(beside.report, "sync"), beside.recording
+    if beside.report.async_speedup is None:
+        return (
+            "Drawn is no run of this machine: both loops on a virtual clock, with the times of that GPU and of its own "
+            f"host ({RECORDING})."
+        )
     return (
         f"Emulated: the GPU. Its steps take as long as they took on an {recording.gpu['name']} on "
         f"{recording.data['date'][:10]} ({recording.name}), and compute nothing. Real: the host's work, which is this "
@@ -119,9 +120,9 @@ def emulated(beside: Beside) -> str:
     )
 
 
-def caption(run: Run, disturbed: bool) -> str:
+def caption(run: Run, void: bool) -> str:
     loop = {"sync": "in turns (synchronous)", "async": "overlapped (asynchronous)"}[str(run.mode)]
-    return f"{loop}: " + ("disturbed by what else runs here" if disturbed else f"device idle {percent(run.idle)}")
+    return loop + (", as recorded" if void else f": device idle {percent(run.idle)}")
 
 
 # ---- this machine, and the table ----------------------------------------------------------------------------------
@@ -145,26 +146,22 @@ def verdict_here(report: Report) -> str:
 def rows(here: Here | None, beside: Beside) -> list[tuple[str, ...]]:
     """The table: measured here, recorded there, and this machine as it is."""
     gpu, report = beside.recording.gpu["name"].removeprefix("NVIDIA "), beside.report
-    sync, other = (of_mode(report, mode) for mode in ("sync", "async"))
-    gain = report.async_speedup
+    sync, other, gain = of_mode(report, "sync"), of_mode(report, "async"), report.async_speedup
+    requests = f"8B, {sync.batch_size} requests"
     measured = (VOID,) * 3 if gain is None else (percent(sync.idle), percent(other.idle), f"{gain:.2f}x")
-    made: list[tuple[str, ...]] = [(f"your host beside an {gpu} (emulated)", *measured)]
-    made += [_row(one, gpu) for one in beside.recorded]
+    made: list[tuple[str, ...]] = [(f"your host beside an {gpu}: {requests} (emulated)", *measured)]
+    for one in beside.recorded:
+        loops = "" if one.engine == OWN else f", {one.engine}' own loops"
+        made.append(_row(f"its own host: {requests}{loops} (recorded)", one))
+    made.append(_row(f"its own host: 1B, {beside.busier.rows} requests (recorded)", beside.busier))
     if here is not None:
         run = of_mode(here.report, "sync")
         guess = run.prediction.gain if run.prediction else None
         predicted = "-" if guess is None else f"{guess:.2f}x (predicted)"
-        made.append(
-            ("this machine as it is", percent(run.idle), percent(of_mode(here.report, "async").idle), predicted)
-        )
+        who = f"this machine as it is: 135M, {len(here.answers)} requests"
+        made.append((who, percent(run.idle), percent(of_mode(here.report, "async").idle), predicted))
     return made
 
 
-def _row(one: Recorded, gpu: str) -> tuple[str, ...]:
-    loops = "this package's loops" if one.engine == OWN else f"{one.engine}' own loops"
-    return (
-        f"the {gpu}'s own host, {loops} (recorded)",
-        percent(one.idle_sync),
-        percent(one.idle_async),
-        f"{one.gain:.2f}x",
-    )
+def _row(who: str, one: Recorded) -> tuple[str, ...]:
+    return who, percent(one.idle_sync), percent(one.idle_async), f"{one.gain:.2f}x"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..measure.recording import Recording
 from ..models.load import load_model
@@ -13,10 +13,12 @@ from ..profile.report import Report
 from ..profile.session import Given, Session
 from ..request import Request
 from ..timeline import Timeline
+from . import replay
 
 QUESTIONS = ("What is the moon?", "Why does it rain?")
 ANSWER_TOKENS = 32  # enough for a sentence or two
 RECORDING = "h200-llama-8b"
+REPLAYED_TOKENS = 16
 EMULATED_TOKENS, BUDGET_S = 200, 15  # some 200 steps are 1.3 s; the budget lets several pairs of runs follow
 
 
@@ -42,6 +44,7 @@ class Recorded(NamedTuple):
     """A pair of recorded runs, whole. gain: synchronous over asynchronous wall time; idle: shares from 0 to 1."""
 
     engine: str
+    rows: int
     idle_sync: float
     idle_async: float
     gain: float
@@ -55,6 +58,8 @@ class Beside:
     timelines: tuple[Timeline, ...]
     recording: Recording
     recorded: tuple[Recorded, ...]
+    busier: Recorded  # the pair of `replay`, where the host has more to do in a step, and the device less
+    replayed: tuple[Timeline, ...] = ()  # that pair again, where the runs of this machine are void
 
 
 def answers_here() -> Here:
@@ -86,15 +91,23 @@ def beside_a_gpu() -> Beside:
         report, timelines = session.report()
     recording = session.recording
     assert recording is not None
-    return Beside(report, tuple(timelines), recording, recorded_pairs(recording))
+    replayed = replay.replay(REPLAYED_TOKENS) if report.async_speedup is None else ()
+    return Beside(report, tuple(timelines), recording, recorded_pairs(recording), busier_pair(), replayed)
 
 
 def recorded_pairs(recording: Recording) -> tuple[Recorded, ...]:
     """What the recorded session measured of each engine, over the whole runs; those without a pair are left out."""
-    totals = {(run["engine"], run["mode"]): run["totals"] for run in recording.runs}
-    found = []
-    for engine in dict.fromkeys(engine for engine, _ in totals):
-        sync, other = (totals.get((engine, mode)) for mode in ("sync", "async"))
-        if sync and other and None not in (sync["idle"], other["idle"]):
-            found.append(Recorded(engine, sync["idle"], other["idle"], sync["wall_s"] / other["wall_s"]))
-    return tuple(found)
+    each = {(run["engine"], run["mode"]): run for run in recording.runs}
+    both = [(each.get((engine, "sync")), each.get((engine, "async"))) for engine in dict.fromkeys(e for e, _ in each)]
+    return tuple(_pair(sync, other) for sync, other in both if sync and other)
+
+
+def busier_pair() -> Recorded:
+    """The recorded pair that `replay` runs again."""
+    recording = Recording.load(replay.RECORDING)
+    return _pair(replay.recorded_run(recording, "sync"), replay.recorded_run(recording, "async"))
+
+
+def _pair(sync: dict[str, Any], other: dict[str, Any]) -> Recorded:
+    a, b = sync["totals"], other["totals"]
+    return Recorded(sync["engine"], sync["batch_size"], a["idle"], b["idle"], a["wall_s"] / b["wall_s"])
