@@ -110,7 +110,7 @@ def install(parts: Sequence[str], options: argparse.Namespace) -> None:
 
 def fetch_model() -> None:
     """Fetch and convert the embedded model, if it is not there. Without a network the rest works all the same."""
-    code = "from asyncbatch.models.embedded import embedded_folder; embedded_folder(True)"
+    code = "import sys; from asyncbatch.models.embedded import embedded_folder; embedded_folder(sys.stderr.isatty())"
     if subprocess.run([str(PYTHON), "-W", "ignore", "-c", code], cwd=ROOT, check=False).returncode:
         print("  the embedded model could not be fetched (above): what needs it will say so", file=sys.stderr)
 
