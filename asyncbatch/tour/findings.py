@@ -79,7 +79,7 @@ def point(beside: Beside) -> str:
     """What overlapping gives back: measured here, or, where this machine was too busy for that, as it was recorded."""
     gpu, gain = beside.recording.gpu["name"], beside.report.async_speedup
     if gain is None:
-        return f"{_void(beside.report)} {_as_recorded(beside)}"
+        return _as_recorded(beside)
     idle, left = (of_mode(beside.report, mode).idle or 0.0 for mode in ("sync", "async"))
     beginning = f"Beside an {gpu} that serves an 8B model, your host leaves it idle for {100 * idle:.0f} % of the time"
     if gain < 1:
@@ -90,7 +90,7 @@ def point(beside: Beside) -> str:
 
 def _void(report: Report) -> str:
     ratio = max((max(one, 1 / one) for one in report.comparisons[0].device_ratios or ()), default=None)
-    how = f", where equal steps took up to {ratio:.2f}x as long" if ratio else ""
+    how = f" (equal steps took up to {ratio:.2f}x as long)" if ratio else ""
     return (
         f"This machine is too busy just now to measure its own host beside a GPU{how}: run it again when it is quiet."
     )
@@ -109,8 +109,8 @@ def emulated(beside: Beside) -> str:
     run, recording = of_mode(beside.report, "sync"), beside.recording
     if beside.report.async_speedup is None:
         return (
-            "Drawn is no run of this machine: both loops on a virtual clock, with the times of that GPU and of its own "
-            f"host ({RECORDING})."
+            f"{_void(beside.report)} Drawn is no run of this machine: both loops on a virtual clock, with the times of "
+            f"that GPU and of its own host ({RECORDING})."
         )
     return (
         f"Emulated: the GPU. Its steps take as long as they took on an {recording.gpu['name']} on "
@@ -149,11 +149,11 @@ def rows(here: Here | None, beside: Beside) -> list[tuple[str, ...]]:
     sync, other, gain = of_mode(report, "sync"), of_mode(report, "async"), report.async_speedup
     requests = f"8B, {sync.batch_size} requests"
     measured = (VOID,) * 3 if gain is None else (percent(sync.idle), percent(other.idle), f"{gain:.2f}x")
-    made: list[tuple[str, ...]] = [(f"your host beside an {gpu}: {requests} (emulated)", *measured)]
+    made: list[tuple[str, ...]] = [(f"your host beside an {gpu} (emulated): {requests}", *measured)]
     for one in beside.recorded:
-        loops = "" if one.engine == OWN else f", {one.engine}' own loops"
-        made.append(_row(f"its own host: {requests}{loops} (recorded)", one))
-    made.append(_row(f"its own host: 1B, {beside.busier.rows} requests (recorded)", beside.busier))
+        engine = "" if one.engine == OWN else f", {one.engine}"
+        made.append(_row(f"its own host{engine} (recorded): {requests}", one))
+    made.append(_row(f"its own host (recorded): 1B, {beside.busier.rows} requests", beside.busier))
     if here is not None:
         run = of_mode(here.report, "sync")
         guess = run.prediction.gain if run.prediction else None

@@ -18,7 +18,7 @@ from . import replay
 QUESTIONS = ("What is the moon?", "Why does it rain?")
 ANSWER_TOKENS = 32  # enough for a sentence or two
 RECORDING = "h200-llama-8b"
-REPLAYED_TOKENS = 16
+REPLAYED_TOKENS = 40
 EMULATED_TOKENS, BUDGET_S = 200, 15  # some 200 steps are 1.3 s; the budget lets several pairs of runs follow
 
 

@@ -9,11 +9,12 @@ import pytest
 
 from asyncbatch import Timeline
 from asyncbatch.measure.recording import Recording
+from asyncbatch.measure.text import table_lines
 from asyncbatch.profile.report import Comparison, Conditions, Prediction, Report, Run
 from asyncbatch.tour import page
 from asyncbatch.tour.findings import HEAD, WHAT, WHO, findings, point, verdict_here
 from asyncbatch.tour.measuring import Answer, Beside, Here, busier_pair, recorded_pairs
-from asyncbatch.tour.screen import _fitting
+from asyncbatch.tour.screen import WIDEST, _fitting
 
 GUESS = Prediction(gain=1.01, helps=False, device_ms=52.0, between_ms=0.6, host_ms=0.5, slots=2)
 
@@ -63,17 +64,18 @@ def test_the_point_is_what_was_measured():
 def test_a_machine_that_is_too_busy_says_so_and_shows_what_was_recorded():
     """No figure of a disturbed run is shown, but a recorded pair: by docs/performance.md 27.8 % and 1.402x."""
     found = findings(here(), beside(gain=None, ratios=(1.3, 0.5)))
-    assert found.point.startswith("This machine is too busy just now")
-    assert "took up to 2.00x as long" in found.point
-    assert found.point.endswith(
-        "on an NVIDIA H200 with a 1B model, 128 requests at a time: the host left it idle for 28 % of the time; "
-        "overlapping gave that back: 1.40x."
+    assert found.emulated.startswith("This machine is too busy just now")
+    assert "(equal steps took up to 2.00x as long): run it again" in found.emulated
+    assert found.point == (
+        "As it was recorded on an NVIDIA H200 with a 1B model, 128 requests at a time: the host left it idle for 28 % "
+        "of the time; overlapping gave that back: 1.40x."
     )
     assert found.rows[0][1:] == ("void", "void", "void")
+    assert max(map(len, table_lines([HEAD, *found.rows]))) <= WIDEST, "a line for each"
     assert not re.search(r"20(\.0)? %|1\.24", " ".join([found.point, *found.captions, *sum(found.rows, ())]))
     assert [one.label for one in found.timelines] == ["replayed", "replayed"]
     assert all("as recorded" in caption for caption in found.captions)
-    assert found.emulated.startswith("Drawn is no run of this machine")
+    assert "Drawn is no run of this machine" in found.emulated
 
 
 def test_the_recorded_pairs_are_those_of_the_recording():
