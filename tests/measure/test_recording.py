@@ -382,6 +382,15 @@ def test_the_headline_is_told_as_it_was_recorded():
         assert f"| {name} | " + " | ".join(cell(run["totals"]) for run in recording.runs) + " |" in TOLD
 
 
+def test_the_readme_has_the_headlines_numbers():
+    totals = {(run["engine"], run["mode"]): run["totals"] for run in Recording.load("h200-llama-8b").runs}
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    for idle in (one["idle"] for one in totals.values()):
+        assert f"{100 * idle:.2f} %" in text
+    faster = totals["transformers", "sync"]["wall_s"] / totals["transformers", "async"]["wall_s"]
+    assert f"which is {faster:.2f}x as fast" in text
+
+
 @pytest.mark.parametrize("shape", ["0.6b", "1b", "8b"])
 def test_the_sweep_is_told_as_it_was_recorded(shape):
     swept = [Recording.load(name) for name in Recording.names() if name.startswith("h200-sweep")]
