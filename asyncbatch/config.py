@@ -27,7 +27,7 @@ class Config:
         PREFILL_SIZES). On CUDA a size costs some seconds when the batcher opens.
     batch_sizes: sizes of a step, up to max_batch_size; each step takes the smallest that holds its rows. Default: only
         max_batch_size, so that the tokens are the same bit for bit whoever shares the batch. With several sizes they
-        are only the same up to rounding, for a gain that is small (README, "Batch sizes").
+        are only the same up to rounding, for a gain that is small (docs/gpu.md).
     compile: on CUDA, compile the model for speed (`devices/cuda/compile.py`). It takes some seconds. The weights keep
         their values and move: projections of the same input come to lie in one tensor.
     parts: on CUDA, have `record_points` tell a step's carry-over, model and sampling apart, by two more events in each

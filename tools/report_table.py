@@ -1,4 +1,4 @@
-"""Print the README's table of workloads, in Markdown, from the reports of `asyncbatch.profile`.
+"""Print the table of workloads of docs/performance.md, in Markdown, from the reports of `asyncbatch.profile`.
 
     python -m asyncbatch.profile --preset workloads --repeats 2 --out out
     python tools/report_table.py out/report.json

@@ -11,6 +11,7 @@ from ..shown import progress
 from ..streams import DeviceError
 
 _silent = ContextVar("silent", default=False)
+_passing = ContextVar("passing", default=False)
 
 
 @contextlib.contextmanager
@@ -23,9 +24,19 @@ def silent(wanted: bool = True) -> Iterator[None]:
         _silent.reset(token)
 
 
+@contextlib.contextmanager
+def passing() -> Iterator[None]:
+    """In the `with` block a terminal shows only what is gone when it ends: bars, and what is waited for."""
+    token = _passing.set(True)
+    try:
+        yield
+    finally:
+        _passing.reset(token)
+
+
 def tell(text: str) -> None:
     """Print one line on standard error, at once."""
-    if not _silent.get():
+    if not _silent.get() and not (_passing.get() and sys.stderr.isatty()):
         print(text, file=sys.stderr, flush=True)
 
 

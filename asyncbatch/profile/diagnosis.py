@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -71,6 +71,8 @@ def make_report(
     compared = tuple(comparison(group, measurements) for group in by_workload(runs))
     same = same_tokens(measurements)
     recording, conditions = place.recording, settings.conditions
+    if conditions.repeats is None:  # it followed from the budget
+        conditions = replace(conditions, repeats=max((len(one.runs) for one in measurements), default=0))
     only = compared[0] if len(compared) == 1 else None
     same_own = same.pop(OWN, True)
     report = Report(

@@ -34,24 +34,25 @@ HERE = Path(__file__).parent
 # ---- the document -------------------------------------------------------------------------------------------------
 
 
-def render(template: str, sections: Mapping[str, str], **values: Any) -> str:
-    """The text of a page. sections: the heading of each part, by its id; the values are the template's own."""
+def render(template: str, sections: Mapping[str, str], folder: Path | None = None, **values: Any) -> str:
+    """The text of a page. sections: the heading of each part, by its id; the values are the template's own. folder:
+    where the template is, if not among this wing's."""
     files = (HERE / "static" / "report.css", WIDGET, HERE / "static" / "report.js")
     style, widget, code = (file.read_text(encoding="utf-8") for file in files)
     script = f"{widget}\n{code}"
     policy = f"default-src 'none'; img-src data:; script-src {_hash(script)}; style-src {_hash(style)}; "
     policy += "base-uri 'none'; form-action 'none'"
     return (
-        _templates()
+        _templates(folder)
         .get_template(template)
         .render(sections=sections, style=style, script=script, policy=policy, **values)
     )
 
 
 @cache
-def _templates() -> jinja2.Environment:
+def _templates(folder: Path | None) -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE / "templates"),
+        loader=jinja2.FileSystemLoader([HERE / "templates", *([folder] if folder else [])]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -32,9 +32,9 @@ def profile_model(
     requests: a list whose elements are all `Request`s, or each one text, a list of token ids, a chat (a list of
         messages), or a dict in one of the forms that a prompts file may have. None: what the options say.
     name: of the model in the report. progress: whether to say on standard error what is being done.
-    options: those of the command line by their names, with the same defaults, such as batch_size=8, repeats=3,
+    options: those of the command line by their names, with the same defaults, such as batch_size=8, budget_s=60,
         new_tokens=64, prompt_tokens, num_requests (--requests), arrivals, seed, engine, mode, slots, prefill_tokens,
-        compile, host_work_ms, step_ms, peer_limit_s, kineto and overhead.
+        compile, host_work_ms, step_ms, repeats, peer_limit_s, kineto and overhead.
 
     `asyncbatch.profile.terminal.show(report)` prints it as the command does; `report.to_json()` is what --json prints.
     Raises ModelError for a model that cannot be served, TypeError for an option that does not exist, ValueError for
@@ -62,7 +62,7 @@ def profile_model(
 
 ALLOWED = {
     "num_requests", "prompt_tokens", "new_tokens", "arrivals", "seed", "engine", "mode", "batch_size", "slots",
-    "prefill_tokens", "compile", "host_work_ms", "step_ms", "repeats", "peer_limit_s", "kineto", "overhead",
+    "prefill_tokens", "compile", "host_work_ms", "step_ms", "budget_s", "repeats", "peer_limit_s", "kineto", "overhead",
 }  # fmt: skip
 
 

@@ -20,6 +20,8 @@ from .threshold import FIGURES
 
 MODES = ("sync", "async")
 DTYPES = ("float32", "bfloat16", "float16")
+BUDGET_S = 60
+FEWEST, MOST = 2, 9  # runs of each mode in a budget: one pair is no conclusion, and from 9 on the extremes are left out
 IN_MEMORY = "in memory"  # what is served, and by what, where no command line says it
 EPILOG = """examples:
   python -m asyncbatch.profile --out out
@@ -64,6 +66,7 @@ class Arguments:
     step_ms: float | None
     emulate: str | None
     repeats: int | None
+    budget_s: int
     preset: str | None
     only: list[str] | None
     peer_limit_s: int
@@ -246,7 +249,15 @@ def _add_device(add: Callable[..., Any]) -> None:
 
 
 def _add_measurements(add: Callable[..., Any]) -> None:
-    add("--repeats", type=whole(1), metavar="N", help="runs of each mode, in turns (default 3)")
+    add(
+        "--budget-s",
+        type=whole(1),
+        default=BUDGET_S,
+        metavar="S",
+        help="as many runs of each mode, in turns, as take "
+        f"S seconds, judged by the first ones: {FEWEST} to {MOST} (default {BUDGET_S}; what a preset says goes before)",
+    )
+    add("--repeats", type=whole(1), metavar="N", help="runs of each mode, however long they take")
     add("--preset", choices=[*PRESETS], help="a set of workloads for a GPU, with both engines")
     add("--only", type=some_of(SHORT), metavar="NAMES", help=f"of --preset workloads these: {', '.join(SHORT)}")
     add("--peer-limit-s", type=whole(1), default=600, metavar="S", help="leave out a peer that would take longer")

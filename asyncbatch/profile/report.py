@@ -349,9 +349,10 @@ class ModelFacts(Record):
 @dataclass(frozen=True)
 class Conditions(Record):
     """The options under which all runs were made, as they were asked for: a distribution is text. None for what a
-    preset leaves to each of its workloads. `workload` in JSON."""
+    preset leaves to each of its workloads. `workload` in JSON. repeats: runs of each mode; budget_s: where their number
+    followed from how long the first ones took."""
 
-    LATER = ("skipped_lines", "dtype")
+    LATER = ("skipped_lines", "dtype", "budget_s")
 
     batch_size: int | None = None
     requests: int | None = None
@@ -359,6 +360,7 @@ class Conditions(Record):
     new_tokens: int | str | None = None
     seed: int | None = None
     repeats: int | None = None
+    budget_s: int | None = None
     slots: int | None = None
     host_work_ms: float | None = None
     step_ms: float | None = None

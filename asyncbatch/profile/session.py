@@ -78,15 +78,16 @@ class Session:
 
     def _measure(self, workload: Workload) -> None:
         job = self._prepare(workload)
-        on_cuda = is_on_cuda(job.model)
+        on_cuda, repeats = is_on_cuda(job.model), None
         for group in self._groups(on_cuda):
-            turns = Turns(self.settings, job)
+            turns = Turns(self.settings, job, repeats)
             try:
                 try:
                     turns.run(group)
                 finally:
                     self.measurements += turns.measurements
                     self.failed += turns.failures
+                    repeats = turns.repeats  # every engine and mode runs equally often
             except Exception as error:
                 if not self.settings.preset:
                     raise

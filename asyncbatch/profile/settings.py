@@ -20,8 +20,8 @@ from .report import OWN, Conditions
 from .workload import Workload
 
 DEFAULTS: dict[str, Any] = dict(
-    model="smollm2", engine=[OWN], batch_size=8, requests=16, prompt_tokens=None, new_tokens=64, repeats=3,
-    prefill_tokens=None, compile=False,
+    model="smollm2", engine=[OWN], batch_size=8, requests=16, prompt_tokens=None, new_tokens=64, prefill_tokens=None,
+    compile=False,
 )  # fmt: skip
 
 
@@ -32,8 +32,8 @@ class Settings:
     model: the models of all workloads, with commas. conditions: what the report says of the workloads. engines, modes:
     each engine serves each workload in each mode. prefill_tokens: as in reports, None for the batcher's own default.
     dtype, device: of the model, None for `load_model`'s own choice. host_work_ms: burnt in every step. step_ms: of a
-    timed device. peer_limit_s: another engine is left out if it would take longer. preset, record: names. out: the
-    folder for what is written."""
+    timed device. repeats: runs of each mode; None for as many as `budget_s` seconds allow. peer_limit_s: another engine
+    is left out if it would take longer. preset, record: names. out: the folder for what is written."""
 
     model: str
     workloads: tuple[Workload, ...]
@@ -47,7 +47,8 @@ class Settings:
     device: str | None
     host_work_ms: float
     step_ms: float | None
-    repeats: int
+    repeats: int | None
+    budget_s: int
     peer_limit_s: int
     kineto: bool
     overhead: bool
@@ -119,7 +120,10 @@ def _workload(complete: Arguments, file: PromptFile | None) -> Workload:
 
 def _conditions(complete: Arguments, file: PromptFile | None = None) -> Conditions:
     names = (one.name for one in fields(Conditions) if one.name not in ("prompts_sha256", "skipped_lines"))
-    return Conditions(**{name: getattr(complete, name) for name in names}, prompts_sha256=file.sha256 if file else None)
+    same = {name: getattr(complete, name) for name in names}
+    if complete.repeats is not None:
+        same["budget_s"] = None
+    return Conditions(**same, prompts_sha256=file.sha256 if file else None)
 
 
 def _settings(complete: Arguments, conditions: Conditions, workloads: Sequence[Workload]) -> Settings:
@@ -138,7 +142,7 @@ def emulated_defaults(arguments: Arguments, recording: Recording) -> dict[str, A
     defaults = {key: run[key] for key in ("model", "batch_size", "requests", "prompt_tokens", "new_tokens")}
     if arguments.batch_size is not None and run["requests"] == run["batch_size"]:
         defaults["requests"] = arguments.batch_size
-    return {**DEFAULTS, **defaults, "prefill_tokens": run["prefill_tokens"], "repeats": 1}
+    return {**DEFAULTS, **defaults, "prefill_tokens": run["prefill_tokens"]}
 
 
 def refuse(arguments: Arguments) -> None:

@@ -1,7 +1,7 @@
 """Workloads that have names, side by side: a line for each of their runs, which says where another engine is faster.
 
-The table in the terminal, the one on the page and the one in the README are made from `HEAD` and `lines`. The floor is
-that of the requests, the same for every engine, and not the one that counts an engine's own steps.
+The table in the terminal, the one on the page and the one in docs/performance.md are made from `HEAD` and `lines`. The
+floor is that of the requests, the same for every engine, and not the one that counts an engine's own steps.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def _words(section: Section) -> set[int]:
 def show(report: Report, file: TextIO | None = None) -> None:
     """Print the report, on standard output unless `file` says where."""
     file = sys.stdout if file is None else file
-    console = _console(file)
+    console = console_for(file)
     if console is not None:
         _show_rich(report, console)
         return
@@ -131,7 +131,7 @@ def _show_rich(report: Report, console: Any) -> None:
         console.print(made)
 
 
-def _console(file: TextIO) -> Any:
+def console_for(file: TextIO) -> Any:
     """A console of rich for a terminal; None where there is none or rich is not installed."""
     if not file.isatty():
         return None

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..measure.text import in_seconds, table_line, table_lines
 from . import side_by_side
+from .options import FEWEST, MOST
 from .report import OWN, Latency, Overhead, Report, Run, Totals, workload_key, workload_words
 
 
@@ -197,6 +198,8 @@ def notes(report: Report) -> list[str]:
     lines += [f"{_who(one, several)} was not measured: {one.error}" for one in report.failed]
     differing = (engine for engine, same in report.peers_same_tokens.items() if not same)
     lines += [f"{engine}: sync and async gave different tokens" for engine in differing]
+    if report.workload.budget_s and report.runs:
+        lines.append(_within_budget(report.workload.repeats, report.workload.budget_s, report.runs))
     if report.workload.over_time:
         arrivals = report.workload.arrivals
         lines.append(f"requests arrive over time ({arrivals}): that bounds wall time and tokens per second, so the")
@@ -207,6 +210,14 @@ def notes(report: Report) -> list[str]:
         lines.append(f"emulated: the device's times come from the recording {report.emulated}, the host's work is")
         lines.append(f"this machine's. recorded: what that session itself measured ({counted}).")
     return ["", *lines] if lines else []
+
+
+def _within_budget(repeats: int | None, budget_s: int, runs: Sequence[Run]) -> str:
+    first_s = sum(run.wall_s_of_each_run[0] for run in runs if run.wall_s_of_each_run)
+    return (
+        f"{repeats} runs of each mode: the first of each took {first_s:.1f} s together, and --budget-s is {budget_s} "
+        f"({FEWEST} are made in any case, {MOST} at most)"
+    )
 
 
 def _notes_of(run: Run, who: str) -> Iterable[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +19,7 @@ from .console import is_looked_at, one_line, tell, waiting
 from .crosscheck import kineto, overhead
 from .draws import arrival_times
 from .measurement import Measurement
-from .options import sizes
+from .options import FEWEST, MOST, sizes
 from .report import OWN, Failure, Overhead
 from .settings import Settings
 from .workload import Sizes, Workload, serve_over_time
@@ -49,10 +50,12 @@ class Turns:
 
     `measurements` and `failures` are complete when `run` has ended, and valid also where it ended with an exception. An
     engine that fails leaves the group and is noted in `failures`; a failure of this package itself is raised, but not
-    in a preset, whose other results must stay."""
+    in a preset, whose other results must stay. repeats: runs of each mode; None until the first ones have shown how
+    many the budget allows."""
 
-    def __init__(self, settings: Settings, job: Job):
+    def __init__(self, settings: Settings, job: Job, repeats: int | None = None):
         self.settings, self.job = settings, job
+        self.repeats = settings.repeats or repeats
         self.measurements: list[Measurement] = []
         self.failures: list[Failure] = []
         self._open: dict[Key, tuple[Any, Measurement]] = {}  # those that have not failed
@@ -67,16 +70,32 @@ class Turns:
             for key in list(self._open):
                 with self._noting_failure(key):
                     self._warm_up(key)
-            for repeat in range(self.settings.repeats):
-                # Every second time the other way round, so that neither mode always runs on the warmer machine.
-                for key in list(self._open)[:: -1 if repeat % 2 else 1]:
-                    with self._noting_failure(key):
-                        self._run_once(key, repeat)
+            began = time.monotonic()
+            self._run_each(0)
+            if self.repeats is None:
+                self._keep_within_budget(time.monotonic() - began)
+            for repeat in range(1, self.repeats or 1):
+                self._run_each(repeat)
             for key in list(self._open):
                 with self._noting_failure(key):
                     self._check(key)
             # Inside: what was measured stays, even if closing a broken device fails.
             self.measurements += [measurement for _, measurement in self._open.values()]
+
+    def _run_each(self, repeat: int) -> None:
+        # Every second time the other way round, so that neither mode always runs on the warmer machine.
+        for key in list(self._open)[:: -1 if repeat % 2 else 1]:
+            with self._noting_failure(key):
+                self._run_once(key, repeat)
+
+    def _keep_within_budget(self, seconds: float) -> None:
+        """Settle how often each mode runs, after the first time took so long."""
+        if not self._open:
+            return
+        keys = len(self.settings.engines) * len(self.settings.modes)  # of them some may be in another group
+        budget_s = self.settings.budget_s
+        self.repeats = repeats_within(budget_s, seconds * keys / len(self._open))
+        tell(f"{self._where}{self.repeats} runs of each: the first took {seconds:.1f} s, and --budget-s is {budget_s}")
 
     # ---- one batcher -----------------------------------------------------------------------------------------------
 
@@ -106,7 +125,8 @@ class Turns:
         workload, requests = self.job.workload, self.job.requests
         arrivals_s = arrival_times(workload.arrivals, len(requests), workload.seed)
         points = not (self.settings.preset or self.settings.record)  # others build on those runs: nothing slows them
-        count, looked_at = f"run {repeat + 1} of {self.settings.repeats}", is_looked_at()
+        of_all = f" of {self.repeats}" if self.repeats else ""
+        count, looked_at = f"run {repeat + 1}{of_all}", is_looked_at()
         if not looked_at:  # else a bar shows that it goes on; no thread may count seconds beside what is measured
             tell(f"{self._who(key)}: {count} ...")
         with self._keeping_what_ran(batcher, measurement):
@@ -163,6 +183,11 @@ class Turns:
 
     def _who(self, key: Key) -> str:
         return self._where + (" ".join(key) if len(self.settings.engines) > 1 else key[1])
+
+
+def repeats_within(budget_s: float, round_s: float) -> int:
+    """How often to run each mode within `budget_s`, where running each of them once takes `round_s`: 2 to 9 times."""
+    return max(FEWEST, min(MOST, int(budget_s / round_s))) if round_s > 0 else MOST
 
 
 def failure(workload: Workload, engine: str, mode: str, error: BaseException) -> Failure:

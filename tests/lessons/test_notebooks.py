@@ -17,7 +17,8 @@ from tools import notebooks as tool
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-PAGES = [*NOTEBOOKS, ROOT / "README.md"]
+TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*NOTEBOOKS, *TEXTS]
 WIDGET = {tool.WIDGET_VIEW: {"model_id": "1", "version_major": 2}, "image/png": "AAAA\n", "text/plain": "Figure"}
 
 
@@ -214,7 +215,7 @@ def test_make_lab_opens_the_copies_which_git_ignores():
         "tools/notebooks.py --copies",
         f"-m jupyter lab {tool.OWN.name}/00_start_here.ipynb",
     ]
-    assert f"jupyter lab {tool.OWN.name}/00_start_here.ipynb" in (ROOT / "README.md").read_text("utf-8")
+    assert f"jupyter lab {tool.OWN.name}/00_start_here.ipynb" in (ROOT / "docs" / "using.md").read_text("utf-8")
 
 
 # The real notebooks.

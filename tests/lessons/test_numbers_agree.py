@@ -1,4 +1,4 @@
-"""The README and the notebooks have the same numbers of the published server, derived once from what was published."""
+"""docs/performance.md and the notebooks have the same numbers of the published server, derived once."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ def markdown(path: Path) -> str:
     return "\n".join(each.source for each in cells if each.cell_type == "markdown")
 
 
-def readme() -> str:
-    """The README's paragraph about the published server, in one line."""
-    (found,) = (p for p in (ROOT / "README.md").read_text("utf-8").split("\n\n") if "Unlocking asynchronicity" in p)
+def told() -> str:
+    """The paragraph about the published server, in one line."""
+    text = (ROOT / "docs" / "performance.md").read_text("utf-8")
+    (found,) = (part for part in text.split("\n\n") if "Unlocking asynchronicity" in part)
     return " ".join(found.split())
 
 
@@ -56,7 +57,7 @@ def test_the_derivation_is_that_of_a_calculator():
 
 
 def test_readme_and_notebooks_say_the_same_and_name_the_gpu():
-    ours, start, law = readme(), printed("00", "start-30-published"), printed("01", "idle-52")
+    ours, start, law = told(), printed("00", "start-30-published"), printed("01", "idle-52")
     pattern = r"(?P<sync>[\d.]+) s with the device idle for (?P<idle>[\d.]+) %, and asynchronously (?P<async>[\d.]+) s"
     assert read(pattern, ours) == PUBLISHED
     derived = r"step took (?P<step>[\d.]+) ms, in which the host worked for (?P<host>[\d.]+) ms and the device for "

@@ -1,5 +1,5 @@
-"""The house of the package: the README's tree is what is there, the core is small and stands by itself, and nobody
-imports what stands above."""
+"""The house of the package: the tree in docs/house.md is what is there, the core is small and stands by itself, and
+nobody imports what stands above."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "asyncbatch"
 FILES = sorted(PACKAGE.rglob("*.py"))
-CORE_LINES, FILE_LINES, FUNCTION_LINES = 2380, 450, 60
+CORE_LINES, FILE_LINES, FUNCTION_LINES = 2368, 450, 60
+DOORS, DOOR_LINES = ("__main__.py", "faults.py", "simulate.py"), 8  # commands at the top level that only call a wing
 
 
 def name_of(path: Path) -> str:
@@ -26,9 +27,9 @@ def lines_of(path: Path) -> int:
     return len(path.read_text(encoding="utf-8").splitlines())
 
 
-def test_the_tree_of_the_readme_is_what_is_there():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (tree,) = re.findall(r"```\nasyncbatch/\n(.*?)```", readme, re.DOTALL)
+def test_the_tree_is_what_is_there():
+    text = (ROOT / "docs" / "house.md").read_text(encoding="utf-8")
+    (tree,) = re.findall(r"```\nasyncbatch/\n(.*?)```", text, re.DOTALL)
     told = re.findall(r"^  ([a-z_]+(?:\.py|/))  ", tree, re.MULTILINE)
     there = [
         f"{path.name}/" if path.is_dir() else path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"
@@ -38,7 +39,8 @@ def test_the_tree_of_the_readme_is_what_is_there():
 
 
 def test_the_core_is_read_in_an_afternoon():
-    assert sum(lines_of(path) for path in PACKAGE.glob("*.py")) <= CORE_LINES
+    assert sum(lines_of(path) for path in PACKAGE.glob("*.py") if path.name not in DOORS) <= CORE_LINES
+    assert all(lines_of(PACKAGE / name) <= DOOR_LINES for name in DOORS)
 
 
 def test_no_file_is_long():

@@ -1,4 +1,4 @@
-"""`tools/report_table.py` prints the README's table of workloads from reports."""
+"""`tools/report_table.py` prints the table of workloads from reports."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_what_cannot_be_one_table_is_refused_in_one_line(capsys, tmp_path):
     assert "No such file" in capsys.readouterr().err
 
 
-def test_the_readme_says_how_its_table_is_made():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_it_is_said_how_the_table_is_made():
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     assert "python -m asyncbatch.profile --preset workloads --repeats 2 --out out\n" in text
     assert "python tools/report_table.py out/report.json\n" in text
