@@ -55,7 +55,10 @@ def load_model(
     source = str(embedded_folder(progress)) if embedded else _folder_or_hub_id(name)
     try:
         with progress_bars(progress and not embedded):  # the embedded model loads in a moment
-            return _from_pretrained(source, place, dtype)
+            model, tokenizer = _from_pretrained(source, place, dtype)
+            if embedded and tokenizer.pad_token is None:  # transformers 5.17 reads none from the GGUF file
+                tokenizer.pad_token = tokenizer.eos_token
+            return model, tokenizer
     except torch.OutOfMemoryError as error:
         raise _too_large(source, place) from error
     except Exception as error:

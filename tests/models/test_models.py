@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -94,6 +95,22 @@ def test_second_load_says_nothing_and_needs_no_pip(smollm2, monkeypatch, capfd):
     captured = capfd.readouterr()
     assert captured.out == ""
     assert captured.err == ""
+
+
+def test_texts_of_the_embedded_model_can_be_padded_whichever_transformers_made_it(smollm2, tmp_path, monkeypatch):
+    made = embedded.embedded_folder(progress=False)
+    folder = tmp_path / made.name
+    folder.mkdir()
+    for file in made.iterdir():
+        (folder / file.name).symlink_to(file)
+    settings = json.loads((made / "tokenizer_config.json").read_text())
+    settings.pop("pad_token", None)
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    monkeypatch.setenv("ASYNCBATCH_CACHE", str(tmp_path))
+    _, tokenizer = load_model(progress=False)
+    assert tokenizer.pad({"input_ids": [[1, 2], [3]]}).input_ids[1][:1] == [3]
+    assert tokenizer.pad_token == smollm2[1].pad_token == smollm2[1].eos_token
 
 
 def test_dtype_is_taken(smollm2):
