@@ -74,7 +74,10 @@ def _nothing_is_left_behind():
     """After the last test (with xdist, of each of its processes) no child of this process is left, and in /dev/shm
     nothing of theirs: what they make there bears their numbers, semaphores because of the first line."""
     multiprocessing.current_process()._config["semprefix"] = f"/mp-{os.getpid()}"
-    yield
+    from support.workers import forked_workers
+
+    with forked_workers():
+        yield
     pids = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
     device = sys.modules.get("asyncbatch.devices.process")
     for process in list(device.DeviceProcess._of.values()) if device else ():
