@@ -197,7 +197,7 @@ def test_a_script_without_a_main_guard_runs_once_and_ends(tmp_path, request):
     script.write_text(SCRIPT.format(tests=str(request.path.parents[1])))
     root = request.config.rootpath
     result = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=120, env={"PYTHONPATH": str(root)}
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=600, env={"PYTHONPATH": str(root)}
     )
     assert result.stdout.split() == ["once", "3"]
     assert result.returncode == 0

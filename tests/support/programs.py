@@ -11,8 +11,8 @@ import torch
 class Log:
     """Writes down in which order commands began and ended: `log` is shared, `count` entries of (slot, 0 or 1).
 
-    "sleep:0.1" takes that long; "until:7" waits until `value` is 7, a minute at most; "fail" raises; "die" ends the process; "put:7" writes 7 to `value`; "get" copies
-    `value` to `seen`.
+    "sleep:0.1" takes that long; "until:7" waits until `value` is 7, a minute at most; "fail" raises; "die" ends the
+    process; "put:7" writes 7 to `value`; "get" copies `value` to `seen`.
     """
 
     def __init__(self, model, *, count, log, value, seen):
