@@ -7,6 +7,7 @@ A GPU machine may have torch, transformers and pytest, and nothing of Jupyter. I
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -82,6 +83,7 @@ def _nothing_is_left_behind():
     device = sys.modules.get("asyncbatch.devices.process")
     for process in list(device.DeviceProcess._of.values()) if device else ():
         process.stop()
+    gc.collect()  # what nobody has any more may still have a name in /dev/shm
     assert multiprocessing.active_children() == []
     if os.path.isdir("/dev/shm"):
         theirs = tuple(name for pid in pids for name in (f"sem.mp-{pid}-", f"torch_{pid}_"))
