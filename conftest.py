@@ -7,12 +7,18 @@ A GPU machine may have torch, transformers and pytest, and nothing of Jupyter. I
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
 from pathlib import Path
 
 import pytest
+
+# Before torch is imported, here or in any process that tests start. The models of tests are small: of several threads
+# all but one spin while they wait for it, and the more the busier the machine is (ten times the work was seen). Tests
+# of several threads ask for them themselves.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 try:
     from hypothesis import HealthCheck, settings
@@ -69,11 +75,15 @@ def _nothing_is_left_behind():
     """After the last test (with xdist, of each of its processes) no child of this process is left, and in /dev/shm
     nothing of theirs: what they make there bears their numbers, semaphores because of the first line."""
     multiprocessing.current_process()._config["semprefix"] = f"/mp-{os.getpid()}"
-    yield
+    from support.workers import forked_workers
+
+    with forked_workers():
+        yield
     pids = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
     device = sys.modules.get("asyncbatch.devices.process")
     for process in list(device.DeviceProcess._of.values()) if device else ():
         process.stop()
+    gc.collect()  # what nobody has any more may still have a name in /dev/shm
     assert multiprocessing.active_children() == []
     if os.path.isdir("/dev/shm"):
         theirs = tuple(name for pid in pids for name in (f"sem.mp-{pid}-", f"torch_{pid}_"))

@@ -267,7 +267,7 @@ def _contexts(runs: list[tuple[str, Totals]]) -> Table:
 def _gaps(runs: list[NamedRun]) -> list[list[Table]]:
     """For each run its idle time by cause, and the gaps that stand out."""
     gaps = [(name, run.gaps) for name, run in runs if run.gaps]
-    walls = {name: run.wall_s or 0.0 for name, run in runs}
+    walls = {name: run.explained_wall_s or 0.0 for name, run in runs}
     return [[*_causes(name, one, walls[name]), *_longest(name, one)] for name, one in gaps]
 
 

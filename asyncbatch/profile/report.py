@@ -9,6 +9,7 @@ or what the file of an older version does not have. `diagnosis.py` makes reports
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -262,6 +263,11 @@ class Run(Totals):
     request_floor: RequestFloor | None = None
     measured_steps: int | None = None
     idle_all_steps: float | None = None
+
+    @property
+    def explained_wall_s(self) -> float | None:
+        """Wall time of the one run that points and gaps are of: the whole of which their seconds are shares."""
+        return statistics.median_high(self.wall_s_of_each_run) if self.wall_s_of_each_run else self.wall_s
 
     @property
     def request_floor_s(self) -> float | None:

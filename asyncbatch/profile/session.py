@@ -143,8 +143,9 @@ class Session:
     def _load(self, workload: Workload) -> tuple[Any, Any]:
         """(model, tokenizer) of a workload."""
         if self.loaded is None or self.loaded[0] != workload.model:
-            self.loaded = None
-            free_memory()
+            if self.loaded is not None:  # its memory may be needed, and looking for it takes long
+                self.loaded = None
+                free_memory()
             if self.recording is not None:
                 model, tokenizer = self.recording.stand_in_model(workload.model), None
             else:

@@ -38,9 +38,9 @@ def _idle(run: Run) -> Section:
     """Causes of idle time. The bar is the share of the whole run, so that little idle time looks little."""
     gaps = run.gaps or IdleTime()
     everywhere = gaps.all_by or gaps.by
-    rows = []
+    rows, wall_s = [], run.explained_wall_s
     for name, seconds in list(everywhere.items())[:SHOWN]:
-        before_decode, share = gaps.by.get(name, 0.0), seconds / run.wall_s if run.wall_s else 0.0
+        before_decode, share = gaps.by.get(name, 0.0), seconds / wall_s if wall_s else 0.0
         cells = [f"{1e3 * each:.3f}" for each in (before_decode, seconds)]
         if not is_nothing(cells[-1]):
             rows.append([name, *cells, f"{share:.1%}", "#" * round(BAR * share), who(name)])

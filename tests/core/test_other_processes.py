@@ -8,6 +8,7 @@ import traceback
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
+import torch
 from support.tiny import tiny_model
 
 from asyncbatch import AsyncBatcher, Request, SyncBatcher
@@ -94,8 +95,18 @@ print("all well")
     assert "Traceback" not in ran.stderr
 
 
+@pytest.fixture
+def two_threads():
+    """Torch has threads that it waits for, and that a fork leaves behind."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    torch.rand(300, 300) @ torch.rand(300, 300)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_forked_child_may_open_a_batcher_of_its_own():
+def test_a_forked_child_may_open_a_batcher_of_its_own(two_threads):
     with SyncBatcher(tiny_model(), **OPTIONS) as batcher:
         expected = [c.token_ids for c in batcher.run(REQUESTS)]
 

@@ -8,17 +8,16 @@ import copy
 import functools
 import gc
 import multiprocessing
-import multiprocessing.forkserver
 from pathlib import Path
 
 import pytest
 from support.gpt2 import generated, tiny_gpt2
 from support.interrupts import lines_of, run_until, watchdog
 from support.tiny import tiny_model
+from support.workers import spawned_workers
 
 import asyncbatch
 from asyncbatch import AsyncBatcher, Request, SyncBatcher
-from asyncbatch.devices import process as process_module
 from asyncbatch.devices.process import MAX_EVENTS, DeviceProcess
 from asyncbatch.request import RequestError
 
@@ -29,28 +28,10 @@ REQUEST = Request([1, 2, 3], 6, stop_token_ids=())
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 
 
-PRELOADED = ["transformers.models.llama.modeling_llama", "asyncbatch.batcher"]
-PRELOADED += [f"asyncbatch.devices.{name}" for name in ("worker", "timed")]
-
-
-@pytest.fixture(scope="module")
-def forking_server():
-    """A server that has imported everything. A worker forked from it is there at once, one that is spawned in 3 s."""
-    before = workers()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    yield context
-    for worker in workers():
-        if worker not in before:
-            worker.kill()
-            worker.join()
-    multiprocessing.forkserver._forkserver._stop()  # it waits for all that it forked
-
-
 @pytest.fixture
-def quick_workers(forking_server, monkeypatch):
-    monkeypatch.setattr(process_module.mp, "get_context", lambda _: forking_server)
-    monkeypatch.setattr("asyncbatch.base.check_model", lambda *_: None)  # it has no state, and takes long
+def quick_workers(monkeypatch):
+    """Workers are forked here (support/workers.py), so only the check of the model is slow. It has no state."""
+    monkeypatch.setattr("asyncbatch.base.check_model", lambda *_: None)
 
 
 def opened(model):
@@ -158,7 +139,8 @@ def test_batchers_that_are_dropped_give_back_what_they_held():
 
 def test_a_stream_thread_that_fails_ends_the_device_with_an_error(capfd):
     model = tiny_gpt2()
-    batcher = SyncBatcher(model, **OPTIONS)
+    with spawned_workers():  # one that is forked from the server writes its errors where the server does
+        batcher = SyncBatcher(model, **OPTIONS)
     batcher.device.process.send(1, b"no pickle at all")
     completion = batcher.run([REQUEST])[0]
     assert completion.finish_reason == "error"

@@ -170,7 +170,7 @@ def run_script(tmp_path, text, prefix=()) -> subprocess.CompletedProcess:
     script.write_text(text)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
     command = [*prefix, sys.executable, str(script)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
 
 
 def test_a_class_of_the_script_itself_is_named(tmp_path):

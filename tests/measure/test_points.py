@@ -279,7 +279,7 @@ def test_on_a_real_clock_launches_fill_their_span_and_callbacks_the_time_between
     request = Request([1, 2, 3], 12, stop_token_ids=())
     with loop(tiny_model(), max_batch_size=4) as batcher, record_points(batcher):
         timelines = []
-        for arrivals_s in (None, [0.0, 0.3]):
+        for arrivals_s in (None, [0.3, 0.6]):  # before the first of all nothing can be served, however busy the machine
             serve_over_time(batcher, [request] * 2, arrivals_s)
             timelines.append(batcher.timeline)
         assert not [span for span in timelines[1].spans if span.name == CALLBACKS], "not yet: the run may go on"

@@ -13,7 +13,7 @@ from asyncbatch.ordering.faults import FAULTS
 from asyncbatch.ordering.toy import next_token
 from asyncbatch.ordering.trials import main, trial, workload
 
-SEEDS = range(50)
+SEEDS = range(20)
 MODEL = toy_llama()
 
 

@@ -275,7 +275,7 @@ def test_it_loads_no_model_and_none_of_transformers(tmp_path):
         f"status = cli.main(['--compare', {str(tmp_path / 'a.json')!r}, {str(tmp_path / 'a.json')!r}])\n"
         "print(status, 'transformers' in sys.modules, file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert done.stderr == "0 False\n"
     assert done.stdout.startswith("A: ")
 

@@ -19,5 +19,5 @@ def test_kernels_in_the_interpreter_give_the_same():
     paths = [str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     command = [sys.executable, "-m", "support.interpreted_stand_in"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.stdout.endswith("all equal\n"), done.stderr[-3000:]

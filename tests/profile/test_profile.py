@@ -14,7 +14,7 @@ import pytest
 import torch
 from support.presets import pretend_gpu
 from support.recordings import MODEL, SESSION, example, made_timeline, recorded, row_of
-from support.reports import call_script
+from support.reports import call_script, measured
 
 from asyncbatch import AsyncBatcher, SyncBatcher, load_model
 from asyncbatch.measure.recording import Recording
@@ -25,7 +25,8 @@ from asyncbatch.profile import cli, turns
 from asyncbatch.profile import session as profile
 from asyncbatch.profile.diagnosis import floor_numbers
 from asyncbatch.profile.options import PRESETS
-from asyncbatch.profile.report import Floor, ModelFacts
+from asyncbatch.profile.report import Floor, ModelFacts, Report
+from asyncbatch.profile.text import table
 from asyncbatch.timeline import load_trace
 
 SMALL = ["--batch-size", "3", "--requests", "5", "--new-tokens", "6", "--repeats", "2"]
@@ -68,7 +69,7 @@ def check_report(report, modes):
 
 def test_json_on_standard_output_is_the_report_and_nothing_else():
     command = [sys.executable, "-m", "asyncbatch.profile", *TINY, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     check_report(report, ["sync", "async"])
@@ -155,12 +156,14 @@ def test_added_host_work_is_host_work_and_a_timed_device_says_so(call):
     assert report["runs"][0]["device_ms_per_step"] >= 4
 
 
-def test_where_little_is_idle_it_says_how_to_see_more(call):
-    assert "try\n--host-work-ms 30" in call(*TINY, "--step-ms", "200", "--mode", "sync", "--new-tokens", "3")[1]
-    busy = call(*TINY, "--step-ms", "40", "--host-work-ms", "15")[1]
-    assert "try\n--host-work-ms 30" not in busy
-    assert "the host works longer than the device" not in busy
-    assert "the host works longer than the device" in call(*TINY, "--step-ms", "4", "--host-work-ms", "15")[1]
+@pytest.mark.parametrize(
+    ("law", "little", "longer"), [(0.019, True, False), (0.02, False, False), (0.5, False, False), (0.51, False, True)]
+)
+def test_where_little_is_idle_it_says_how_to_see_more(law, little, longer):
+    text = table(Report.from_json(measured()[0] | {"law_idle": law}))
+    assert f"the synchronous device is idle for {law:.1%} of a step" in text
+    assert ("try\n--host-work-ms 30" in text) == little
+    assert ("the host works longer than the device" in text) == longer
 
 
 def test_prompts_are_of_the_length_and_the_seed_given(call, monkeypatch):

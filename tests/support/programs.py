@@ -11,8 +11,8 @@ import torch
 class Log:
     """Writes down in which order commands began and ended: `log` is shared, `count` entries of (slot, 0 or 1).
 
-    "sleep:0.1" takes that long; "fail" raises; "die" ends the process; "put:7" writes 7 to `value`; "get" copies
-    `value` to `seen`.
+    "sleep:0.1" takes that long; "until:7" waits until `value` is 7, a minute at most; "fail" raises; "die" ends the
+    process; "put:7" writes 7 to `value`; "get" copies `value` to `seen`.
     """
 
     def __init__(self, model, *, count, log, value, seen):
@@ -28,6 +28,11 @@ class Log:
         self.write(slot, 0)
         if name == "sleep":
             time.sleep(float(argument))
+        elif name == "until":
+            end = time.monotonic() + 60
+            while int(self.value) != int(argument):
+                assert time.monotonic() < end, f"nobody wrote {argument}"
+                time.sleep(1e-3)
         elif name == "fail":
             raise ValueError(f"planted in slot {slot}")
         elif name == "die":
