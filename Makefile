@@ -74,8 +74,7 @@ check: for-tests
 	$(PY) tools/teaching.py --check
 
 lab: for-notebooks
-	$(PY) tools/notebooks.py --copies
-	$(PY) -m jupyter lab my-notebooks/00_start_here.ipynb
+	@$(PY) -m asyncbatch lab
 
 bench: for-tests
 	$(PY) tools/bench.py

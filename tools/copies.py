@@ -1,11 +1,10 @@
-"""The three kinds of copies of a notebook, made from the one source. `tools/notebooks.py` writes them.
+"""Two kinds of copies of a notebook, made from the one source. `tools/notebooks.py` writes them.
 
-- a reader's own: without outputs, with all that its author wrote;
 - for a class (`for_students`): without outputs and without answers. Solutions are to be written, folded hints and
   answers are left out, and the cells that tell which prediction was right are sealed (asyncbatch/lessons/sealed.py);
 - the answer key (`key`): every output, every exercise solved with the package's own function, every fold open.
 
-The last two have nbgrader's tags: the cell of an exercise is one that is graded by hand (its check prints, and does not
+Both have nbgrader's tags: the cell of an exercise is one that is graded by hand (its check prints, and does not
 raise), the check is read-only.
 """
 
@@ -126,5 +125,5 @@ def _nbgrader(name: str, grade: bool = False, solution: bool = False, locked: bo
     return tags | ({"points": points} if grade else {})
 
 
-KINDS: dict[str, Callable[[NotebookNode], NotebookNode]] = {"own": cleared, "students": for_students, "key": key}
-TITLES = {"own": "your copies of the notebooks", "students": "copies for a class", "key": "the answer key"}
+KINDS: dict[str, Callable[[NotebookNode], NotebookNode]] = {"students": for_students, "key": key}
+TITLES = {"students": "copies for a class", "key": "the answer key"}

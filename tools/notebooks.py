@@ -4,7 +4,6 @@
     python tools/notebooks.py notebooks/00*.ipynb  only these
     python tools/notebooks.py --keep-outputs       save in canonical form without running (after a change to text)
     python tools/notebooks.py --check              change nothing, run nothing; exit 1 and say what is wrong
-    python tools/notebooks.py --copies             make a reader's copies in my-notebooks/, without results
     python tools/notebooks.py --students FOLDER    make copies for a class, without results and without answers
     python tools/notebooks.py --key FOLDER         make the answer key: results, solutions and answers, all open
 
@@ -12,8 +11,8 @@ Canonical: executed from top to bottom with counts 1 to n, stable cell ids, no w
 machine, no errors, nothing on stderr, under 300 KB, JSON with sorted keys. A reader without a kernel, on GitHub say,
 sees every result and picture, and a change of a notebook is a readable change in git.
 
-A reader works in copies of their own, which hold no results: a prediction comes before its answer, and no commit sees
-what they wrote. `make lab` makes those that are missing. tools/copies.py says what else copies for a class leave out.
+A reader works in copies of their own, which hold no results (`asyncbatch lab`, asyncbatch/tour/notebooks.py);
+tools/copies.py says what copies for a class leave out.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ import argparse
 import hashlib
 import os
 import re
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,8 +32,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools import copies
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
-OWN = FOLDER.with_name("my-notebooks")  # beside it: links from one to another, and to docs/, lead to the same places
-ANSWERS = "my-answers"  # beside the notebook that is open (asyncbatch/lessons/kept.py)
 MAX_BYTES = 300_000
 CELL_TIMEOUT_S = 300
 METADATA = {
@@ -196,11 +192,11 @@ def run(path: Path, notebook: NotebookNode) -> None:
     ).execute()
 
 
-def make_copies(originals: Sequence[Path], own: Path, kind: str = "own") -> str:
+def make_copies(originals: Sequence[Path], own: Path, kind: str) -> str:
     """Copy the notebooks into the folder `own`, in a form of copies.KINDS, and say what was made and what was there.
 
-    What is there is the reader's, and stays as it is. Answers kept beside the originals, by a reader who worked there,
-    come along. Whatever stops it, no copy is left half written. OSError if `own` cannot be written."""
+    What is there stays as it is. Whatever stops it, no copy is left half written. OSError if `own` cannot be
+    written."""
     made, there = [], []
     own.mkdir(parents=True, exist_ok=True)
     for original in originals:
@@ -212,11 +208,6 @@ def make_copies(originals: Sequence[Path], own: Path, kind: str = "own") -> str:
         draft.write_text(text_of(book), encoding="utf-8", newline="\n")
         draft.replace(own / original.name)
         made.append(original.name)
-    for answers in {original.with_name(ANSWERS) for original in originals if kind == "own"}:
-        for answer in answers.glob("*.py"):
-            (own / ANSWERS).mkdir(exist_ok=True)
-            if not (own / ANSWERS / answer.name).exists():
-                shutil.copyfile(answer, own / ANSWERS / answer.name)
     numbers = {
         word: " ".join(name.split("_")[0] for name in names) for word, names in (("made", made), ("kept", there))
     }
@@ -230,12 +221,11 @@ def main(arguments: list[str] | None = None) -> int:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--check", action="store_true", help="change nothing; exit 1 and say what is not canonical")
     mode.add_argument("--keep-outputs", action="store_true", help="do not run, only save in canonical form")
-    mode.add_argument("--copies", action="store_true", help="make a reader's copies, without results, in my-notebooks/")
     mode.add_argument("--students", type=Path, metavar="FOLDER", help="make copies for a class, without answers")
     mode.add_argument("--key", type=Path, metavar="FOLDER", help="make the answer key")
     options = parser.parse_args(arguments)
     paths = [path.resolve() for path in options.paths or sorted(FOLDER.glob("*.ipynb"))]
-    wanted = {"own": OWN if options.copies else None, "students": options.students, "key": options.key}
+    wanted = {"students": options.students, "key": options.key}
     for kind, folder in wanted.items():
         if folder is not None:
             try:

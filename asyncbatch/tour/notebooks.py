@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,8 @@ from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
 CLONE = Path(__file__).parents[2]
-OWN = "my-notebooks"
+OWN = "my-notebooks"  # in a clone beside `notebooks`: links from one to another, and to docs/, lead to the same places
+ANSWERS = "my-answers"  # beside the notebook that is open (lessons/kept.py)
 
 
 def originals() -> list[Path]:
@@ -31,11 +33,12 @@ def originals() -> list[Path]:
     return sorted(path.resolve() for path in installed if path.is_file())
 
 
-def copy_to(folder: Path) -> tuple[list[str], list[str]]:
+def copy_to(folder: Path, each: Sequence[Path]) -> tuple[list[str], list[str]]:
     """Copy each notebook that `folder` lacks into it, without outputs and counts: (names made, names that were there).
+    Answers kept beside the originals, by a reader who worked there, come along. Whatever stops it, no copy is left half
+    written.
 
-    FileNotFoundError where this package came without notebooks; OSError if `folder` cannot be written."""
-    each = originals()
+    FileNotFoundError without notebooks; OSError if `folder` cannot be written."""
     if not each:
         raise FileNotFoundError("this asyncbatch came without its notebooks: install it from a wheel, or clone it")
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,6 +50,11 @@ def copy_to(folder: Path) -> tuple[list[str], list[str]]:
             draft = target.with_name(f".{target.name}.new")
             draft.write_text(without_results(original.read_text(encoding="utf-8")), encoding="utf-8", newline="\n")
             draft.replace(target)
+    kept = [answer for beside in {original.with_name(ANSWERS) for original in each} for answer in beside.glob("*.py")]
+    for answer in kept:
+        (folder / ANSWERS).mkdir(exist_ok=True)
+        if not (folder / ANSWERS / answer.name).exists():
+            shutil.copyfile(answer, folder / ANSWERS / answer.name)
     return made, there
 
 
@@ -92,10 +100,11 @@ def lab(words: Sequence[str]) -> int:
 
 def _copied(folder: Path) -> bool:
     try:
-        made, there = copy_to(folder)
+        made, there = copy_to(folder, originals())
     except OSError as error:
         print(f"asyncbatch: {error}", file=sys.stderr)
         return False
     numbers = (" ".join(name.split("_")[0] for name in names) or "none" for names in (made, there))
-    print("{}: your copies of the notebooks: made {}; kept {}".format(folder, *numbers))
+    told = "{}: your copies of the notebooks: made {}; kept {} (for a fresh copy, rename or delete yours)"
+    print(told.format(folder, *numbers))
     return True

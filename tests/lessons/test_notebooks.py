@@ -13,6 +13,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from asyncbatch.lessons import kept
+from asyncbatch.tour.notebooks import ANSWERS, OWN, copy_to
 from tools import notebooks as tool
 
 ROOT = Path(__file__).parents[2]
@@ -164,29 +165,27 @@ def test_run_executes_in_the_notebooks_folder_and_saves(tmp_path):
 def test_a_copy_holds_no_result_and_all_that_its_author_wrote(clean, tmp_path):
     path, book = clean
     before = path.read_bytes()
-    told = tool.make_copies([path], tmp_path / "own")
+    assert copy_to(tmp_path / "own", [path]) == (["book.ipynb"], [])
     copy = nbformat.read(tmp_path / "own" / "book.ipynb", as_version=4)
     assert [cell.get("outputs", []) for cell in copy.cells] == [[]] * 4
     assert {cell.get("execution_count") for cell in copy.cells} == {None}
     authors = [[(cell.id, cell.source, cell.metadata) for cell in each.cells] for each in (book, copy)]
     assert authors[0] == authors[1]
     assert path.read_bytes() == before
-    assert told.startswith("own/, your copies of the notebooks: made book.ipynb; kept none")
     assert [each.name for each in (tmp_path / "own").iterdir()] == ["book.ipynb"]
 
 
 def test_what_a_reader_wrote_is_never_overwritten(clean, tmp_path):
     path, _ = clean
     own = tmp_path / "own"
-    tool.make_copies([path], own)
+    copy_to(own, [path])
     (own / "book.ipynb").write_text("what a reader wrote, not even a notebook")
     other = saved(tmp_path / "07_other.ipynb", tool.canonical(messy()))
     for folder, text in ((tmp_path, "old"), (own, "new")):
         (folder / kept.FOLDER).mkdir()
         (folder / kept.FOLDER / "prune.py").write_text(text)
     (tmp_path / kept.FOLDER / "order.py").write_text("old")
-    told = tool.make_copies([path, other], own)
-    assert "made 07; kept book.ipynb" in told
+    assert copy_to(own, [path, other]) == (["07_other.ipynb"], ["book.ipynb"])
     assert (own / "book.ipynb").read_text() == "what a reader wrote, not even a notebook"
     assert {each.name: each.read_text() for each in (own / kept.FOLDER).iterdir()} == {
         "prune.py": "new",  # theirs stays
@@ -194,28 +193,15 @@ def test_what_a_reader_wrote_is_never_overwritten(clean, tmp_path):
     }
 
 
-def test_where_copies_cannot_be_made_one_line_says_so(clean, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tool, "OWN", tmp_path / "a-file")
-    (tmp_path / "a-file").touch()
-    assert tool.main(["--copies", str(clean[0])]) == 1
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert told.err.startswith("a-file/ cannot be written: ")
-
-
 def test_make_lab_opens_the_copies_which_git_ignores():
     """Their folder stands where the originals' stands, so that their links lead somewhere. Answers are kept in it."""
-    assert tool.OWN.parent == tool.FOLDER.parent
-    assert tool.ANSWERS == kept.FOLDER
+    assert ANSWERS == kept.FOLDER
     assert not kept.FOLDER.startswith("/")  # beside the notebook that is open
     ignored = (ROOT / ".gitignore").read_text().split()
-    assert f"{tool.OWN.name}/" in ignored
+    assert f"{OWN}/" in ignored
     recipe = (ROOT / "Makefile").read_text().split("\nlab:")[1].split("\n\n")[0]
-    assert re.findall(r"\$\(PY\) (.+)", recipe) == [
-        "tools/notebooks.py --copies",
-        f"-m jupyter lab {tool.OWN.name}/00_start_here.ipynb",
-    ]
-    assert f"jupyter lab {tool.OWN.name}/00_start_here.ipynb" in (ROOT / "docs" / "using.md").read_text("utf-8")
+    assert re.findall(r"\$\(PY\) (.+)", recipe) == ["-m asyncbatch lab"]
+    assert "asyncbatch lab" in (ROOT / "docs" / "using.md").read_text("utf-8")
 
 
 # The real notebooks.
