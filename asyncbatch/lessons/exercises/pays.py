@@ -138,8 +138,8 @@ EXERCISES = {
         (
             Case((1.0, 5.0, 4, 2), "Synchronous: 4 steps of 6 ms. Asynchronous: 5 steps of 5 ms. 24 / 25.", (
                 (1.2, "The fifth step is missing: the stop is seen when the step after it is already launched."),
-                (0.8, "That is 24 / 30, one step too many: with two slots the stop is seen one step late. Or 20 / 25: a "
-                      "synchronous step takes 6 ms."),
+                (0.8, "That is 24 / 30, one step too many: with two slots the stop is seen one step late. Or 20 / 25: "
+                      "a synchronous step takes 6 ms."),
                 (25 / 24, "Turned over: how many times as fast is the time before by the time after."),
                 (1.0, "Five steps on one side, five on the other? In the synchronous loop the stop is seen at once."),
             )),
