@@ -17,8 +17,9 @@ import pytest
 
 # Before torch is imported, here or in any process that tests start. The models of tests are small: of several threads
 # all but one spin while they wait for it, and the more the busier the machine is (ten times the work was seen). Tests
-# of several threads ask for them themselves.
+# of several threads ask for them themselves, and those that wait sleep.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 try:
     from hypothesis import HealthCheck, settings
