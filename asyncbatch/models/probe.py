@@ -10,6 +10,7 @@ where a cache that claims to be long changes anything: then positions are not ta
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import threading
 from collections import Counter
@@ -155,7 +156,8 @@ def _run(model: Any, name: str, start: int, one_row: bool, cache: Any = None) ->
     places = torch.arange(2, device=weight.device)
     options: dict[str, Any] = {"logits_to_keep": places.flip(0)} if one_row else {}
     if cache is not None:
-        options["past_key_values"] = cache
+        named = "cache" in inspect.signature(model.forward).parameters  # so since transformers 5.24
+        options["cache" if named else "past_key_values"] = cache
     seen = _of_thread.seen = _Seen()
     try:
         positions = places.view(shape) + start

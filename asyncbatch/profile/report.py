@@ -13,6 +13,7 @@ import statistics
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
+from .old_reports import of_today
 from .record import AnyRecord, Record
 
 SCHEMA = 5
@@ -266,8 +267,10 @@ class Run(Totals):
 
     @property
     def explained_wall_s(self) -> float | None:
-        """Wall time of the one run that points and gaps are of: the whole of which their seconds are shares."""
-        return statistics.median_high(self.wall_s_of_each_run) if self.wall_s_of_each_run else self.wall_s
+        """Wall time of the one run that points and gaps are of: the whole of which their seconds are shares. It is the
+        slower of two in the middle, of which wall_s is the mean; until version 4 wall_s was that run's own."""
+        each = self.wall_s_of_each_run
+        return self.wall_s if not each or self.wall_s in each else statistics.median_high(each)
 
     @property
     def request_floor_s(self) -> float | None:
@@ -429,7 +432,7 @@ class Report(Record):
 
     @classmethod
     def from_json(cls: type[AnyRecord], data: dict[str, Any]) -> AnyRecord:
-        return super().from_json(_of_today(data))
+        return super().from_json(of_today(data))
 
     @property
     def sentences(self) -> list[str]:
@@ -438,19 +441,3 @@ class Report(Record):
         void = [one for one in trust if one.startswith(VOID)]
         found = (*void, self.idleness, self.causes, self.first, self.verdict, *trust[len(void) :])
         return [one for one in found if one]
-
-
-def _of_today(data: dict[str, Any]) -> dict[str, Any]:
-    """The report in today's form: until version 4 a context was the sum over the rows, and host_ms what is between_ms
-    today."""
-    if not isinstance(data.get("schema"), int) or data["schema"] > 4:
-        return data
-    lists = {key: [dict(run) for run in data.get(key) or [] if isinstance(run, dict)] for key in ("runs", "recorded")}
-    for run in (*lists["runs"], *lists["recorded"]):
-        for key in ("first_context", "last_context"):
-            steps = run.get(key)
-            if isinstance(steps, dict) and steps.get("rows") and steps.get("context") is not None:
-                run[key] = {**steps, "context": steps["context"] / steps["rows"]}
-        if isinstance(guess := run.get("prediction"), dict):
-            run["prediction"] = {**guess, "between_ms": guess.get("host_ms"), "host_ms": None}
-    return {**data, **lists}

@@ -101,7 +101,7 @@ def test_the_sweep_tells_other_tokens_and_failures(monkeypatch):
 REFUSED = {
     "linear_attention": lambda: tiny_model("mamba"),
     "conv": lambda: tiny_model("lfm2_moe"),
-    "AttentionInterface": lambda: tiny_model("gptj"),
+    "AttentionInterface": lambda: tiny_model("bloom"),
     "encoder-decoder": lambda: transformers.T5ForConditionalGeneration(
         transformers.T5Config(vocab_size=64, d_model=32, d_ff=64, num_layers=1, num_heads=2, d_kv=16)
     ),

@@ -420,7 +420,7 @@ def test_the_timeline_is_the_widgets(both):
     assert spans == bytes(widget.spans)
     assert about == widget.about
     assert all(lane["kept"] is None for lane in about["lanes"])
-    assert "left out" not in seen.text
+    assert "spans are left out" not in seen.text
 
 
 def test_of_a_long_run_the_page_keeps_some_spans_and_says_which(monkeypatch):
