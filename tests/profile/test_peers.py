@@ -279,7 +279,7 @@ def test_another_version_without_a_part_that_is_needed(sdpa, monkeypatch):
     monkeypatch.delattr(type(runner), "compute_batch")
     recorder = StepRecorder(Timeline(), sdpa.manager.batch_processor, torch.device("cpu"), "sync", [])
     message = (
-        f"transformers {transformers.__version__} does not fit: its ModelRunner has no compute_batch .*5.17 to 5.23"
+        f"transformers {transformers.__version__} does not fit: its ModelRunner has no compute_batch .*5.17 to 5.24"
     )
     with pytest.raises(RuntimeError, match=message), recorder.hooks():
         pass

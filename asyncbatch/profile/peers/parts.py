@@ -8,7 +8,7 @@ from typing import Any
 
 from ...measure.point_recorder import override
 
-KNOWN = "known to work: 5.17 to 5.23"
+KNOWN = "known to work: 5.17 to 5.24"
 
 
 def part(owner: Any, name: str) -> Any:
