@@ -196,10 +196,12 @@ class Server:
     def sample(self, step: Step | None, mask: Sequence[str] | None = None) -> None:
         """Launch the sampling of a step, and the copy of its token to the host. mask: the tokens that are allowed; None
         allows all, and nothing waits. A step that was sampled before is **rolled back**: its token is chosen again,
-        from the same scores, and steps after it are forgotten. For None this does nothing."""
+        from the same scores, and steps after it are forgotten. For None this does nothing. ValueError for a step whose
+        slot a later one has."""
         self._count()
         if step is None:
             return
+        self._still_there(step, "sampled")
         if step in self.sampled:
             self.place = step.place + 1
         self.sampled.add(step)
@@ -215,10 +217,12 @@ class Server:
         self.device.streams[2].record_event(out)
 
     def wait(self, step: Step | None) -> str:
-        """Wait until the token of a step has come, and return it. ValueError for a step that was not sampled."""
+        """Wait until the token of a step has come, and return it. ValueError for a step that was not sampled, or whose
+        slot a later one has."""
         self._count()
         if step is None or step not in self.sampled:
             raise ValueError(f"waited for {'no step' if step is None else 'a step that was not sampled'}")
+        self._still_there(step, "waited for")
         start = self.device.now()
         self.events[step.slot][2].synchronize()
         self._note("host", "wait", step, start)
@@ -249,6 +253,14 @@ class Server:
         self.text += token
 
     # ---- behind them -------------------------------------------------------------------------------------------
+
+    def _still_there(self, step: Step, what: str) -> None:
+        if self.forwards > step.number + NUM_SLOTS:
+            raise ValueError(
+                f"{what}: forward pass {step.number} (from 0), but {self.forwards} are launched, and pass "
+                f"{step.number + NUM_SLOTS} has its slot; allowed are the newest {NUM_SLOTS}, as there are "
+                f"{NUM_SLOTS} slots"
+            )
 
     def _count(self) -> None:
         self.calls += 1

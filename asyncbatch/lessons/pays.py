@@ -19,7 +19,7 @@ from ..measure.percentile import median_lies_within, p99
 from ..measure.point_recorder import override
 from ..measure.recording import Recording
 from ..measure.simulate import SimulatedRun, StepCost, simulate
-from ..measure.steps import steps_from, steps_of
+from ..measure.steps import steps_from
 from ..models.toy import toy_llama
 from ..ordering.toy import toy_tokens
 from ..profile.pairs import Pairs
@@ -29,7 +29,7 @@ from ..request import Request
 from ..timeline import Timeline
 from .learned import YourBatcher
 from .loop import request, toy_batcher
-from .measuring import RecordedRun, recorded_runs
+from .measuring import RecordedRun, recorded_gaps, recorded_runs
 
 # ---- both loops on the virtual clock: exact --------------------------------------------------------------------------
 
@@ -184,10 +184,8 @@ def sure(count: int) -> float:
 def recorded_periods() -> np.ndarray:
     """Milliseconds of each decode period (a gap and its step) of the recorded run with the longest gap: an 8B model on
     an H200, one row, synchronous. float64 [511]."""
-    runs = Recording.load("h200-sweep-8b").runs
-    run = next(each for each in runs if (each["engine"], each["mode"], each["batch_size"]) == ("asyncbatch", "sync", 1))
-    steps = steps_of(run)
-    return 1e-3 * (steps.gap_us + steps.device_us)[steps.kind == "decode"]
+    gaps_ms, device_ms = recorded_gaps()
+    return gaps_ms + device_ms
 
 
 def three_numbers(periods_ms: Sequence[float]) -> str:

@@ -30,7 +30,7 @@ from .learned import Endless, limited
 ROWS, NUM_BLOCKS, RECORDING = 8, 160, "h200-sweep-1b"
 MOST_LINES = 20_000  # of a policy in one call; it is called a few hundred times in a run
 # (prompt, new tokens) of 40 requests, in the order in which they came: drawn once and kept, with random.Random(0) and
-# the laws of the README's mixed workload, with a sixteenth of its medians (lognormal: 32 and 0.8, 16 and 0.6).
+# the laws of docs/profiling.md's mixed workload, with a sixteenth of its medians (lognormal: 32 and 0.8, 16 and 0.6).
 WORKLOAD = (
     (28, 16), (56, 15), (99, 6), (40, 8), (31, 13), (25, 5), (34, 23), (123, 26), (5, 8), (68, 8),
     (38, 7), (60, 32), (40, 19), (37, 11), (50, 16), (35, 21), (120, 48), (26, 22), (43, 38), (9, 10),

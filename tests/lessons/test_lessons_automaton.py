@@ -119,6 +119,37 @@ def test_what_a_server_refuses_is_said():
         automaton.serve(one_too_many)
 
 
+@pytest.mark.parametrize("ahead", [1, 2, 3, 4, 5, 6])
+@pytest.mark.parametrize("late", ["sample", "wait"])
+def test_a_step_whose_slot_a_later_one_has_is_refused(ahead, late):
+    """With four slots a step can still be sampled, and waited for, while three later ones are launched."""
+    tokens = []
+
+    def launches_ahead(server):
+        first = server.forward()
+        if late == "wait":
+            server.sample(first)
+        for _ in range(ahead - 1):
+            step = server.forward()
+            if late == "wait":
+                server.sample(step)
+        server.sample(first) if late == "sample" else None
+        tokens.append(server.wait(first))
+        server.accept(tokens[0])
+        wait_for_token(server)
+
+    if ahead > 4:
+        words = (
+            rf"{late}\w*( for)?: forward pass 0 \(from 0\), but {ahead} are launched, and pass 4 has its slot; allowed"
+        )
+        with pytest.raises(ValueError, match=words):
+            automaton.serve(launches_ahead, skill=1.0)
+        assert tokens == []
+    else:
+        automaton.run(launches_ahead, LISTS, 1.0, 12, Prices())
+        assert tokens == ["["]
+
+
 @pytest.mark.parametrize(
     ("grammar", "words"),
     [

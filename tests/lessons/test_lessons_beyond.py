@@ -137,7 +137,7 @@ def test_what_is_told_on_a_gpu_comes_from_the_peer_s_timeline(monkeypatch):
 def test_recorded_runs_are_those_of_the_recordings():
     run = beyond.recorded("1b", 128, "async")
     assert (run.shape, run.rows, run.mode, run.wasted) == ("1b", 128, "async", 128)
-    assert run.idle == pytest.approx(0.0778, abs=1e-4)  # the README says 7.8 %
+    assert run.idle == pytest.approx(0.0778, abs=1e-4)  # docs/performance.md says 7.8 %
     assert beyond.recorded("1b", 128, "sync").host_ms == pytest.approx(4.15, abs=0.01)
     with pytest.raises(ValueError, match="1b, 64 rows, 'sync' was not recorded"):
         beyond.recorded("1b", 64, "sync")
@@ -179,14 +179,35 @@ def test_every_name_of_another_engine_has_a_line_at_a_commit_or_says_that_it_was
             assert not found or (found[1], found[2]) == (found[3], found[4])
 
 
-@pytest.mark.parametrize(
-    "row", ["carry_over_tokens", "io_pairs", "d2h_over", "finish_request", "_generation_loop_body"]
+LINKS = re.findall(
+    r"https://github\.com/huggingface/transformers/blob/v([\d.]+)/src/(transformers/\S+?)#L(\d+)(?:-L(\d+))?\)",
+    "\n".join(cell.source for cell in BOOK.cells),
 )
-def test_lines_of_transformers_are_those_of_its_source(row):
+LINES = {  # the first line of each link, in the order in which the notebook has them
+    "carried_over_ids = prev_output_ids[0, carry_over_ids]": "input_outputs.py",
+    "def _generation_loop_body(": "continuous_api.py",
+    "self.io_pairs = [": "input_outputs.py",
+    "def carry_over_tokens(": "input_outputs.py",
+    "d2h_over.synchronize()": "input_outputs.py",
+    "if state.status in (RequestStatus.FINISHED": "continuous_api.py",
+    "def finish_request(": "scheduler.py",
+}
+
+
+def test_links_into_transformers_are_of_the_version_that_is_pinned():
+    pins = (Path(__file__).parents[2] / "requirements" / "run.txt").read_text(encoding="utf-8")
+    newest = re.search(r"^transformers==(\S+) ; python_version >=", pins, re.MULTILINE)[1]
+    assert {version for version, *_ in LINKS} == {newest}
+    assert f"transformers {newest}, vLLM" in "\n".join(cell.source for cell in BOOK.cells)
+
+
+def test_lines_of_transformers_are_those_of_its_source():
     import transformers
 
-    if transformers.__version__ != "5.23.0":
-        pytest.skip("the table names the lines of transformers 5.23.0")
-    path, number = re.search(rf"`{row}`[^|]*?\(https://\S+?/src/(transformers/\S+?)#L(\d+)\)", TABLES[0]).groups()
-    lines = (Path(transformers.__file__).parents[1] / path).read_text("utf-8").splitlines()
-    assert row in lines[int(number) - 1]
+    if transformers.__version__ != LINKS[0][0]:
+        pytest.skip(f"the notebook names the lines of transformers {LINKS[0][0]}, not of {transformers.__version__}")
+    found = []
+    for (_, path, first, _), line in zip(LINKS, LINES, strict=True):
+        lines = (Path(transformers.__file__).parents[1] / path).read_text("utf-8").splitlines()
+        found.append((path.rpartition("/")[2], line if line in lines[int(first) - 1] else lines[int(first) - 1]))
+    assert found == [(file, line) for line, file in LINES.items()]
