@@ -26,6 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from asyncbatch.tour import links  # noqa: E402
 from tools import notebooks  # noqa: E402
 
 KIT = ROOT / "dist" / "asyncbatch-kit"
@@ -83,10 +84,13 @@ def described(wheels: Sequence[str]) -> dict[str, str]:
 def write_texts(kit: Path, facts: dict[str, str]) -> None:
     """The notebooks, the teacher's folder, the docs, the check, the first page and the licences."""
     originals = sorted(notebooks.FOLDER.glob("*.ipynb"))
+    shutil.copytree(ROOT / "docs", kit / "docs")  # first: the notebooks' links to what is there stay
     notebooks.make_copies(originals, kit / "notebooks", "students")
     notebooks.make_copies(originals, kit / "teacher", "key")
     shutil.copyfile(ROOT / "notebooks" / "TEACHING.md", kit / "teacher" / "TEACHING.md")
-    shutil.copytree(ROOT / "docs", kit / "docs")
+    for page in [*(kit / "docs").rglob("*.md"), kit / "teacher" / "TEACHING.md"]:
+        text = links.followed(page.read_text(encoding="utf-8"), links.beside(page))
+        page.write_text(text, encoding="utf-8", newline="\n")
     shutil.copyfile(PARTS / "check.py", kit / "check.py")
     page = string.Template((PARTS / "start_here.html").read_text(encoding="utf-8"))
     (kit / "START-HERE.html").write_text(page.substitute(facts), encoding="utf-8")

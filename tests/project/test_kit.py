@@ -61,7 +61,7 @@ def test_a_kit_has_all_that_a_workshop_needs(kit):
 
 
 def test_links_within_a_kit_lead_somewhere(kit):
-    pages = [*kit.rglob("*.ipynb"), *(kit / "teacher").glob("*.md")]
+    pages = [*kit.rglob("*.ipynb"), *kit.rglob("*.md")]
     targets = set()
     for page in pages:
         text = page.read_text(encoding="utf-8")
@@ -70,6 +70,7 @@ def test_links_within_a_kit_lead_somewhere(kit):
         found = re.findall(r"\]\(([^)\s#]+)[^)]*\)", re.sub(r"`[^`\n]*`", "", text))
         targets |= {page.parent / target for target in found if not re.match(r"[a-z]+:", target)}
     assert targets
+    assert kit / "notebooks" / ".." / "docs" / "traces.md" in targets
     assert [str(target.relative_to(kit)) for target in targets if not target.exists()] == []
 
 
