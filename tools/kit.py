@@ -92,8 +92,8 @@ def write_texts(kit: Path, facts: dict[str, str]) -> None:
         text = links.followed(page.read_text(encoding="utf-8"), links.beside(page))
         page.write_text(text, encoding="utf-8", newline="\n")
     shutil.copyfile(PARTS / "check.py", kit / "check.py")
-    page = string.Template((PARTS / "start_here.html").read_text(encoding="utf-8"))
-    (kit / "START-HERE.html").write_text(page.substitute(facts), encoding="utf-8")
+    first = string.Template((PARTS / "start_here.html").read_text(encoding="utf-8"))
+    (kit / "START-HERE.html").write_text(first.substitute(facts), encoding="utf-8")
     for licence in LICENCES:
         if (ROOT / licence).exists():
             shutil.copyfile(ROOT / licence, kit / licence)

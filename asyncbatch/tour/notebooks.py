@@ -101,7 +101,19 @@ def lab(words: Sequence[str]) -> int:
     if not _copied(folder):
         return 1
     first = min(folder.glob("[0-9]*.ipynb"), default=folder)
-    return subprocess.run([sys.executable, "-m", "jupyter", "lab", str(first)], check=False).returncode
+    return _run(
+        [sys.executable, "-m", "jupyterlab", str(first)]
+    )  # not the script, which holds an old path after a move
+
+
+def _run(words: Sequence[str]) -> int:
+    """Run a command that handles Ctrl-C itself, as JupyterLab does, which asks first: its exit status."""
+    with subprocess.Popen(words) as running:
+        while True:
+            try:
+                return running.wait()
+            except KeyboardInterrupt:  # the terminal has told both processes
+                continue
 
 
 def _copied(folder: Path) -> bool:

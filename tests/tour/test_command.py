@@ -132,7 +132,8 @@ def test_links_of_copies_lead_somewhere_from_a_clone_and_from_a_package(capsys, 
     for folder in (tmp_path / "clone" / "docs", tmp_path / "share"):
         folder.mkdir(parents=True)
     (tmp_path / "far").mkdir()
-    (tmp_path / "far" / "README.md").write_text("of something else")
+    for folder in ("share", "far"):  # two pages of one name
+        (tmp_path / folder / "README.md").write_text(folder)
     shutil.copytree(ROOT / "notebooks", tmp_path / "clone" / "notebooks", ignore=shutil.ignore_patterns("my-*", ".*"))
     shutil.copytree(ROOT / "notebooks", package, ignore=shutil.ignore_patterns("my-*", ".*"))
     (tmp_path / "clone" / "docs" / "traces.md").touch()
@@ -164,6 +165,33 @@ def test_lab_says_what_is_missing(capsys, tmp_path, monkeypatch):
     assert status == 1
     assert "JupyterLab is missing" in error
     assert not (tmp_path / "new").exists()
+
+
+def test_jupyter_gets_ctrl_c_itself_and_is_waited_for(capsys, tmp_path, monkeypatch):
+    """The first Ctrl-C makes JupyterLab ask, the second ends it; each comes here too."""
+    seen = []
+
+    class Lab:
+        def __init__(self, words):
+            self.words, self.told = words, iter([KeyboardInterrupt, KeyboardInterrupt, 0])
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            seen.append(error[0])
+
+        def wait(self):
+            told = next(self.told)
+            if told == 0:
+                seen.append(self.words[1:])
+                return 0
+            raise told
+
+    monkeypatch.setattr(notebooks.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(notebooks.subprocess, "Popen", Lab)
+    assert call(capsys, "lab", str(tmp_path / "own"))[0] == 0
+    assert seen == [["-m", "jupyterlab", str(tmp_path / "own" / "00_start_here.ipynb")], None]
 
 
 def test_a_wheel_has_everything(tmp_path):
