@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import importlib.util
 import os
 import re
 import shlex
@@ -124,7 +125,8 @@ def make_venv() -> None:
 
 def without_venv(said: str) -> str:
     """Why there is no .venv. said: what `python -m venv` printed."""
-    if "ensurepip" not in said and "No module named venv" not in said:
+    missing = [name for name in ("venv", "ensurepip") if importlib.util.find_spec(name) is None]
+    if not missing and "ensurepip is not" not in said:  # Debian's words
         return f"{VENV} cannot be made:\n{said}"
     found = re.fullmatch(r"python3(\.\d+)?", Path(sys.executable).name)
     name = found[0] if found else "python3"
