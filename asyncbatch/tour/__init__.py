@@ -5,5 +5,5 @@ measuring: what is measured, the embedded model's answers, and this host beside 
 replay: a recorded pair of runs on a virtual clock, which shows the point where this machine is too busy to.
 findings: what that says, in sentences and one table. drawing: both timelines as lines of text.
 screen, page: all of it in a terminal, and as one page.
-notebooks: copies of the notebooks, from a clone or from an installed package.
+notebooks: copies of the notebooks, from a clone or from an installed package. links: where a copy's links lead.
 """

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
+from . import links
+
 CLONE = Path(__file__).parents[2]
 OWN = "my-notebooks"  # in a clone beside `notebooks`: links from one to another, and to docs/, lead to the same places
 ANSWERS = "my-answers"  # beside the notebook that is open (lessons/kept.py)
@@ -35,6 +37,7 @@ def originals() -> list[Path]:
 
 def copy_to(folder: Path, each: Sequence[Path]) -> tuple[list[str], list[str]]:
     """Copy each notebook that `folder` lacks into it, without outputs and counts: (names made, names that were there).
+    A link to what is not there, beside the copy, becomes its words.
     Answers kept beside the originals, by a reader who worked there, come along. Whatever stops it, no copy is left half
     written.
 
@@ -43,12 +46,14 @@ def copy_to(folder: Path, each: Sequence[Path]) -> tuple[list[str], list[str]]:
         raise FileNotFoundError("this asyncbatch came without its notebooks: install it from a wheel, or clone it")
     folder.mkdir(parents=True, exist_ok=True)
     made, there = [], []
+    names = {original.name for original in each}
     for original in each:
         target = folder / original.name
         (there if target.exists() else made).append(original.name)
         if not target.exists():
             draft = target.with_name(f".{target.name}.new")
-            draft.write_text(without_results(original.read_text(encoding="utf-8")), encoding="utf-8", newline="\n")
+            text = without_results(original.read_text(encoding="utf-8"), links.of_copy(original, folder, names))
+            draft.write_text(text, encoding="utf-8", newline="\n")
             draft.replace(target)
     kept = [answer for beside in {original.with_name(ANSWERS) for original in each} for answer in beside.glob("*.py")]
     for answer in kept:
@@ -58,9 +63,10 @@ def copy_to(folder: Path, each: Sequence[Path]) -> tuple[list[str], list[str]]:
     return made, there
 
 
-def without_results(text: str) -> str:
-    """A canonical notebook's text without outputs and execution counts."""
+def without_results(text: str, place: links.Place) -> str:
+    """A canonical notebook's text without outputs and execution counts, its links led to `place` of their targets."""
     book = json.loads(text)
+    links.in_book(book, place)
     for cell in book["cells"]:
         if cell["cell_type"] == "code":
             cell["outputs"], cell["execution_count"] = [], None
@@ -95,7 +101,19 @@ def lab(words: Sequence[str]) -> int:
     if not _copied(folder):
         return 1
     first = min(folder.glob("[0-9]*.ipynb"), default=folder)
-    return subprocess.run([sys.executable, "-m", "jupyter", "lab", str(first)], check=False).returncode
+    return _run(
+        [sys.executable, "-m", "jupyterlab", str(first)]
+    )  # not the script, which holds an old path after a move
+
+
+def _run(words: Sequence[str]) -> int:
+    """Run a command that handles Ctrl-C itself, as JupyterLab does, which asks first: its exit status."""
+    with subprocess.Popen(words) as running:
+        while True:
+            try:
+                return running.wait()
+            except KeyboardInterrupt:  # the terminal has told both processes
+                continue
 
 
 def _copied(folder: Path) -> bool:

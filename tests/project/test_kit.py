@@ -6,11 +6,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shlex
 import shutil
 import string
 import sys
+import zipfile
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import nbformat
 import pytest
@@ -23,12 +25,13 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """A kit with wheels that are no wheels."""
+    """A kit with wheels that hold nothing but zeros."""
 
     def wheels(to: Path, options) -> None:
         to.mkdir()
         for name in ("torch-2.13.0+cpu-cp311-cp311-linux_x86_64", "jupyter_client-8.10.0-py3-none-any"):
-            (to / f"{name}.whl").touch()
+            with zipfile.ZipFile(to / f"{name}.whl", "w", zipfile.ZIP_DEFLATED) as wheel:
+                wheel.writestr("zeros", bytes(10_000_000))
 
     folder = tmp_path_factory.mktemp("made") / "kit"
     with pytest.MonkeyPatch.context() as patch:
@@ -61,7 +64,7 @@ def test_a_kit_has_all_that_a_workshop_needs(kit):
 
 
 def test_links_within_a_kit_lead_somewhere(kit):
-    pages = [*kit.rglob("*.ipynb"), *(kit / "teacher").glob("*.md")]
+    pages = [*kit.rglob("*.ipynb"), *kit.rglob("*.md")]
     targets = set()
     for page in pages:
         text = page.read_text(encoding="utf-8")
@@ -70,6 +73,7 @@ def test_links_within_a_kit_lead_somewhere(kit):
         found = re.findall(r"\]\(([^)\s#]+)[^)]*\)", re.sub(r"`[^`\n]*`", "", text))
         targets |= {page.parent / target for target in found if not re.match(r"[a-z]+:", target)}
     assert targets
+    assert kit / "notebooks" / ".." / "docs" / "traces.md" in targets
     assert [str(target.relative_to(kit)) for target in targets if not target.exists()] == []
 
 
@@ -122,7 +126,42 @@ def test_pip_reads_the_pins_and_gets_its_options(tmp_path, monkeypatch):
     tool.main(["--to", str(tmp_path / "kit"), "--extra-index-url", "https://example.org/cpu"])
     pinned, own = calls
     assert pinned[-4:] == ("-r", "requirements.txt", "--extra-index-url", "https://example.org/cpu")
-    assert own[-3:] == ("--no-deps", "--no-build-isolation", ".")
+    assert own[-3:-1] == ("--no-deps", "--no-build-isolation")
+
+
+def test_our_own_wheel_is_built_from_what_is_there_now(tmp_path, monkeypatch):
+    """What an older build left in the clone, a module that is gone say, is not packed."""
+    clone, seen = tmp_path / "clone", []
+    for name in ("asyncbatch/new.py", "notebooks/00.ipynb", "docs/a.md", "pyproject.toml", "README.md", "LICENSE",
+                 "build/lib/asyncbatch/gone.py", "asyncbatch.egg-info/SOURCES.txt"):  # fmt: skip
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        (clone / name).touch()
+
+    def pip(*words):
+        if Path(words[-1]).is_dir():
+            seen.extend(path.name for path in Path(words[-1]).rglob("*") if path.is_file())
+
+    monkeypatch.setattr(tool, "ROOT", clone)
+    monkeypatch.setattr(tool, "pip", pip)
+    tool.fetch_wheels(tmp_path / "wheels", [])
+    assert sorted(seen) == ["00.ipynb", "LICENSE", "README.md", "a.md", "new.py", "pyproject.toml"]
+
+
+def test_the_disk_that_a_reader_needs_is_computed(kit):
+    """The wheels' own contents count, not their size: here 20 MB of zeros."""
+    itself = sum(path.stat().st_size for path in kit.rglob("*") if path.is_file())
+    assert tool.disk_bytes(kit) == pytest.approx((itself + 20e6) * tool.SPARE + tool.MODEL_DISK, abs=1)
+    assert json.loads((kit / "kit.json").read_text())["disk"] == "1 GB"
+    assert "with 1 GB free" in (kit / "START-HERE.html").read_text(encoding="utf-8")
+
+
+def test_a_python_in_a_folder_with_a_space_is_tried_too(monkeypatch):
+    monkeypatch.setattr(tool.shutil, "which", lambda name: name)
+    monkeypatch.setattr(tool.subprocess, "run", lambda *words, **options: SimpleNamespace(returncode=0))
+    monkeypatch.setattr(tool.sys, "executable", "/a b/python")
+    command = tool.offline(["check"])
+    assert shlex.split(command[4])[:2] == ["/a b/python", "-c"]
+    assert command[-1] == "check"
 
 
 def test_trying_what_is_no_kit_says_so(tmp_path, capsys):

@@ -122,6 +122,34 @@ def test_copies_are_those_of_make_lab_and_what_is_there_stays(capsys, tmp_path):
     assert not list(own.glob(kept.FOLDER))
 
 
+def links_of(folder):
+    """Every relative link of the notebooks there, as a path."""
+    for page in folder.glob("*.ipynb"):
+        cells = json.loads(page.read_text(encoding="utf-8"))["cells"]
+        text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+        yield from (folder / target for target in re.findall(r"\]\(([^)\s#]+)", text) if ":" not in target)
+
+
+def test_links_of_copies_lead_somewhere_from_a_clone_and_from_a_package(capsys, tmp_path, monkeypatch):
+    beside, package, far = tmp_path / "clone" / "own", tmp_path / "share" / "notebooks", tmp_path / "far" / "own"
+    for folder in (tmp_path / "clone" / "docs", tmp_path / "share"):
+        folder.mkdir(parents=True)
+    (tmp_path / "far").mkdir()
+    for folder in ("share", "far"):  # two pages of one name
+        (tmp_path / folder / "README.md").write_text(folder)
+    shutil.copytree(ROOT / "notebooks", tmp_path / "clone" / "notebooks", ignore=shutil.ignore_patterns("my-*", ".*"))
+    shutil.copytree(ROOT / "notebooks", package, ignore=shutil.ignore_patterns("my-*", ".*"))
+    (tmp_path / "clone" / "docs" / "traces.md").touch()
+    for originals, to in ((tmp_path / "clone" / "notebooks", beside), (package, far)):
+        monkeypatch.setattr(notebooks, "originals", lambda originals=originals: sorted(originals.glob("*.ipynb")))
+        assert call(capsys, "notebooks", str(to))[0] == 0
+        assert [path for path in links_of(to) if not path.exists()] == []
+    assert beside / ".." / "docs" / "traces.md" in links_of(beside)
+    assert {path.parent for path in links_of(far)} <= {far}, "nothing of the reader's own is taken for ours"
+    text = "".join(path.read_text(encoding="utf-8") for path in far.iterdir())
+    assert "README says how to profile your own model" in text
+
+
 def test_a_package_without_notebooks_and_a_bad_folder_are_one_line(capsys, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     status, out, error = call(capsys, "notebooks", str(tmp_path / "file"))
@@ -140,6 +168,33 @@ def test_lab_says_what_is_missing(capsys, tmp_path, monkeypatch):
     assert status == 1
     assert "JupyterLab is missing" in error
     assert not (tmp_path / "new").exists()
+
+
+def test_jupyter_gets_ctrl_c_itself_and_is_waited_for(capsys, tmp_path, monkeypatch):
+    """The first Ctrl-C makes JupyterLab ask, the second ends it; each comes here too."""
+    seen = []
+
+    class Lab:
+        def __init__(self, words):
+            self.words, self.told = words, iter([KeyboardInterrupt, KeyboardInterrupt, 0])
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            seen.append(error[0])
+
+        def wait(self):
+            told = next(self.told)
+            if told == 0:
+                seen.append(self.words[1:])
+                return 0
+            raise told
+
+    monkeypatch.setattr(notebooks.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(notebooks.subprocess, "Popen", Lab)
+    assert call(capsys, "lab", str(tmp_path / "own"))[0] == 0
+    assert seen == [["-m", "jupyterlab", str(tmp_path / "own" / "00_start_here.ipynb")], None]
 
 
 def test_a_wheel_has_everything(tmp_path):

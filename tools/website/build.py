@@ -24,8 +24,9 @@ from tools.website import look, prepare  # noqa: E402
 SITE = ROOT / "build" / "site"
 
 
-def build(sphinx: Path, to: Path, repository: str) -> None:
-    """Write the pages into the folder `to`, in place of what is there. CalledProcessError if Sphinx fails."""
+def build(python: Path, to: Path, repository: str) -> None:
+    """Write the pages into the folder `to`, in place of what is there, with the Sphinx of this Python.
+    CalledProcessError if it fails."""
     shutil.rmtree(to, ignore_errors=True)
     to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -33,14 +34,14 @@ def build(sphinx: Path, to: Path, repository: str) -> None:
         prepare.prepare(ROOT, source, repository)
         settings = ["-c", str(Path(__file__).parent), "-d", str(Path(folder) / "doctrees")]
         environment = os.environ | {"SITE_REPOSITORY": repository}
-        command = [str(sphinx), "-q", "-b", "html", *settings, str(source), str(to)]
+        command = [str(python), "-m", "sphinx", "-q", "-b", "html", *settings, str(source), str(to)]
         subprocess.run(command, check=True, env=environment)
     (to / ".buildinfo").unlink(missing_ok=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Build the site and look at it in a browser.")
-    parser.add_argument("--sphinx", type=Path, default=ROOT / ".venv" / "site" / "bin" / "sphinx-build")
+    parser.add_argument("--python", type=Path, default=ROOT / ".venv" / "site" / "bin" / "python", help="it has Sphinx")
     parser.add_argument("--repository", default="", help="its address, for links to files and launch buttons")
     parser.add_argument("--to", type=Path, default=SITE)
     parser.add_argument("--pictures", type=Path, help="keep screenshots in this folder")
@@ -48,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.repository and not options.repository.startswith("https://"):
         print(f"the repository's address begins with https://; {options.repository!r} was given", file=sys.stderr)
         return 2
-    build(options.sphinx, options.to, options.repository)
+    build(options.python, options.to, options.repository)
     print(f"The site: {options.to.resolve() / 'index.html'}")
     return look.report(options.to.resolve(), options.pictures)
 

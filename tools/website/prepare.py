@@ -15,16 +15,12 @@ from typing import Any
 import nbformat
 from nbformat import NotebookNode
 
+from asyncbatch.tour import links
 from tools import lessons
 
 HOME = "README.md"
 FIRST, LAST = "index.md", ("CONTRIBUTING.md", "CHANGELOG.md")
 ASSETS = {".png", ".svg", ".json"}
-# A link, or code, in which nothing is a link; whichever begins first.
-_LINK = re.compile(
-    r"```.*?```|(?P<image>!?)\[(?P<words>(?:[^\[\]]|\[[^\]]*\](?:\([^)\s]*\))?)*)\]\((?P<target>[^)\s]+)\)|`[^`\n]*`",
-    re.DOTALL,
-)
 _CAPTION = re.compile(r"^\*Picture: (.*)\*$", re.MULTILINE)
 
 
@@ -45,19 +41,17 @@ def prepare(root: Path, to: Path, repository: str = "") -> list[str]:
         target = to / asset.relative_to(root)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(asset, target)
-    links = Links(root, found, repository)
+    site = Links(root, found, repository)
     for page in found:
         target = to / (FIRST if page == HOME else page)
         target.parent.mkdir(parents=True, exist_ok=True)
         text = (root / page).read_text(encoding="utf-8")
         if page.endswith(".ipynb"):
             book = shown(nbformat.reads(text, as_version=4))
-            for cell in book.cells:
-                if cell.cell_type == "markdown":
-                    cell.source = links.followed(cell.source, page)
+            links.in_book(book, site.of(page))
             text = nbformat.writes(book)
         else:
-            text = links.followed(text, page) + (contents(found) if page == HOME else "")
+            text = links.followed(text, site.of(page)) + (contents(found) if page == HOME else "")
         target.write_text(text, encoding="utf-8")
     return found
 
@@ -84,17 +78,12 @@ class Links:
     def __init__(self, root: Path, found: list[str], repository: str) -> None:
         self.root, self.pages, self.repository = root, set(found), repository.rstrip("/")
 
-    def followed(self, text: str, page: str) -> str:
-        """The Markdown of a page with its links as they are on the site. FileNotFoundError for one to nowhere."""
-        return _LINK.sub(lambda match: self._link(match, page), text)
+    def of(self, page: str) -> links.Place:
+        """Where the targets of a page's links are on the site. FileNotFoundError for one that is nowhere."""
+        return lambda target: self._place(target, page)
 
-    def _link(self, match: re.Match[str], page: str) -> str:
-        if match["target"] is None:
-            return match[0]
-        target, _, anchor = match["target"].partition("#")
-        words = self.followed(match["words"], page)  # a picture may be a link
-        if not target or re.match(r"[a-z]+:", target):
-            return f"{match['image']}[{words}]({match['target']})"
+    def _place(self, link: str, page: str) -> str | None:
+        target, _, anchor = link.partition("#")
         path = os.path.normpath((Path(page).parent / target).as_posix()).replace(os.sep, "/")
         if not (self.root / path).exists():
             raise FileNotFoundError(f"{page} has a link to {target}, which is not there")
@@ -102,11 +91,11 @@ class Links:
             place = FIRST if path == HOME else path
             from_page = Path(FIRST if page == HOME else page).parent.as_posix()
             relative = os.path.relpath(place, from_page).replace(os.sep, "/")
-            return f"{match['image']}[{words}]({relative}{'#' + anchor if anchor else ''})"
+            return relative + ("#" + anchor if anchor else "")
         if not self.repository:
-            return words
+            return None
         kind = "tree" if (self.root / path).is_dir() else "blob"
-        return f"[{words}]({self.repository}/{kind}/main/{path})"
+        return f"{self.repository}/{kind}/main/{path}"
 
 
 # ---- notebooks -------------------------------------------------------------------------------------------------------
