@@ -315,8 +315,8 @@ def least_split(splits: int) -> int:
     less often. H200, 32 rows of the 8B shape, 8 splits of at least 512 keys against 1: 40.7 us a layer against 49.5 at
     context 1024, 74.9 against 79.9 at 2048, 37.3 against 43.4 with mixed lengths, the same at 4096 and 8192 (the
     kernel alone, in CUDA graphs). Of whole steps: 2 splits are faster where all rows are equally long (12.27 ms instead
-    of 12.49 at 8192, 8.42 instead of 8.75 at 4096), and slower where they are not (7.37 instead of 5.84). Both by
-    scripts that are not kept."""
+    of 12.49 at 8192, 8.42 instead of 8.75 at 4096; on another day the gain was within the 5 % by which two openings of
+    the same options differ), and slower where they are not (7.37 instead of 5.84). By scripts that are not kept."""
     return max(1, min(512, 4096 // splits))
 
 
