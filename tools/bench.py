@@ -7,7 +7,7 @@
 
 With --targets nothing is measured. It prints the speed that this package is to reach on a GPU, beside the numbers in a
 preset's report (`python -m asyncbatch.profile --preset headline --out out`). With --host-work or --page only the first
-or the last of the following is measured, to be compared before and after a change. Without any of them:
+or the last of the following is measured (`tools/host_work.py` compares the first with an earlier commit). Without any:
 
 1. Host work per step at 1 to 256 rows beside a device that takes no time: the loop's own cost, and the block tables'
    part. Where there is a GPU, the same beside it too, on which a step of the tiny model takes a moment only.
@@ -32,7 +32,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,8 +47,12 @@ from asyncbatch.profile.compare import load
 from asyncbatch.profile.page import write_page
 from asyncbatch.profile.report import OWN, Comparison, ContextSteps, Report, Run
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools.host_work import ROWS, host_ms, requests
+
 ROUNDS = 5
-ROWS, ROWS_IN_PHASES = (1, 8, 32, 128, 256), (32, 256)  # of a step whose host work is measured, and told by phase
+ROWS_IN_PHASES = (32, 256)  # of a step whose host work is told by phase; it is measured at ROWS
 OVERLAP_ROUNDS = 9  # single rounds scatter by several per cent on 2 cores
 PAIRS = 15
 HOST_WORK_S = 0.020
@@ -59,23 +62,6 @@ start = time.perf_counter()
 import asyncbatch
 print(time.perf_counter() - start)
 """
-
-
-def requests(model, count: int, new_tokens: int) -> list[Request]:
-    """Random prompts of 16 tokens; each request runs to its length limit."""
-    prompts = np.random.default_rng(0).integers(0, model.config.vocab_size, (count, 16)).tolist()
-    return [Request(prompt, new_tokens, stop_token_ids=()) for prompt in prompts]
-
-
-def host_ms(timeline: Timeline) -> dict[str, float]:
-    """Median milliseconds of a decode step by host phase, and "total" of all but waiting."""
-    decode = {step.step for step in timeline.steps if step.kind == "decode"}
-    phases: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
-    for span in timeline.spans:
-        if span.lane == "host" and span.name != "wait" and span.step in decode:
-            for phase in (span.name, "total"):
-                phases[phase][span.step] += 1e3 * (span.end - span.start)
-    return {phase: statistics.median(times.values()) for phase, times in phases.items()}
 
 
 def host_s(timeline: Timeline) -> float:
