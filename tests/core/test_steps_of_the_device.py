@@ -218,19 +218,28 @@ def test_the_pools_are_as_large_as_the_books_say_and_of_the_models_own_type(dtyp
 
 @pytest.mark.parametrize("kind", SHAPE.kinds, ids=str)
 def test_attention_is_told_of_each_pass_in_the_shapes_and_types_that_it_asks_for(kind):
-    """Those of `attention.Batch`: on a GPU kernels read these numbers where they lie: another type is other numbers."""
+    """Those of `attention.Batch`: on a GPU kernels read these numbers where they lie, so another type is other numbers.
+    And it is told of each pass whether that decodes: there, it is another kernel."""
     runner, told = a_runner(), []
     batch_of = runner._batch
-    runner._batch = lambda *args, **options: told.append(batch_of(*args, **options)) or told[-1]
+
+    def watched(*args, decode):
+        batch = batch_of(*args, decode=decode)
+        told.append((decode, batch))
+        return batch
+
+    runner._batch = watched
     runner.inputs[0].fill_(0)
     try:
         with torch.inference_mode():
             runner.run(kind, 0)
     finally:
         del runner._batch
-    passes = {"decode": [kind.rows], "prefill": [kind.tokens], "mixed": [kind.rows, kind.tokens]}[kind.passes]
-    assert [(batch.places.dtype, tuple(batch.places.shape)) for batch in told] == [(torch.int64, (n,)) for n in passes]
-    for batch in told:
+    decode, prefill = (True, kind.rows), (False, kind.tokens)
+    passes = {"decode": [decode], "prefill": [prefill], "mixed": [decode, prefill]}[kind.passes]
+    assert [(decodes, len(batch.places)) for decodes, batch in told] == passes
+    for _, batch in told:
+        assert (batch.places.dtype, batch.places.dim()) == (torch.int64, 1)
         assert (batch.tables.dtype, tuple(batch.tables.shape)) == (torch.int32, (kind.rows, SHAPE.max_blocks))
         for each in (batch.first, batch.count, batch.position):
             assert (each.dtype, tuple(each.shape)) == (torch.int32, (kind.rows,))

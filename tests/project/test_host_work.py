@@ -23,6 +23,9 @@ def test_the_host_work_of_a_decode_step_by_hand():
     assert host_work.host_ms(timeline) == {name: pytest.approx(ms) for name, ms in
                                            (("plan", 3.0), ("commit", 2.0), ("total", 6.0))}  # fmt: skip
 
+    median, tenth = host_work.median_and_tenth(timeline)
+    assert (median, tenth) == (pytest.approx(6.0), pytest.approx(3.0 + 0.2 * 3.0))  # of 3, 6 and 6
+
 
 def test_two_codes_are_compared_pair_by_pair():
     """A machine that is three times as slow for a while meets both codes of a pair, and changes no ratio."""
@@ -38,9 +41,7 @@ def test_the_process_of_a_code_answers_each_line(monkeypatch, capsys):
     assert len(answers) == 3
     for answer in answers:
         assert list(answer) == ["sync", "async"]
-        for phases in answer.values():
-            assert set(phases) == {"plan", "fill", "launch", "commit", "total"}
-            assert phases["total"] >= max(ms for name, ms in phases.items() if name != "total")
+        assert all(0 < tenth <= median for median, tenth in answer.values())
 
 
 def test_a_commit_that_git_does_not_know(capsys, monkeypatch):
