@@ -14,7 +14,7 @@ from support.tiny import tiny_model
 from asyncbatch import Request, SamplingParams
 from asyncbatch.attention import NAME
 from asyncbatch.devices.buffers import host_buffers
-from asyncbatch.kv_cache import KVCache
+from asyncbatch.kv_cache import KVCache, blocks_for
 from asyncbatch.models.toy import toy_llama
 from asyncbatch.runner import Runner
 from asyncbatch.sampling import uniforms
@@ -243,6 +243,34 @@ def test_attention_is_told_of_each_pass_in_the_shapes_and_types_that_it_asks_for
         assert (batch.tables.dtype, tuple(batch.tables.shape)) == (torch.int32, (kind.rows, SHAPE.max_blocks))
         for each in (batch.first, batch.count, batch.position):
             assert (each.dtype, tuple(each.shape)) == (torch.int32, (kind.rows,))
+
+
+def test_on_a_cpu_attention_gathers_the_blocks_of_a_rows_own_tokens_and_no_others():
+    """However many blocks its request has, or its table has room for."""
+    runner, told = a_runner(), []
+    batch_of = runner._batch
+
+    def watched(*args, **options):
+        batch = batch_of(*args, **options)
+        told.extend(batch.parts)
+        return batch
+
+    def watch(plan, kv):
+        told.clear()
+
+        def after():
+            ends = [(row.state.number, row.position + row.num_tokens) for row in plan.rows]
+            assert sorted((position + count, blocks.tolist()) for _, count, position, blocks in told) == sorted(
+                (end, kv.table(number)[: blocks_for(end, SHAPE.block_size)]) for number, end in ends
+            )
+
+        return after
+
+    runner._batch = watched
+    try:
+        serve([Request([7] * length, 6, stop_token_ids=()) for length in (1, 3, 4, 13)], 2, watch)
+    finally:
+        del runner._batch
 
 
 def test_no_step_keeps_keys_and_values_anywhere_else():

@@ -144,6 +144,38 @@ def test_without_the_other_trace_names_tell():
     assert all(group.floor_us is None for group in table.groups)
 
 
+def test_half_of_the_replays_must_be_whole():
+    """A graph of which nothing was seen at all is lost too, however often that is so."""
+    two, lost = replay(7, 1000.0, STEP) + replay(8, 2000.0, STEP), [replay(n, 1000.0 * n, []) for n in (9, 10, 11)]
+    whole, left_out = replays({"traceEvents": two + lost[0] + lost[1]})
+    assert ([len(one) for one in whole], left_out) == ([9, 9], 2)
+    with pytest.raises(ValueError, match="lost kernels"):
+        replays({"traceEvents": [*two, *lost[0], *lost[1], *lost[2]]})
+    with pytest.raises(ValueError, match="0 of 3 replays"):
+        replays({"traceEvents": [*lost[0], *lost[1], *lost[2]]})
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "types", "product"),
+    [
+        ("aten::mm", [[3, 5], [5, 7], [3, 7]], ["c10::Half", "c10::Half", "c10::Half"], Product(3, 5, 7, 2)),
+        ("aten::baddbmm", [[3, 7], [2, 3, 5], [2, 5, 7]], ["double"] * 3, Product(3, 5, 7, 8, batch=2)),
+        ("aten::mm", [[3, 5], [5, 7]], ["float", "c10::Float8_e4m3fn"], Product(3, 5, 7, 1)),  # of the second factor
+        ("aten::mm", [[3, 5], [5, 7]], ["", "signed char"], Product(3, 5, 7, 0)),
+        ("aten::mm", [[3, 5], [5, 7]], [], Product(3, 5, 7, 0)),
+        ("aten::mm", [[3, 5]], [], None),
+        ("aten::addmm", [[7], [3, 5]], [], None),
+        ("aten::mm", [[], []], [], None),
+        ("aten::bmm", [[2, 3, 5], [5, 7]], [], None),
+        ("aten::bmm", [[1, 2, 3, 5], [1, 2, 5, 7]], [], None),
+        ("aten::add", [[3, 5], [3, 5]], [], None),
+    ],
+)
+def test_what_is_a_product_and_of_which_sizes(name, sizes, types, product):
+    assert product_of(event("cpu_op", name, 0, 1, **{"Input Dims": sizes, "Input type": types})) == product
+    assert product_of(event("cpu_op", name, 0, 1)) is None
+
+
 names = st.lists(st.sampled_from("abc"), max_size=12)
 
 
