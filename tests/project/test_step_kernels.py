@@ -265,6 +265,29 @@ def test_the_inputs_are_those_of_such_a_step(kind):
         step_kernels.fill_inputs(shape, runner.inputs[0], kind, context=27, vocab_size=50)
 
 
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+@pytest.mark.parametrize(("kind", "passes"), [(StepKind("decode", False, 3), 1), (StepKind("mixed", True, 3, 8), 2)])
+def test_the_step_without_its_graph_tells_its_parts_and_products(kind, passes, monkeypatch):
+    """A real trace, of a step on the CPU, where products are operators too but launch nothing."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    model = tiny_model()
+    shape = StepShape(3, 1, 4, num_blocks=20, max_length=24, prefill_sizes=(8,))
+    host = [(torch.zeros(shape.num_inputs, dtype=torch.int32), torch.zeros(3, dtype=torch.int32))]
+    runner = PaddedRunner(model, shape=shape, host=host)
+    step_kernels.fill_inputs(shape, runner.inputs[0], kind, 17, model.config.vocab_size)
+    trace = step_kernels.traced_eagerly(runner, kind)
+    assert "_mark" not in vars(runner)
+    events = [one for one in trace["traceEvents"] if one.get("ph") == "X"]
+    marks = [one for one in events if one["name"].startswith(MARK) and one["cat"] == "user_annotation"]
+    marks.sort(key=lambda one: one["ts"])
+    assert [one["name"].removeprefix(MARK) for one in marks] == ["carry-over", "model", "sampling"]
+    begin, end = marks[1]["ts"], marks[1]["ts"] + marks[1]["dur"]
+    products = [product_of(one) for one in events if begin <= one["ts"] < end]
+    linear = [one for one in model.modules() if isinstance(one, torch.nn.Linear)]
+    found = sorted((one.inputs, one.outputs) for one in products if one and one.batch == 1)
+    assert found == sorted([(one.in_features, one.out_features) for one in linear] * passes)
+
+
 def test_what_a_preset_fills_in():
     def options(**given):
         return step_kernels.of_preset(
