@@ -50,9 +50,8 @@ class Connection:
     def group_of_next_model(self) -> Group:
         """A group for the modules of one more model."""
         self._models += 1
-        group = Group(
-            f"{self.process_group.group_name}/{self.port}/{self._models}", self.rank, self.size, self.host, self.port
-        )
+        name = f"{self.process_group.group_name}/{self.port}/{self._models}"
+        group = Group(name, self.rank, self.size, self.host, self.port)
         group.join(self.process_group)
         return group
 
@@ -74,10 +73,13 @@ class Connection:
         for name in settings:
             values = [of_one.get(name) for of_one in of_all]
             if len(set(values)) > 1:
-                told = "; ".join(
-                    f"rank {self.ranks[n]} ({self.hosts[n]}) has {value}" for n, value in enumerate(values)
-                )
+                told = "; ".join(f"{self.name(rank)} has {value}" for rank, value in enumerate(values))
                 raise RankError(f"the ranks must have the same {name.replace('_', ' ')}: {told}")
+
+    def name(self, rank: int | None = None) -> str:
+        """What messages call a rank of the group; None is this one."""
+        number = self.rank if rank is None else rank
+        return f"rank {self.ranks[number]} ({self.hosts[number]})"
 
 
 @functools.cache

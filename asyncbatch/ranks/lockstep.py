@@ -92,9 +92,9 @@ class Lockstep:
 
     def _check(self, step: int, digest: int) -> None:
         if (step, digest) != (self.steps - 1, self._before):
-            ranks, hosts, rank = self.connection.ranks, self.connection.hosts, self.connection.rank
+            connection = self.connection
             raise RankError(
-                f"rank {ranks[rank]} ({hosts[rank]}) and rank {ranks[0]} ({hosts[0]}) are no longer the same: before "
+                f"{connection.name()} and {connection.name(0)} are no longer the same: before "
                 f"step {self.steps - 1} one of them had planned other rows, or sampled other tokens, than the other "
                 f"(digests {self._before:08x} and {digest:08x}; the leader was at step {step})"
             )

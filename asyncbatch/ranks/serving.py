@@ -32,7 +32,7 @@ def join_ranks(batcher: Any, model: Any) -> Any:
     ModelError for a model that is sharded in a way that is not served, RankError where the ranks differ."""
     local, connection = LocalModels.of(model)
     connection.agree(batcher=batcher.mode, **versions())
-    batcher.__class__ = _class_on_ranks(type(batcher))
+    batcher.__class__ = _class_on_ranks(type(batcher))  # type: ignore[arg-type]
     batcher.lockstep = Lockstep(connection)
     batcher.runner = runner_for(next(local.parameters()).is_cuda)
     return local
@@ -64,9 +64,7 @@ class OnRanks(Serving):
         """Serve along with the leader until it closes its batcher; then this one is closed, too. RequestError on the
         leader itself. DeviceError and RankError if a rank cannot go on."""
         if self.leads:
-            raise RequestError(
-                "follow is for the other ranks: this one leads, and takes requests by run, submit, stream"
-            )
+            raise RequestError("follow() is for the other ranks: this one leads, and takes the requests")
         super()._check_open()
         with self._lock:
             while not self._closed:
@@ -128,7 +126,7 @@ class OnRanks(Serving):
     def _abort(self, reason: str, error: Exception | None) -> None:
         if not self._is_ending and not isinstance(error, DeviceError):
             # An interrupt, or an exception: where it came, the other ranks cannot know.
-            self._lose(RankError(f"rank {self._name} stopped in the middle of a run"))
+            self._lose(RankError(f"{self.lockstep.connection.name()} stopped in the middle of a run"))
         super()._abort(reason, error)
 
     def _lose(self, error: DeviceError) -> None:
@@ -138,13 +136,8 @@ class OnRanks(Serving):
     def _check_open(self) -> None:
         super()._check_open()
         if not self.leads:
-            leader = self.lockstep.connection.ranks[0]
-            raise RequestError(f"rank {leader} takes the requests; here, on rank {self._name}, call follow()")
-
-    @property
-    def _name(self) -> str:
-        connection = self.lockstep.connection
-        return f"{connection.ranks[connection.rank]} ({connection.hosts[connection.rank]})"
+            connection = self.lockstep.connection
+            raise RequestError(f"{connection.name(0)} takes the requests; here, on {connection.name()}, call follow()")
 
     # ---- all ranks do the same ------------------------------------------------------------------------------------
 
@@ -157,7 +150,7 @@ class OnRanks(Serving):
     def commit(self, slot: Slot) -> None:
         failure = self.device.failure(slot.index)
         if failure:  # one rank's, perhaps, and the others have their results: nobody can go on
-            raise DeviceError(f"on rank {self._name}: {failure}")
+            raise DeviceError(f"on {self.lockstep.connection.name()}: {failure}")
         plan = slot.plan
         super().commit(slot)  # type: ignore[misc]
         assert plan is not None
