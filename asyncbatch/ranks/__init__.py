@@ -1,0 +1,1 @@
+"""Several GPUs, several machines: ranks started by `torchrun`, tensor parallel or as replicas."""
