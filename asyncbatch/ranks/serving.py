@@ -23,6 +23,8 @@ from .group import versions
 from .local import LocalModels
 from .lockstep import Lockstep
 from .runner import runner_for
+from .watch import Watch
+from .world import World
 
 
 def join_ranks(batcher: Any, model: Any) -> Any:
@@ -33,7 +35,8 @@ def join_ranks(batcher: Any, model: Any) -> Any:
     local, connection = LocalModels.of(model)
     connection.agree(batcher=batcher.mode, **versions())
     batcher.__class__ = _class_on_ranks(type(batcher))  # type: ignore[arg-type]
-    batcher.lockstep = Lockstep(connection)
+    batcher.watch = World.here.watch if World.here else connection.new_watch()
+    batcher.lockstep = Lockstep(connection, batcher.watch)
     batcher.runner = runner_for(next(local.parameters()).is_cuda)
     return local
 
@@ -50,6 +53,7 @@ class OnRanks(Serving):
     for other ranks included), on a CPU."""
 
     lockstep: Lockstep
+    watch: Watch
     collective_s: deque[tuple[int, float]]
     config: Any
     _is_ending = False  # all ranks know that the batcher is being closed
@@ -83,7 +87,10 @@ class OnRanks(Serving):
             entries.append(_travelling(*self._inbox.popleft()))
         for entry in self.lockstep.exchange(entries):
             self._take(*entry)
-        return not self._closed and super().step()
+        if self._closed:
+            return False
+        with self.watch.busy("serving, step"):
+            return super().step()
 
     def _take(self, operation: str, number: int, *about: Any) -> None:
         handle = self._handles.get(number)
@@ -97,6 +104,8 @@ class OnRanks(Serving):
         else:
             self._is_ending = True
             super().close()
+            if World.here is None:
+                self.watch.close()
 
     def _handle_of_leader(self, number: int, request: Any, stop: frozenset[int], on_text: bool) -> Handle:
         """A handle like the one that the leader has."""
@@ -130,8 +139,9 @@ class OnRanks(Serving):
         super()._abort(reason, error)
 
     def _lose(self, error: DeviceError) -> None:
-        self._lost_by = self._lost_by or error
-        super()._lose(error)
+        """Also tell the other ranks. What is said of the loss is the first cause, which may be another rank's."""
+        self._lost_by = self._lost_by or self.watch.fail(error)
+        super()._lose(self._lost_by)
 
     def _check_open(self) -> None:
         super()._check_open()
