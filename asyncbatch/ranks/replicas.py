@@ -121,8 +121,8 @@ class Replicas:
             self.check()
             busy = batcher.turn()
             run.hand_on()
-            if watch is not None:
-                watch.progress = batcher.scheduler.num_steps  # on every rank of this replica the same
+            if watch is not None and not hasattr(batcher, "lockstep"):  # else that tells of its steps
+                watch.progress = batcher.scheduler.num_steps
             if run.finished != told:
                 told = run.finished
                 update(told)
