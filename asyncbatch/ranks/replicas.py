@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ..request import Completion, Request, RequestError, shown
+from ..streams import DeviceError
 from .dealer import Dealer
 from .errors import RankError
 from .neighbour import this_place
@@ -272,9 +273,15 @@ class _Dealing(_Run):
     def completions(self, error: Exception | None = None) -> list[Completion]:
         # (From any thread: the copies are made in one step of the interpreter.)
         handles = {index: handle for index, handle in [*list(self.open.items()), *list(self._new)]}
-        return [
-            answer or self._so_far(index, handles.get(index), error) for index, answer in enumerate(list(self.answers))
+        answers = [
+            answer or self._so_far(index, handles.get(index), error) for index, answer in enumerate(self.answers)
         ]
+        if error is not None:
+            # torchrun's SIGTERM goes to the device processes too: what they leave undone is not the cause either.
+            for index, answer in enumerate(answers):
+                if isinstance(answer.error, DeviceError) and "device process ended" in str(answer.error):
+                    answers[index] = dataclasses.replace(answer, error=error)
+        return answers
 
     def _so_far(self, index: int, handle: Any, error: Exception | None) -> Completion:
         submitted_s = self.start_s + self.arrivals_s[index]
