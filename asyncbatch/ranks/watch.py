@@ -130,13 +130,14 @@ class Watch:
 
         An error that looks like what follows from another's end (a closed connection) waits for the cause, `timeout_s`
         at most."""
-        text, rank = f"{self._judge.who(self.rank)} failed: {_on_one_line(error)}", self.rank
+        text = f"{self._judge.who(self.rank)} failed: {_on_one_line(error)}"
         follows = isinstance(error, torch.distributed.DistError) or any(sign in text.lower() for sign in FOLLOWS)
+        verdict = Verdict(text, self.rank)
         if isinstance(error, RankError):  # heard from another rank, on another way
-            text, rank, follows = str(error), error.rank, True
-        self._ends_with(Verdict(text, rank), self.timeout_s + 2 * self._every_s if follows else 0.0)
+            verdict, follows = Verdict(str(error), error.rank), True
+        self._ends_with(verdict, self.timeout_s + 2 * self._every_s if follows else 0.0)
         self._news.wait(2 * self.timeout_s + 10)  # (for ever only if the store neither answers nor closes)
-        return self.error or RankError(text, rank)
+        return self.error or RankError(verdict.text, verdict.rank)
 
     def close(self) -> None:
         """Leave: from now on this rank is not missed. If a rank is lost already, this one ends as the others do."""
@@ -152,11 +153,10 @@ class Watch:
 
     def end(self, error: BaseException) -> NoReturn:
         """End all ranks because of this error, and this process. What is finished is kept."""
-        if not isinstance(error, RankError):
-            if isinstance(error, Exception):
-                self._record(error)
-                if "TORCHELASTIC_ERROR_FILE" not in os.environ:  # else torchrun's summary shows where it was raised
-                    traceback.print_exception(type(error), error, error.__traceback__)
+        if isinstance(error, Exception) and not isinstance(error, RankError):
+            self._record(error)
+            if "TORCHELASTIC_ERROR_FILE" not in os.environ:  # else torchrun's summary shows where it was raised
+                traceback.print_exception(type(error), error, error.__traceback__)
         if self.error is None:
             self.fail(error)
         self._end(error)
