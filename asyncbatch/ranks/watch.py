@@ -229,6 +229,7 @@ class Watch:
             doing=doing,
             since_s=round(now - self._standing[1], 1),
             left=left,
+            ending=self._own is not None,
         )
         self._store.set(f"{self._name}/{self.rank}", self._beat.packed())
 
