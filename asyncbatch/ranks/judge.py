@@ -25,7 +25,8 @@ class Beat:
     thread is at, such as "serving"; "" while nothing is expected of it. allowance_s: so long the phase may go without
     progress. progress: a number that the main thread changes as it goes on. doing: what it does at this moment;
     a text that begins with "wait" means that it waits for others, or for the device. since_s: since when. left: it has
-    ended as it should. ending: it cannot go on, and waits for the cause. place, pid, begun: its process (`neighbour.py`)."""
+    ended as it should. ending: it cannot go on, and waits for the cause. place, pid, begun: its process
+    (`neighbour.py`)."""
 
     count: int
     group: int = 0
