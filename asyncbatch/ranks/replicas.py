@@ -277,10 +277,12 @@ class _Dealing(_Run):
             answer or self._so_far(index, handles.get(index), error) for index, answer in enumerate(self.answers)
         ]
         if error is not None:
-            # torchrun's SIGTERM goes to the device processes too: what they leave undone is not the cause either.
+            # Nor is the cause what follows from it: the end of the device processes, which torchrun's SIGTERM reaches
+            # too, and that this rank then cancels what it has.
             for index, answer in enumerate(answers):
-                if isinstance(answer.error, DeviceError) and "device process ended" in str(answer.error):
-                    answers[index] = dataclasses.replace(answer, error=error)
+                lost = isinstance(answer.error, DeviceError) and "device process ended" in str(answer.error)
+                if lost or answer.finish_reason == "cancelled":
+                    answers[index] = dataclasses.replace(answer, finish_reason="error", error=error)
         return answers
 
     def _so_far(self, index: int, handle: Any, error: Exception | None) -> Completion:

@@ -80,6 +80,7 @@ def test_a_lost_rank_ends_the_run_with_one_message_and_what_is_finished_is_kept(
     assert len(finished) > 0
     expected = tokens()
     assert all(one == expected[index] for index, one in finished if index < len(expected))
+    assert {reason for reason, _, _ in answers} == {"length", "error"}
     lost = [error for reason, _, error in answers if reason == "error"]
     assert lost
     assert {f"asyncbatch: {error}. All ranks end." for error in lost} == {message}
