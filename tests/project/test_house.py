@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "asyncbatch"
 FILES = sorted(PACKAGE.rglob("*.py"))
-CORE_LINES, FILE_LINES, FUNCTION_LINES = 2368, 450, 60
+CORE_LINES, FILE_LINES, FUNCTION_LINES = 2376, 450, 60
 DOORS, DOOR_LINES = ("__main__.py", "faults.py", "simulate.py"), 8  # commands at the top level that only call a wing
 
 
