@@ -126,7 +126,8 @@ def _show_rich(report: Report, console: Any) -> None:
         console.print(Text(line, style="bold" if place < len(report.sentences) else ""), soft_wrap=not is_prose)
     for section in sections(report):
         console.print()
-        least, look = _least_widths(section), {"title_justify": "left", "title_style": "bold", "header_style": "dim"}
+        least = _least_widths(section)
+        look: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "header_style": "dim"}
         if sum(least) + GAP * len(least) > console.width:  # then the terminal breaks its lines, and nothing is cut off
             for line in plain(section):
                 console.print(Text(line), soft_wrap=True)
