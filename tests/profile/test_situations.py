@@ -69,10 +69,11 @@ def test_a_table_fits_into_60_columns_without_being_given_up():
 
 
 FITS = """const inside = (part) => part.scrollWidth <= part.clientWidth + 1;
-    const parts = [...document.querySelectorAll('.scroll')].filter((part) => part.offsetParent);
+    const open = (part) => !part.closest('details:not([open])');
+    const parts = [...document.querySelectorAll('.scroll')].filter(open);
     return parts.filter((part) => !inside(part)).map((part) => part.getAttribute('aria-label'));"""
 BROKEN = """const cells = [...document.querySelectorAll('td:not(.several):not(:has(.meter)), td .meter span')];
-    return cells.filter((cell) => cell.offsetParent
+    return cells.filter((cell) => !cell.closest('details:not([open])')
     && /^[-+]?[0-9.,]+ ?(ms|s|%|x)?$/.test(cell.textContent.trim())
     && (() => { const range = document.createRange(); range.selectNodeContents(cell);
                 return new Set([...range.getClientRects()].map((one) => Math.round(one.top / 8))).size > 1; })()
