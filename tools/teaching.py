@@ -1,12 +1,14 @@
-"""Keep the rendered parts of notebooks/TEACHING.md up to date: every prediction, and what comes to every exercise.
+"""Keep the rendered parts of notebooks/TEACHING.md up to date: what the route takes, every prediction, and what comes
+to every exercise.
 
     python tools/teaching.py           write them
     python tools/teaching.py --check   change nothing; exit 1 if they are not what the notebooks and tests say
 
-The page is written by hand, but for two parts between the marks `<!-- predictions -->` and `<!-- exercises -->` and
-their ends. There questions and answers are taken from the saved notebooks, wrong answers from tests/support/wrong and
-what is said about each from the exercise's own check: written once, rendered here. A teacher's note below a
-`<!-- note -->` is kept where its question goes. A new notebook, question or exercise joins by itself, without a note.
+The page is written by hand, but for three parts between marks as `<!-- predictions -->` and their ends. In two of them
+questions and answers are taken from the saved notebooks, wrong answers from tests/support/wrong and what is said about
+each from the exercise's own check: written once, rendered here. A teacher's note below a `<!-- note -->` is kept where
+its question goes. A new notebook, question or exercise joins by itself, without a note. The third, `walk`, is what the
+route of two hours takes (tools/route.py); it is a fault if a block does not fit its clock marks.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from tools import lessons  # noqa: E402
+from tools import lessons, route  # noqa: E402
 
 PAGE = ROOT / "notebooks" / "TEACHING.md"
 NOTE = "<!-- note -->"
@@ -158,7 +160,9 @@ def part_of(page: str, name: str) -> tuple[str, str, str]:
 
 
 def up_to_date(page: str) -> str:
-    """The page with both parts rendered anew, and every note where it belongs."""
+    """The page with its three parts rendered anew, and every note where it belongs."""
+    before, _, after = part_of(page, "walk")
+    page = f"{before}\n{route.rendered()}\n\n{after}"
     for name, render, unwritten in (("predictions", predictions, UNWRITTEN), ("exercises", exercises, "")):
         before, part, after = part_of(page, name)
         page = before + rendered(render(), notes_of(part), unwritten) + after
@@ -193,7 +197,7 @@ def main(arguments: list[str]) -> int:
     page = PAGE.read_text(encoding="utf-8")
     try:
         new = up_to_date(page)
-        faults = wrong_splits(new, predictions())
+        faults = [*wrong_splits(new, predictions()), *route.too_long()]
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1

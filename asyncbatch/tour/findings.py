@@ -20,10 +20,10 @@ WHO = (
     "or a quantized model, or with a busy host. Where a step takes far longer than the host's work, there is little to "
     "gain."
 )
-HEAD = ("", "idle, sync", "idle, async", "async / sync")
+HEAD = ("", "idle, sync", "idle, async", "speed, async / sync")
 NEXT = (
     ("your own model, and why it is idle", "asyncbatch profile --model ... --out out"),
-    ("the notebooks: predict, run, and write the asynchronous loop yourself", "asyncbatch lab"),
+    ("the notebooks: you write the loop", "asyncbatch lab"),
     ("what goes wrong without each wait", "asyncbatch faults"),
 )
 VOID = "void"
@@ -83,9 +83,9 @@ def point(beside: Beside) -> str:
     idle, left = (of_mode(beside.report, mode).idle or 0.0 for mode in ("sync", "async"))
     beginning = f"Beside an {gpu} that serves an 8B model, your host leaves it idle for {100 * idle:.0f} % of the time"
     if gain < 1:
-        return f"{beginning}; overlapping gives nothing back here: {gain:.2f}x."
+        return f"{beginning}; overlapping gives nothing back here: {gain:.2f}x as fast."
     some = "that" if left < idle / 4 else f"part of that (all but {100 * left:.0f} %)"
-    return f"{beginning}; overlapping gives {some} back: {gain:.2f}x."
+    return f"{beginning}; overlapping gives {some} back: {gain:.2f}x as fast."
 
 
 def _void(report: Report) -> str:
@@ -100,7 +100,7 @@ def _as_recorded(beside: Beside) -> str:
     pair = beside.busier
     return (
         f"As it was recorded on an {beside.recording.gpu['name']} with {WORDS}: the host left it idle for "
-        f"{100 * pair.idle_sync:.0f} % of the time; overlapping gave that back: {pair.gain:.2f}x."
+        f"{100 * pair.idle_sync:.0f} % of the time; overlapping gave that back: {pair.gain:.2f}x as fast."
     )
 
 
@@ -109,8 +109,8 @@ def emulated(beside: Beside) -> str:
     run, recording = of_mode(beside.report, "sync"), beside.recording
     if beside.report.async_speedup is None:
         return (
-            f"{_void(beside.report)} Drawn is no run of this machine: both loops on a virtual clock, with the times of "
-            f"that GPU and of its own host ({RECORDING})."
+            f"{_void(beside.report)} The drawing shows no run of this machine, but both loops on a virtual clock, "
+            f"with the times of that GPU and of its own host ({RECORDING})."
         )
     return (
         f"Emulated: the GPU. Its steps take as long as they took on an {recording.gpu['name']} on "

@@ -61,6 +61,7 @@ def show_all() -> Findings:
     """Measure, and print each part when it is there."""
     paper = Paper()
     paper.text(WHAT)
+    paper.text(WHO)
     paper.heading("1 of 3  The embedded model answers two questions, through both loops")
     here, missing = _answers(paper)
     paper.heading("2 of 3  Your host beside a recorded GPU, in turns and overlapped")
@@ -82,7 +83,7 @@ def _answers(paper: Paper) -> tuple[Here | None, str | None]:
         paper.text(f"{question}  {text}", indent="  ")
     tokens = sum(answer.tokens for answer in here.answers)
     same = f"Both loops gave the same {tokens} tokens." if here.report.same_tokens else "THE LOOPS GAVE OTHER TOKENS."
-    paper.text(f"{same} (real: the model, the host, the device: {here.report.device})", "bold", "  ")
+    paper.text(f"{same} All of it is real: model, host and device ({here.report.device}).", "bold", "  ")
     return here, None
 
 
@@ -106,7 +107,6 @@ def _table(paper: Paper, found: Findings) -> None:
     paper.line(("", ""))
     if found.here:
         paper.text(found.here, "bold")
-    paper.text(WHO)
 
 
 def _fitting(width: int, rows: Iterable[Sequence[str]]) -> list[str]:

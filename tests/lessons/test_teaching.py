@@ -11,9 +11,9 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from support.wrong_answers import wrong_answers
 
 from asyncbatch.lessons.exercises import EXERCISES
-from tools import lessons, teaching
+from tools import lessons, route, teaching
 
-MARKS = "<!-- predictions -->\n<!-- end of predictions -->\n\n<!-- exercises -->\n<!-- end of exercises -->\n"
+MARKS = "\n".join(f"<!-- {part} -->\n<!-- end of {part} -->\n" for part in ("walk", "predictions", "exercises"))
 ASKED = "Predict: Which is longer,\nthis or that?\n  A: this\n  B: that *one*"
 
 
@@ -37,6 +37,7 @@ def notebook(name: str = "guess_it", told: str = "The answer is B: that *one*.\n
 def with_notebook(monkeypatch) -> Callable[..., None]:
     def use(book) -> None:
         monkeypatch.setattr(lessons, "all_notebooks", lambda: iter([(Path("09_nine.ipynb"), book)]))
+        monkeypatch.setattr(route, "ROUTE", ())
 
     return use
 

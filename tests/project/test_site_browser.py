@@ -8,9 +8,11 @@ from support.browser import need_browser
 from tools.website import look
 
 GOOD = """<html id="top"><meta name="viewport" content="width=device-width">
+<table style="width: 30px"><td><code>two words --and-more</code></table>
 <body style="background: white">{}<a href="#top">up</a></body></html>"""
 BAD = """<img src="https://example.org/picture.png" alt="far away"><img src="here.svg">
 <div style="width: 700px">wide</div><a href="gone.html">gone</a><a href="good.html#no">no</a>
+<table style="table-layout: fixed; width: 30px"><td><code style="overflow-wrap: anywhere">whole_word</code></table>
 <script>throw new Error("broken")</script>"""
 
 
@@ -32,6 +34,7 @@ def test_every_fault_of_a_page_is_found_and_a_good_page_has_none(tmp_path, monke
         "a picture without alt text: file://here.svg",
         "a link to gone.html, which is not there",
         "a link to good.html#no, which has no such part",
+        "broken within a word on a phone: whole_word",
         "search.html finds nothing",
         "no button turns the pages dark",
     ):

@@ -96,7 +96,7 @@ def test_the_whole_minute_without_the_embedded_model(capsys, tmp_path, monkeypat
     captions = ("in turns (synchronous)", "overlapped (asynchronous)")
     assert [told.count(caption) for caption in captions] == [1, 1]
     assert re.findall(r"^(host|device)  ", out, re.MULTILINE) == ["host", "device"] * 2
-    assert ("Emulated: the GPU." in told) != ("Drawn is no run of this machine" in told), "as busy as it is"
+    assert ("Emulated: the GPU." in told) != ("The drawing shows no run of this machine" in told), "as busy as it is"
     assert Recording.load(measuring.RECORDING).gpu["name"] in told
     assert [path.name for path in tmp_path.iterdir()] == ["asyncbatch.html"]
     assert out.rstrip().endswith(str(tmp_path / "asyncbatch.html"))

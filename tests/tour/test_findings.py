@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +12,7 @@ from asyncbatch import Timeline
 from asyncbatch.measure.recording import Recording
 from asyncbatch.measure.text import table_lines
 from asyncbatch.profile.report import Comparison, Conditions, Prediction, Report, Run
-from asyncbatch.tour import page
+from asyncbatch.tour import page, screen
 from asyncbatch.tour.findings import HEAD, WHAT, WHO, findings, point, verdict_here
 from asyncbatch.tour.measuring import Answer, Beside, Here, busier_pair, recorded_pairs
 from asyncbatch.tour.screen import WIDEST, _fitting
@@ -55,10 +56,10 @@ def here(**figures):
 def test_the_point_is_what_was_measured():
     assert point(beside()) == (
         "Beside an NVIDIA H200 that serves an 8B model, your host leaves it idle for 20 % of the time; overlapping "
-        "gives that back: 1.24x."
+        "gives that back: 1.24x as fast."
     )
-    assert "gives part of that (all but 12 %) back: 1.10x." in point(beside(left=0.12, gain=1.1))
-    assert "gives nothing back here: 0.98x." in point(beside(gain=0.98))
+    assert "gives part of that (all but 12 %) back: 1.10x as fast." in point(beside(left=0.12, gain=1.1))
+    assert "gives nothing back here: 0.98x as fast." in point(beside(gain=0.98))
 
 
 def test_a_machine_that_is_too_busy_says_so_and_shows_what_was_recorded():
@@ -68,14 +69,14 @@ def test_a_machine_that_is_too_busy_says_so_and_shows_what_was_recorded():
     assert "(equal steps took up to 2.00x as long): run it again" in found.emulated
     assert found.point == (
         "As it was recorded on an NVIDIA H200 with a 1B model, 128 requests at a time: the host left it idle for 28 % "
-        "of the time; overlapping gave that back: 1.40x."
+        "of the time; overlapping gave that back: 1.40x as fast."
     )
     assert found.rows[0][1:] == ("void", "void", "void")
     assert max(map(len, table_lines([HEAD, *found.rows]))) <= WIDEST, "a line for each"
     assert not re.search(r"20(\.0)? %|1\.24", " ".join([found.point, *found.captions, *sum(found.rows, ())]))
     assert [one.label for one in found.timelines] == ["replayed", "replayed"]
     assert all("as recorded" in caption for caption in found.captions)
-    assert "Drawn is no run of this machine" in found.emulated
+    assert "The drawing shows no run of this machine" in found.emulated
 
 
 def test_the_recorded_pairs_are_those_of_the_recording():
@@ -120,9 +121,22 @@ def test_the_page_has_what_the_screen_says_and_loads_nothing():
     said = [WHAT, WHO, found.point, found.emulated, found.here, *HEAD[1:]]
     assert [one for one in said if one not in text] == []
     assert [cell for row in found.rows for cell in row if cell not in text] == []
+    assert text.index(WHAT) < text.index(WHO) < text.index(found.emulated), "for whom, before anything else"
     assert "Why &lt;b&gt;?" in text
     assert "Because &amp; so." in text
     assert not re.search(r'(?:src|href)="(?!data:|#)', text)
+
+
+def test_the_terminal_says_what_and_for_whom_before_it_measures(monkeypatch, capsys):
+    """And what comes next fits 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(screen, "answers_here", lambda: pytest.fail("measured"))
+    with pytest.raises(pytest.fail.Exception):
+        screen.show_all()
+    before = " ".join(capsys.readouterr().out.split())
+    assert before.startswith(f"{WHAT} {WHO} 1 of 3 ")
+    screen.end(Path("out/asyncbatch.html"))
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
 def test_a_table_that_is_too_wide_has_what_a_row_is_about_on_a_line_of_its_own():

@@ -1,7 +1,8 @@
 """Open every page of the site from its folder, in a real browser, and say what is wrong.
 
 Wrong are: a request that would leave the machine, a link or a part of a page that leads nowhere, a picture without alt
-text, a page wider than a phone, an error of a script, a search that finds nothing, a page that does not get dark.
+text, a page wider than a phone, code broken within a word in a table there, an error of a script, a search that finds
+nothing, a page that does not get dark.
 """
 
 from __future__ import annotations
@@ -25,6 +26,13 @@ return {
   ids: [...document.querySelectorAll('[id]')].map(e => e.id),
   without_alt: [...document.querySelectorAll('img')].filter(e => !e.alt.trim()).map(e => e.src),
 };
+"""
+
+# In a table: short code that is broken within a word (but at a hyphen). Each line of inline text is a rectangle.
+BROKEN = """
+const words = e => e.textContent.trim().split(/[\\s-]+/).length;
+return [...document.querySelectorAll('td code')].filter(e => e.textContent.trim().length < 20)
+  .filter(e => e.getClientRects().length > words(e)).map(e => e.textContent);
 """
 
 
@@ -63,6 +71,8 @@ def look(site: Path, pictures: Path | None = None) -> tuple[list[str], list[str]
             width = driver.execute_script("return document.documentElement.scrollWidth")
             if width > PHONE[0]:
                 faults.append(f"{page}: {width} pixels wide on a phone of {PHONE[0]}")
+            if broken := driver.execute_script(BROKEN):
+                faults.append(f"{page}: broken within a word on a phone: {', '.join(broken[:5])}")
             faults += [f"{page}: {problem}" for problem in _requests_and_errors(driver)]
         faults += _search(driver, site) + _dark(driver, site)
         if pictures:
