@@ -4,7 +4,7 @@
 - cuda: torch's own streams and events, for a model on CUDA.
 - timed: a worker process that computes nothing and takes as long as a recorded GPU.
 - virtual: no time passes; every time is chosen beforehand and is the same in every run.
-- virtual_ranks: several of these on one clock, which compute each step together.
+- virtual_ranks: several of these on one clock, which compute each step together; all_reduces: how they exchange.
 - checked: any of them, with a race checker around it.
 """
 

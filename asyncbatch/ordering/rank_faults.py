@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..devices.all_reduces import AllReduces, DisagreementError
 from ..devices.virtual import Costs
-from ..devices.virtual_ranks import AllReduces, DisagreementError
 from ..models.toy import VOCABULARY, toy_llama
 from ..request import Request, SamplingParams
 from ..streams import launch_step

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 from ..base import BatcherBase
 from ..batcher import AsyncBatcher, SyncBatcher
+from ..devices.all_reduces import AllReduces
 from ..devices.virtual import Costs
-from ..devices.virtual_ranks import AllReduces, DisagreementError, RankDevice, VirtualRanks
+from ..devices.virtual_ranks import RankDevice, VirtualRanks
 from ..models.toy import toy_llama
 from ..request import Completion, Request
 from ..serving import Handle
@@ -202,6 +203,3 @@ class RankServing:
     def timelines(self) -> list[Any]:
         """The timeline of each rank."""
         return [host.batcher.timeline for host in self.hosts]
-
-
-__all__ = ["DisagreementError", "Message", "News", "RankHost", "RankServing", "may_apply"]
