@@ -194,6 +194,9 @@ class RankServing:
         try:
             while any([host.turn() for host in sorted(self.hosts, key=lambda host: host.planning)]):
                 pass
+        except BaseException:
+            self.ranks.broken = self.ranks.broken or "serving was given up"  # closing waits for nobody
+            raise
         finally:
             for host in self.hosts:
                 host.batcher.close()
