@@ -47,7 +47,7 @@ class Served:
     """What became of two requests that the ranks served. timelines: one a rank. collectives: of each rank, when it was
     at an all-reduce. step_ms: from the end of a step to the end of the next. idle, waits: of each rank, the shares of
     the time (0 to 1) that its device was idle, and that it waited in all-reduces for other ranks. ahead: for how many
-    steps the host that launches first was ahead of the others, at most. tokens: of each rank."""
+    steps the host that launches first was ahead of the others, at most, from step 4 on. tokens: of each rank."""
 
     def __init__(self, serving: RankServing):
         self.mode, self.size, self.timelines = serving.mode, serving.size, serving.timelines
@@ -72,7 +72,7 @@ class Served:
             sum(at < moment for at in mine) - number
             for theirs in launches
             for mine in launches
-            for number, moment in enumerate(theirs)
+            for number, moment in list(enumerate(theirs))[first:]
         )
 
     def __str__(self) -> str:
