@@ -73,6 +73,24 @@ def test_the_agreement_is_beside_the_step_and_a_message_that_takes_longer_is_wai
     assert ends[0] == ends[1] < ends[2]
 
 
+@pytest.mark.parametrize("mode", ["sync", "async"])
+@pytest.mark.parametrize("order", [(1, 0), (2, 1, 0), (1, 2, 0)])
+def test_it_does_not_matter_whose_turn_is_asked_for(mode, order):
+    """One host is turned until it has nothing left to do; the others get their turns only when it waits for them."""
+    costs = (FAST, SLOW, FAST)[: len(order)]
+    usual, ranks = serving(mode, costs), serving(mode, costs)
+    usual.serve(FIRST, [(8 * MS, NEW), (20 * MS, 0)])
+    ranks.inbox = [(8 * MS, NEW), (20 * MS, 0)]
+    for host in ranks.hosts:
+        for request in FIRST:
+            host.submit(request)
+    for rank in order:
+        while ranks.hosts[rank].turn():
+            pass
+    assert [host.applied for host in ranks.hosts] == [host.applied for host in usual.hosts]
+    assert [timeline.spans for timeline in ranks.timelines] == [timeline.spans for timeline in usual.timelines]
+
+
 # ---- those that do not -----------------------------------------------------------------------------------------------
 
 RULES = {
