@@ -18,7 +18,7 @@ def rank(late: float, steps: int = 8) -> tuple[Timeline, list[CollectiveSpan]]:
     timeline, spans = Timeline("async", "virtual"), []
     for step in range(steps):
         now = 70 + 10e-3 * step
-        timeline.add("host", "plan", step, now, now + late)
+        timeline.add("host", "plan", step, now + late - 1e-3, now + late)
         timeline.add("compute", "step", step, now + late, now + 9e-3)
         timeline.add_step(step, "prefill" if step == 0 else "decode", 4, 0)
         spans.append(CollectiveSpan(step, now + late + 3e-3, now + 5e-3, now + 7e-3))
