@@ -4,6 +4,7 @@
 - cuda: torch's own streams and events, for a model on CUDA.
 - timed: a worker process that computes nothing and takes as long as a recorded GPU.
 - virtual: no time passes; every time is chosen beforehand and is the same in every run.
+- virtual_ranks: several of these on one clock, which compute each step together; all_reduces: how they exchange.
 - checked: any of them, with a race checker around it.
 """
 
@@ -65,7 +66,13 @@ def _on_cpu(model, config: Config, buffers, runner) -> Any:
 
         if config.step_s is not None:
             arguments["step_s"] = 0.0  # only the clock says times
-        device: Any = VirtualDevice(program(model, **arguments), config.num_slots, config.clock, config.host_work_s)
+        made = program(model, **arguments)
+        of_rank = getattr(config.clock, "open_device", None)  # one of several that share a clock
+        device: Any = (
+            of_rank(made, config.num_slots, config.host_work_s)
+            if of_rank
+            else VirtualDevice(made, config.num_slots, config.clock, config.host_work_s)
+        )
     else:
         device = open_program(model, program, config.num_slots, **arguments)
         device.host_work_s = config.host_work_s

@@ -55,7 +55,8 @@ class StepWork(NamedTuple):
 Cost = float | Callable[[StepWork], float]
 
 
-def _is_time(value: Any) -> bool:
+def is_time(value: Any) -> bool:
+    """Whether it is a number of seconds from 0."""
     return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) < math.inf
 
 
@@ -84,16 +85,16 @@ class Costs:
     def __post_init__(self):
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
-            if name in (*HOST_PHASES, *OPERATIONS) and not callable(value) and not _is_time(value):
+            if name in (*HOST_PHASES, *OPERATIONS) and not callable(value) and not is_time(value):
                 raise ValueError(f"Costs: {name} is {value!r}, allowed are seconds from 0, or a function of a StepWork")
-        if not _is_time(self.jitter) or self.jitter > 1:
+        if not is_time(self.jitter) or self.jitter > 1:
             raise ValueError(f"Costs: jitter is {self.jitter!r}, allowed is a share from 0 to 1")
 
     def seconds(self, name: str, work: StepWork, number: int) -> float:
         """What `name` ("plan", ..., "copy_out") costs for this work; `number` is the step's, for the jitter."""
         cost = getattr(self, name)
         value = cost(work) if callable(cost) else cost
-        if not _is_time(value):
+        if not is_time(value):
             raise ValueError(f"Costs: {name} gave {value!r} for {work}, allowed are seconds from 0")
         if not self.jitter:
             return float(value)
@@ -171,7 +172,7 @@ class VirtualDevice:
 
     def work(self, seconds: float) -> None:
         """The host is busy for so long."""
-        if not _is_time(seconds):
+        if not is_time(seconds):
             raise ValueError(f"the host works for {seconds!r}: allowed are seconds from 0")
         self.wait_until(self._host_s + seconds)
 
@@ -233,13 +234,17 @@ class VirtualDevice:
                 stream.synchronize()
             self.program = None
 
-    def _launch(self, stream: VirtualStream, command: Any, slot: int) -> None:
+    def check_launch(self, command: Any, slot: int) -> None:
+        """DeviceError for a command that the device cannot take."""
         if self.program is None:
             raise DeviceError(f"{str(command)!r} launched on a device that is closed")
         if not 0 <= slot < self.num_slots:
             raise DeviceError(
                 f"{str(command)!r} launched on slot {slot}: the device has slots 0 to {self.num_slots - 1}"
             )
+
+    def _launch(self, stream: VirtualStream, command: Any, slot: int) -> None:
+        self.check_launch(command, slot)
         order = next(self._order)
         step, work = self._plans.get(slot, (order, StepWork(command, 0, 0, 0)))
         start = max(stream.time, self.now())
@@ -248,9 +253,9 @@ class VirtualDevice:
             heapq.heappush(self._under_way, (end, order, start, stream.number, command, slot))
             self._settle()
 
-    def _settle(self) -> None:
-        """Let everything take effect that has ended by now."""
-        while self._under_way and self._under_way[0][0] <= self._host_s:
+    def _settle(self, moment: float = -math.inf) -> None:
+        """Let everything take effect that has ended by now, or by a later moment."""
+        while self._under_way and self._under_way[0][0] <= max(self._host_s, moment):
             self._run(*heapq.heappop(self._under_way))
 
     def _run(self, end: float, order: int, start: float, number: int, command: Any, slot: int) -> None:

@@ -27,6 +27,17 @@ def step_time(host_s: float, device_s: float, slots: int = 2) -> float:
     return max(host_s, device_s, (host_s + device_s) / slots)
 
 
+def step_on_ranks(device_s: float, ranks: int, all_reduces: int = 0, seconds: float = 0.0) -> float:
+    """Seconds of a step that is shared by so many ranks (tensor parallelism): each has its part of the work, and then
+    they exchange sums. One rank has nothing to exchange.
+
+    The host's work is not shared. So the idle share of the synchronous loop, `idle_share(host_s, step_on_ranks(...))`,
+    grows with the ranks as long as their all-reduces take less than the work that they save, device_s * (1 - 1/ranks).
+
+    device_s: seconds of the step on one device. ranks: from 1. all_reduces: in a step. seconds: of one all-reduce."""
+    return device_s / ranks + (all_reduces * seconds if ranks > 1 else 0.0)
+
+
 def gain_with_stops(host_s: float, device_s: float, tokens: int, slots: int = 2) -> float:
     """How many times as fast the asynchronous loop is where every answer ends at a stop token, its last of `tokens`.
 

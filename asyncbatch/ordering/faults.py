@@ -45,7 +45,7 @@ def _put(owner: Any, name: str, damaged: Callable) -> None:
     setattr(owner, name, damaged)
 
 
-def _replace(batcher: BatcherBase, name: str, function: Callable) -> None:
+def replace_part(batcher: BatcherBase, name: str, function: Callable) -> None:
     """Replace one of the five parts of a step (plan, fill, launch, wait, commit) by `function(self, ...)`."""
     function.__name__ = name
     setattr(batcher, name, types.MethodType(host_span(function), batcher))
@@ -71,7 +71,7 @@ def launching(edit: Callable[[dict[str, Callable], object, BatcherBase], Sequenc
             for name in edit(calls, slot, self) or list(calls):
                 calls[name]()
 
-        _replace(batcher, "launch", launch)
+        replace_part(batcher, "launch", launch)
 
     return apply
 
@@ -110,7 +110,7 @@ def filling(change: Callable):
             change(slot, plan, self)
             return slot
 
-        _replace(batcher, "fill", fill)
+        replace_part(batcher, "fill", fill)
 
     return apply
 
@@ -119,14 +119,14 @@ def filling(change: Callable):
 
 
 def no_wait(batcher: BatcherBase) -> None:
-    _replace(batcher, "wait", lambda self, slot: None)
+    replace_part(batcher, "wait", lambda self, slot: None)
 
 
 def wait_for_the_other_slot(batcher: BatcherBase) -> None:
     def wait(self, slot) -> None:
         self.slots[(slot.index + 1) % len(self.slots)].inputs_ready.synchronize()
 
-    _replace(batcher, "wait", wait)
+    replace_part(batcher, "wait", wait)
 
 
 def no_wait_without_samples(batcher: BatcherBase) -> None:
@@ -134,7 +134,7 @@ def no_wait_without_samples(batcher: BatcherBase) -> None:
         if any(row.samples for row in slot.plan.rows):
             slot.outputs_ready.synchronize()
 
-    _replace(batcher, "wait", wait)
+    replace_part(batcher, "wait", wait)
 
 
 # ---- buffers and carry-over ------------------------------------------------------------------------------------------

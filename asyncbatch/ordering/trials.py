@@ -22,6 +22,7 @@ from ..models.toy import VOCABULARY, toy_llama
 from ..request import Request, SamplingParams
 from .faults import FAULTS, Fault
 from .races import RaceError
+from .rank_faults import RANK_FAULTS, rank_fault_table, rank_trial
 from .toy import toy_tokens, use_toy_model
 
 
@@ -117,9 +118,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.seeds < 1:
         parser.error(f"--seeds {options.seeds}: allowed are whole numbers from 1")
     text, complete = fault_table(options.seeds)
-    print(text)
+    of_ranks, all_found = rank_fault_table(options.seeds)
+    complete &= all_found
+    print(f"{text}\n\n{of_ranks}")
     if options.explain:
         for fault in FAULTS:
             print(f"\n{fault.name}\n  {fault.explain()}\n  For example: {trial(fault, 0).detail}")
+        for one in RANK_FAULTS:
+            print(f"\n{one.name}\n  So {one.symptom}.\n  For example: {rank_trial(one, 0).detail}")
     print("\nEvery fault was found in every run." if complete else "\nNOT every fault was found in every run.")
     return 0 if complete else 1

@@ -48,6 +48,7 @@ STORE_LOST = (
 # In texts of errors that follow from another rank's end: until `timeout_s` the cause itself is waited for.
 FOLLOWS = (
     "closed by peer", "connection closed", "connection reset", "broken pipe", "nccl", "gloo", "socket", "timed out",
+    "device process ended (exit code -15)",  # torchrun's SIGTERM reaches it, too
 )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from asyncbatch.models.toy import VOCABULARY, toy_llama
 from asyncbatch.ordering.faults import FAULTS
+from asyncbatch.ordering.rank_faults import RANK_FAULTS
 from asyncbatch.ordering.toy import next_token
 from asyncbatch.ordering.trials import main, trial, workload
 
@@ -49,7 +50,8 @@ def test_the_command_says_whether_all_were_found(capsys):
     assert main(["--seeds", "1", "--explain"]) == 0
     output = capsys.readouterr().out
     assert "Every fault was found in every run." in output
-    assert all(output.count(fault.name) >= 2 for fault in FAULTS)
+    assert all(output.count(fault.name) >= 2 for fault in (*FAULTS, *RANK_FAULTS))
+    assert "| (no fault) |  | 0 of 1 | 0 of 1 | 0 of 1 |" in output
 
 
 tokens = st.lists(st.integers(0, VOCABULARY - 1), min_size=2, max_size=12)

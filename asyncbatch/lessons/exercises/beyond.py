@@ -1,12 +1,12 @@
-"""Exercises of notebook 08: `under_way` and `gaps`, on the events of a trace, and `go_ahead`, a strategy that rolls
-back."""
+"""Exercises of notebook 08: `under_way` and `gaps`, on the events of a trace, `go_ahead`, a strategy that rolls back,
+and `may_apply`, on which several ranks must agree."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .. import automaton, beyond
+from .. import automaton, beyond, ranks
 from ..automaton import LISTS, Prices, best, scores
 from ..learned import Endless
 from ..parts import Case, Exercise
@@ -132,6 +132,36 @@ def _explain_ahead(args: tuple[Any, ...], got: Any, want: Ahead) -> str | None:
     return None
 
 
+# ---- exercise 4: in the same step ------------------------------------------------------------------------------------
+
+
+def _agreed(function: Callable[..., Any], *case: Any) -> ranks.Agreed:
+    def rule(news: ranks.News, planning: int) -> bool:
+        answer = function(news, planning)
+        if answer is ...:
+            raise NotImplementedError
+        return bool(answer)
+
+    return ranks.Agreed(rule, *case)
+
+
+def _explain_agreed(args: tuple[Any, ...], got: Any, want: ranks.Agreed) -> str | None:
+    if not isinstance(got, ranks.Agreed):
+        return None
+    if got.error and got.applied[0] == got.sent:
+        return (
+            "Rank 0 knows at once, and the message is still on its way to rank 1. When it came differs from rank to "
+            "rank; `news.sent` does not."
+        )
+    if got.error:
+        return "The ranks said yes in different steps. Only what is the same on all ranks may decide: `news.sent`."
+    if got.applied[0] is None:
+        return "Nobody ever said yes, so it waits for ever. Say yes in one step, the same on every rank."
+    if got.applied[0] == got.sent:
+        return "That went well by luck: the message happened to be there. By which step has it surely come?"
+    return "All agree, but later than need be. By which step does every rank have the message?"
+
+
 # fmt: off
 EXERCISES = {
     "under_way": Exercise(
@@ -178,6 +208,21 @@ EXERCISES = {
             "the one that went ahead, and wait for the token once more. Then accept it.",
         ),
         Ahead, _explain_ahead,
+    ),
+    "may_apply": Exercise(
+        ranks.may_apply, "For something that comes in after {0} ms, with messages that take {1} ms,", "led to",
+        (
+            Case((13.0, 0.5), "Every rank has to say yes before the same step."),
+            Case((16.3, 0.5), "The same, a step later."),
+            Case((13.0, 8.0), "The message takes longer than a step, and a rank waits for that of the step before."),
+            Case((13.0, 0.5, True), "Rank 1 has a slow host."),
+            Case((13.0, 0.5, False, True), "A cancellation: the sizes fit, and the sums are wrong."),
+        ),
+        (
+            "When the message comes differs from rank to rank. What is the same on all, and when do all have it?",
+            "Before it plans step `news.sent + 1`, every rank has the message.",
+        ),
+        _agreed, _explain_agreed,
     ),
 }
 # fmt: on

@@ -117,6 +117,33 @@ def one_token(server):
     server.accept(server.wait(step))
 
 
+# ---- may_apply -------------------------------------------------------------------------------------------------------
+
+
+def at_once(news, planning):
+    return True
+
+
+def as_it_is_sent(news, planning):
+    return planning == news.sent
+
+
+def two_steps_later(news, planning):
+    return planning >= news.sent + 2
+
+
+def never(news, planning):
+    return False
+
+
+def in_even_steps(news, planning):
+    return planning % 2 == 0
+
+
+def without_the_message(news, planning):
+    return planning > news
+
+
 WRONG = {
     "under_way": {
         without_this_one: "is under way, too: count it",
@@ -138,6 +165,14 @@ WRONG = {
         does_not_sample_ahead: "has to be sampled before you wait",
         never_accepts: "The text never got done",
         one_token: "Go on until `server.done`",
+    },
+    "may_apply": {
+        at_once: "the message is still on its way to rank 1",
+        as_it_is_sent: "the message is still on its way to rank 1",
+        two_steps_later: "later than need be",
+        never: "Nobody ever said yes",
+        in_even_steps: "the message is still on its way to rank 1",
+        without_the_message: "before the same step",
     },
 }
 
@@ -177,6 +212,10 @@ def keeps_a_queue(server):
             server.accept(server.wait(step))
         while len(queue) < 2 and not server.done:
             queue.append(launched(server))
+
+
+def from_the_next_step_on(news, planning):
+    return news.sent < planning
 
 
 RIGHT_STRATEGIES = (with_a_helper, keeps_a_queue)
