@@ -30,7 +30,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ..request import Completion, Request, RequestError, shown
-from ..streams import DeviceError
 from .dealer import Dealer
 from .errors import RankError
 from .neighbour import this_place
@@ -280,7 +279,7 @@ class _Dealing(_Run):
             # Nor is the cause what follows from it: the end of the device processes, which torchrun's SIGTERM reaches
             # too, and that this rank then cancels what it has.
             for index, answer in enumerate(answers):
-                lost = isinstance(answer.error, DeviceError) and "device process ended" in str(answer.error)
+                lost = "device process ended" in str(answer.error)  # also of those that came after it: RequestError
                 if lost or answer.finish_reason == "cancelled":
                     answers[index] = dataclasses.replace(answer, finish_reason="error", error=error)
         return answers
