@@ -13,11 +13,12 @@ from ..models.load import load_model
 from ..request import Request
 from ..timeline import Timeline, save_trace
 from .console import one_line, tell, waiting
-from .diagnosis import Place, make_report
+from .diagnosis import make_report
 from .machine import device_name, free_memory, gpu_facts, is_on_cuda, model_facts
 from .measurement import Measurement
 from .options import Arguments
 from .outputs import OutError, Output, write_all, write_json
+from .place import Place
 from .prompts import PromptFile
 from .report import OWN, Failure, Gpu, ModelFacts, Report
 from .settings import Settings, in_memory, settle

@@ -119,7 +119,8 @@ def _workload(complete: Arguments, file: PromptFile | None) -> Workload:
 
 
 def _conditions(complete: Arguments, file: PromptFile | None = None) -> Conditions:
-    names = (one.name for one in fields(Conditions) if one.name not in ("prompts_sha256", "skipped_lines"))
+    later = ("prompts_sha256", "skipped_lines", "tp", "replicas")  # known when the file is read, the ranks are joined
+    names = (one.name for one in fields(Conditions) if one.name not in later)
     same = {name: getattr(complete, name) for name in names}
     if complete.repeats is not None:
         same["budget_s"] = None

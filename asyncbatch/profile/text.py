@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..measure.text import in_seconds, table_line, table_lines
-from . import side_by_side
+from . import rank_words, side_by_side
 from .options import FEWEST, MOST
 from .report import OWN, Latency, Overhead, Report, Run, Totals, workload_key, workload_words
 
@@ -221,6 +221,10 @@ def _within_budget(repeats: int | None, budget_s: int, runs: Sequence[Run]) -> s
 
 
 def _notes_of(run: Run, who: str) -> Iterable[str]:
+    if run.ranks:
+        yield f"{who}: {len(run.ranks)} ranks; idle and times of a step are means over them, tokens and steps of all"
+        if note := rank_words.clock_note(run.ranks):
+            yield note
     if run.interrupted:
         yield f"{who} was ended by Ctrl-C: the numbers are about what ran until then"
     if run.overhead:
