@@ -13,7 +13,7 @@ from .config import Config
 from .devices import open_device
 from .devices.buffers import host_buffers
 from .kv_cache import KVCache
-from .models.checks import check_model
+from .models.checks import check_model, is_sharded
 from .scheduler import BatchPlan, Committed, Scheduler
 from .serving import Serving
 from .slot import Slot, slot_of
@@ -58,6 +58,10 @@ class BatcherBase(Serving):
     runner: Any = None  # what runs on the device, if it is not to be the device's own `Runner`
 
     def __init__(self, model, *, tokenizer=None, **options: Any):
+        if is_sharded(model):
+            from .ranks.serving import join_ranks
+
+            model = join_ranks(self, model)
         check_model(model, options.get("max_length"))
         if options.get("num_slots") is None:
             options["num_slots"] = self.default_slots

@@ -32,8 +32,8 @@ class Runner:
     host: the (inputs, output ids) buffers of each slot on the host.
     """
 
-    # Four moments of each slot's step: its beginning, after the carry-over, after the model, its end. A shared array
-    # [slots, 4] of seconds, which the device gives.
+    # Four moments of each slot's step: its beginning, after the carry-over, after the model, its end; and how long it
+    # was in collectives (`ranks/`). A shared array [slots, 5] of seconds, which the device gives.
     moments: np.ndarray | None = None
 
     def __init__(self, model, *, shape: StepShape, host: list[tuple[torch.Tensor, torch.Tensor]]):

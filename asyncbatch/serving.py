@@ -187,7 +187,7 @@ class Serving:
         with self._lock:
             self._drain()
             if not self._handles:
-                self.timeline, self.scheduler.num_steps = self._new_timeline(), 0
+                self._renew()
         answers: list[Handle | Completion] = []
         try:
             for request in requests:
@@ -295,6 +295,9 @@ class Serving:
             self._closed, self._freed = f"the batcher lost its device: {error}", True
             self.device.abandon(self.slots)
 
+    def _renew(self) -> None:
+        self.timeline, self.scheduler.num_steps = self._new_timeline(), 0
+
     def _drain(self) -> None:
         """Once no request is left, commit the steps that are still in flight. Their tokens count as wasted."""
         with self._lock:
@@ -363,7 +366,7 @@ class Serving:
                 self._complete(handle, self.device.now())
             self._new_books()
         try:
-            if not isinstance(error, DeviceError):
+            if not self._freed:
                 for stream in self.device.streams:
                     stream.synchronize()
         except DeviceError as lost:

@@ -86,7 +86,7 @@ class HostDevice(RealTime):
         self._drop.atexit = False
         self.times = torch.zeros(num_slots, len(STREAMS), 2, dtype=torch.float64).share_memory_()
         self.failed = torch.zeros(num_slots, dtype=torch.int32).share_memory_()
-        self.moments = torch.zeros(num_slots, 4, dtype=torch.float64).share_memory_()
+        self.moments = torch.zeros(num_slots, 5, dtype=torch.float64).share_memory_()
         self._times, self._moments = self.times.numpy(), self.moments.numpy()
         for number in range(len(STREAMS)):
             self.streams.append(HostStream(self, number))
@@ -104,8 +104,12 @@ class HostDevice(RealTime):
         return self._times[slot].tolist()
 
     def parts(self, slot: int) -> list[float]:
-        start, carried, computed, end = self._moments[slot].tolist()
+        start, carried, computed, end, _ = self._moments[slot].tolist()
         return [carried - start, computed - carried, end - computed]
+
+    def collective_s(self, slot: int) -> float:
+        """The seconds that the slot's newest step was in collectives, where the model lies on several ranks."""
+        return float(self._moments[slot, 4])
 
     def failure(self, slot: int) -> str | None:
         return self.process.ask("failure", self.session, slot) if self.failed[slot] else None

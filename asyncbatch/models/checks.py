@@ -41,6 +41,11 @@ def _refuse(model: Any, reason: str | None) -> None:
         raise ModelError(f"a model of type {kind!r} ({type(model).__name__}) cannot be served: {reason}")
 
 
+def is_sharded(model: Any) -> bool:
+    """Whether the model's weights are cut into parts for several ranks (DTensor, whose import takes long)."""
+    return isinstance(model, torch.nn.Module) and any(hasattr(tensor, "to_local") for tensor in model.parameters())
+
+
 def _refusal_by_kind(model: Any) -> str | None:
     """Why the model cannot be served, or None if it can, as in all functions below."""
     from transformers import PreTrainedModel

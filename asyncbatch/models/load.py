@@ -16,6 +16,7 @@ import torch
 from .embedded import embedded_folder
 from .messages import ModelError, progress_bars, say
 from .shapes import SHAPES, random_model
+from .sharded import check_ranks, distributed_config, shard
 
 ALLOWED = ", ".join(['"smollm2"', *(f'"random:{shape}"' for shape in SHAPES), "a folder", "a hub id"])
 
@@ -27,6 +28,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     progress: bool = True,
     seed: int = 0,
+    tp: int = 1,
 ) -> tuple[Any, Any]:
     """Load a causal language model, ready to serve: in eval mode and without gradients.
 
@@ -36,6 +38,7 @@ def load_model(
     device: None means "cuda" if there is a GPU, and "cpu" if there is none.
     dtype: None means bfloat16 on CUDA (float16 on a GPU without bfloat16) and float32 on the CPU.
     progress: whether to show progress bars. A line on stderr says in any case what is fetched, and from where.
+    tp: over how many ranks transformers shards the model; all of them load it at the same time (`models/sharded.py`).
     Returns (model, tokenizer); the tokenizer is None for random weights, and for a folder that has none.
     Raises ModelError.
     """
@@ -46,16 +49,18 @@ def load_model(
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"device {str(place)!r} was asked for, but torch {torch.__version__} sees no CUDA device here")
     dtype = dtype or _default_dtype(place)
+    if tp > 1:
+        check_ranks(tp, place)
     if name.startswith("random:"):
         try:
-            return random_model(name, place, dtype, seed), None
+            return shard(random_model(name, place, dtype, seed), tp), None
         except torch.OutOfMemoryError as error:
             raise _too_large(name, place) from error
     embedded = name == "smollm2"
     source = str(embedded_folder(progress)) if embedded else _folder_or_hub_id(name)
     try:
         with progress_bars(progress and not embedded):  # the embedded model loads in a moment
-            model, tokenizer = _from_pretrained(source, place, dtype)
+            model, tokenizer = _from_pretrained(source, place, dtype, tp)
             if embedded and tokenizer.pad_token is None:  # transformers 5.17 reads none from the GGUF file
                 tokenizer.pad_token = tokenizer.eos_token
             return model, tokenizer
@@ -96,11 +101,15 @@ def _folder_or_hub_id(name: str) -> str:
     return name
 
 
-def _from_pretrained(source: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+def _from_pretrained(source: str, device: torch.device, dtype: torch.dtype, tp: int) -> tuple[Any, Any]:
     """(model, tokenizer) of a folder or a hub id; the tokenizer is None if there is none or if it cannot be loaded."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device).requires_grad_(False).eval()
+    if tp > 1:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, distributed_config=distributed_config(tp))
+    else:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device)
+    model.requires_grad_(False).eval()
     files = [file.name for file in Path(source).glob("*")]  # none for a hub id
     if files and not re.search(r"^(tokenizer|vocab|spiece)|tiktoken$", "\n".join(files), re.MULTILINE):
         return model, None

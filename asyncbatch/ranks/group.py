@@ -1,0 +1,102 @@
+"""Which ranks share a model, and how they reach each other."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import os
+import platform
+import socket
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .collectives import Group
+from .errors import RankError
+
+PATIENT = datetime.timedelta(days=7)  # a leader may be idle for long; who is dead is found out elsewhere (watch.py)
+
+
+class Connection:
+    """The ranks of a process group of torch.distributed, which share a model. Made by all of them at the same time.
+
+    rank, size: this one's number among them, and how many they are; number 0 leads. control: a gloo process group, for
+    what batchers agree about. hosts: of each rank, its machine's name. store: where they leave each other word."""
+
+    _of: dict[str, Connection] = {}
+
+    @classmethod
+    def of(cls, process_group: Any) -> Connection:
+        """The connection of a process group: one, however many models and batchers it serves."""
+        name = process_group.group_name
+        if name not in cls._of:
+            cls._of[name] = cls(process_group)
+        return cls._of[name]
+
+    def __init__(self, process_group: Any):
+        self.process_group, self.ranks = process_group, dist.get_process_group_ranks(process_group)
+        self.rank, self.size = dist.get_rank(process_group), len(self.ranks)
+        self.control = dist.new_group(self.ranks, PATIENT, backend="gloo", use_local_synchronization=True)
+        self.hosts: list[str] = self.gather(socket.gethostname())
+        # A store of their own, for worker processes and heartbeats: the process group may have come from anywhere.
+        host = "127.0.0.1" if len(set(self.hosts)) == 1 else self.hosts[0]
+        server = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if self.rank == 0 else None
+        self.port = self.share(server.port if server else None)
+        self.host, self.server, self._models = host, server, 0
+
+    def group_of_next_model(self) -> Group:
+        """A group for the modules of one more model."""
+        self._models += 1
+        group = Group(
+            f"{self.process_group.group_name}/{self.port}/{self._models}", self.rank, self.size, self.host, self.port
+        )
+        group.join(self.process_group)
+        return group
+
+    def gather(self, thing: Any) -> list[Any]:
+        """The things of all ranks, in their order, on each of them."""
+        things = [None] * self.size
+        dist.all_gather_object(things, thing, group=self.control)
+        return things
+
+    def share(self, thing: Any) -> Any:
+        """The leader's thing, on each rank."""
+        things = [thing]
+        dist.broadcast_object_list(things, src=self.ranks[0], group=self.control)
+        return things[0]
+
+    def agree(self, **settings: Any) -> None:
+        """RankError, on each rank, unless all of them have the same settings. They are compared as text."""
+        of_all = self.gather({name: str(setting) for name, setting in settings.items()})
+        for name in settings:
+            values = [of_one.get(name) for of_one in of_all]
+            if len(set(values)) > 1:
+                told = "; ".join(
+                    f"rank {self.ranks[n]} ({self.hosts[n]}) has {value}" for n, value in enumerate(values)
+                )
+                raise RankError(f"the ranks must have the same {name.replace('_', ' ')}: {told}")
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """What must be the same on all ranks besides the model, by name. Of this package, which may be a checkout, it is
+    the text itself."""
+    import transformers
+
+    digest = 0
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
+        digest = zlib.crc32(file.read_bytes(), digest)
+    return {
+        "Python": ".".join(platform.python_version_tuple()[:2]),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "text_of_asyncbatch": f"{digest:08x}",
+    }
+
+
+def local_rank() -> int:
+    """This process's number on its machine, as torchrun says it; 0 without torchrun."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
