@@ -8,7 +8,7 @@ is its busy time, whatever the zoom.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,8 +28,9 @@ WIDGET = Path(__file__).with_name("static") / "timeline.js"
 HEIGHTS = {"host": 2.0, "H2D": 0.5, "compute": 1.0, "D2H": 0.5}
 UPRIGHT = 8
 HEADING, PAUSE = 0.95, 0.3  # rows above a timeline's lanes for its caption, and between two lanes
-# The layers of the lanes, in the order of stacking: (lane, face colour, text colour, hatch, legend).
-LAYERS = {
+Look = tuple[str, str, str, str, str]  # of a layer: (lane, face colour, text colour, hatch, legend)
+# The layers of the lanes, in the order of stacking.
+LAYERS: dict[str, Look] = {
     "work": ("host", COLORS["orange"], "black", "", "host works"),
     "wait": ("host", "#EEEEEE", "#444444", "....", "host waits"),
     "in": ("H2D", COLORS["sky"], "black", "", "copy in"),
@@ -38,8 +39,9 @@ LAYERS = {
     "out": ("D2H", COLORS["green"], "white", "", "copy out"),
 }
 IDLE = ("#FBE9DF", COLORS["vermillion"], "\\\\\\\\")  # face colour, hatch colour, hatch
-HATCH = {"wait": "#C4C4C4", "prefill": "#FFFFFF"}  # hatch colours
+HATCH = {"wait": "#C4C4C4", "prefill": "#FFFFFF", "moves": "#FFFFFF", "held": "#555555"}  # hatch colours
 WIDTH, LEFT, RIGHT = 10.0, 1.15, 0.2  # inches
+Spans = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # of a layer: names, steps, starts, ends
 # From a timeline to (step, cause, share) for gaps that have one: the step before which the device was idle, what caused
 # most of it, and the share of the gap (0 to 1) that this took.
 Causes = Callable[[Timeline], Iterable[tuple[int, str, float]]]
@@ -57,9 +59,16 @@ def plot(*timelines: Timeline, title: str | None = None, window: tuple[float, fl
     if not timelines or not all(isinstance(timeline, Timeline) for timeline in timelines):
         types = ", ".join(type(timeline).__name__ for timeline in timelines) or "nothing"
         raise ValueError(f"plot() wants one or more Timelines, as in plot(sync, async_), and was given: {types}")
+    check_window(window)
+    names = [one_line(timeline.label, 40) or f"run {i}" for i, timeline in enumerate(timelines, 1)]
+    tracks = [Track(timeline, name) for timeline, name in zip(timelines, names, strict=True)]
+    return TimelineFigure(tracks, title, window, causes or host_causes)
+
+
+def check_window(window: tuple[float, float] | None) -> None:
+    """ValueError for anything but None and two times of which the second is later."""
     if window is not None and not (len(window) == 2 and window[0] < window[1]):
         raise ValueError(f"window is (start, end) in seconds with start < end, not {window!r}")
-    return TimelineFigure(timelines, title, window, causes or host_causes)
 
 
 def host_causes(timeline: Timeline) -> Iterator[tuple[int, str, float]]:
@@ -72,13 +81,13 @@ def host_causes(timeline: Timeline) -> Iterator[tuple[int, str, float]]:
 
 
 class TimelineFigure(Picture):
-    """What `plot` returns: a PNG, and in a notebook with anywidget an interactive view."""
+    """What `plot` returns: a PNG, and in a notebook with anywidget an interactive view. All tracks have the same
+    lanes."""
 
-    def __init__(self, timelines: tuple[Timeline, ...], title: str | None, window: tuple[float, float] | None,
+    def __init__(self, tracks: Sequence[Track], title: str | None, window: tuple[float, float] | None,
                  causes: Causes):  # fmt: skip
         self.causes = causes
-        names = [_one_line(timeline.label, 40) or f"run {i}" for i, timeline in enumerate(timelines, 1)]
-        self.tracks = [_Track(timeline, name) for timeline, name in zip(timelines, names, strict=True)]
+        self.tracks = list(tracks)
         self.end = max(track.end for track in self.tracks) or 1.0
         self.window = _default_window(self.tracks, self.end)
         if window is not None:
@@ -86,8 +95,9 @@ class TimelineFigure(Picture):
             if start >= end:
                 raise ValueError(f"window {window!r} lies outside the run, which is 0 to {self.end:.6g} seconds long")
             self.window = (start, end)
-        title = _one_line(title or "", 90)
-        super().__init__(_draw(self.tracks, title, self.window, self.end), title or ", ".join(names))
+        title = one_line(title or "", 90)
+        names = ", ".join(track.name for track in self.tracks)
+        super().__init__(_draw(self.tracks, title, self.window, self.end), title or names)
 
     @property
     def num_spans(self) -> int:
@@ -103,20 +113,22 @@ class TimelineFigure(Picture):
         middle = sum(self.window) / 2
         reach = _reach(self.tracks, middle, self.num_spans if most is None else most)
         spans, names = _pack(self.tracks, middle, reach)
+        looks, of_tracks = self.tracks[0].looks, self.tracks[0].lanes
         causes, gaps = _pack_causes([self.causes(track.timeline) for track in self.tracks])
         tracks = [
             {"name": track.name, "caption": track.caption, "end": track.end, "gaps": each}
             for track, each in zip(self.tracks, gaps, strict=True)
         ]
         layers = [
-            {"key": key, "lane": LANES.index(lane), "face": face, "text": text, "line": HATCH.get(key), "words": words}
-            for key, (lane, face, text, _, words) in LAYERS.items()
+            {"key": key, "lane": of_tracks.index(lane), "face": face, "text": text}
+            | {"line": HATCH.get(key), "hatch": hatch[:1], "words": words}
+            for key, (lane, face, text, hatch, words) in looks.items()
         ]
         lanes = []
-        for lane in LANES:
+        for lane in of_tracks:
             stretch = [max(0.0, middle - reach[lane]), min(self.end, middle + reach[lane])]
             limits = None if math.isinf(reach[lane]) else stretch
-            lanes.append({"words": WORDS[lane], "height": HEIGHTS[lane], "kept": limits})
+            lanes.append({"lane": lane, "words": WORDS[lane], "height": HEIGHTS[lane], "kept": limits})
         about = {
             "title": self.title,
             "tracks": tracks,
@@ -159,7 +171,8 @@ def _widget_class():
     return TimelineWidget
 
 
-def _one_line(text: str, longest: int) -> str:
+def one_line(text: str, longest: int) -> str:
+    """The text without line breaks, cut to so many characters."""
     text = drawable(" ".join(text.split()))
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
@@ -169,28 +182,32 @@ def _unit(seconds: float) -> tuple[float, str]:
     return next(((f, name) for f, name in ((1.0, "s"), (1e3, "ms")) if seconds * f >= 2), (1e6, "µs"))
 
 
-class _Track:
-    """One timeline, ready to draw. layers: for each layer (names, steps, starts, ends), in seconds from the timeline's
-    own beginning."""
+class Track:
+    """One timeline, ready to draw. layers: for each layer (names, steps, starts, ends), in seconds from `origin`, by
+    default the timeline's own beginning. A subclass may draw other lanes, and other layers (`looks`) on them."""
 
-    def __init__(self, timeline: Timeline, name: str):
+    lanes: tuple[str, ...] = LANES
+    looks: dict[str, Look] = LAYERS
+
+    def __init__(self, timeline: Timeline, name: str, origin: float | None = None):
         self.timeline, self.name = timeline, name
-        summary, origin = timeline.summary(), timeline.origin
+        self.origin = origin = timeline.origin if origin is None else origin
+        summary = timeline.summary()
         self.end = max((span.end for span in timeline.spans), default=origin) - origin
-        lanes = {lane: timeline.lane(lane) for lane in LANES}
+        lanes = {lane: timeline.lane(lane) for lane in self.lanes}
         prefill = np.array([step.step for step in timeline.steps if step.kind == "prefill"], np.int64)
         is_wait = np.array([span_name == "wait" for span_name in lanes["host"][0]], bool)
         is_prefill = np.isin(lanes["compute"][1], prefill)
         masks = {"work": ~is_wait, "wait": is_wait, "decode": ~is_prefill, "prefill": is_prefill}
-        self.layers = {}
-        for key, (lane, *_) in LAYERS.items():
+        self.layers: dict[str, Spans] = {}
+        for key, (lane, *_) in self.looks.items():
             names, steps, starts, ends = lanes[lane]
             mask = masks.get(key, np.ones(len(steps), bool))
             names = np.array(names, object)[mask]
             self.layers[key] = (names, steps[mask], starts[mask] - origin, ends[mask] - origin)
         self.steps = lanes["compute"][2] - origin, lanes["compute"][3] - origin
         factor, unit = _unit(2 * self.end)  # seconds from 1 s on: a single number needs less room than an axis
-        parts = [f"{self.end * factor:.4g} {unit} in all", _one_line(f"{timeline.clock} clock", 60)]
+        parts = [f"{self.end * factor:.4g} {unit} in all", one_line(f"{timeline.clock} clock", 60)]
         if not math.isnan(summary.idle):
             parts = [f"device active {100 * summary.device_active:.1f} %", f"idle {100 * summary.idle:.1f} %", *parts]
         self.caption = ", ".join(parts) + timeline.cut if timeline.spans else "no spans"
@@ -201,39 +218,40 @@ def _away(starts: np.ndarray, ends: np.ndarray, time: float) -> np.ndarray:
     return np.maximum(0, np.maximum(starts - time, time - ends))
 
 
-def _reach(tracks: list[_Track], middle: float, most: int) -> dict[str, float]:
+def _reach(tracks: list[Track], middle: float, most: int) -> dict[str, float]:
     """For each lane, how far from `middle` (seconds) its spans can be included if there may be `most` spans in all; inf
     means that all of them are.
 
     All steps of the device are included if these are no more than four fifths of `most`: between them are the idle
     gaps, which are the reason to look at a timeline."""
-    parts: dict[str, list[np.ndarray]] = {lane: [] for lane in LANES}
+    lanes = tracks[0].lanes
+    parts: dict[str, list[np.ndarray]] = {lane: [] for lane in lanes}
     for track in tracks:
         for key, (_, _, starts, ends) in track.layers.items():
-            parts[LAYERS[key][0]].append(_away(starts, ends, middle))
+            parts[track.looks[key][0]].append(_away(starts, ends, middle))
     away = {lane: np.concatenate(of_lane) for lane, of_lane in parts.items()}
-    cut, room = list(LANES), most
+    cut, room = list(lanes), most
     if len(away["compute"]) <= 0.8 * most:
         cut.remove("compute")
         room -= len(away["compute"])
     ordered = np.sort(np.concatenate([away[lane] for lane in cut]))
     reach = float(ordered[room]) if len(ordered) > room else math.inf
-    return {lane: reach if lane in cut else math.inf for lane in LANES}
+    return {lane: reach if lane in cut else math.inf for lane in lanes}
 
 
-def _pack(tracks: list[_Track], middle: float, reach: dict[str, float]) -> tuple[bytes, list[str]]:
+def _pack(tracks: list[Track], middle: float, reach: dict[str, float]) -> tuple[bytes, list[str]]:
     """The spans nearer to `middle` than the `reach` of their lane, as bytes, 24 for each, and the list of names that
     they point into."""
     layout = np.dtype([("start", "<f8"), ("end", "<f8"), ("step", "<i4"), ("name", "<u2"), ("layer", "<u2")])
     parts, number = [], {}
     for i, track in enumerate(tracks):
         for j, (key, layer) in enumerate(track.layers.items()):
-            near = _away(*layer[2:], middle) < reach[LAYERS[key][0]]
+            near = _away(*layer[2:], middle) < reach[track.looks[key][0]]
             names, steps, starts, ends = (column[near] for column in layer)
             part = np.zeros(len(steps), layout)
             part["start"], part["end"], part["step"] = starts, ends, steps
             part["name"] = [number.setdefault(name, len(number)) for name in names]
-            part["layer"] = i * len(LAYERS) + j
+            part["layer"] = i * len(track.looks) + j
             parts.append(part)
     return np.concatenate(parts).tobytes(), list(number)
 
@@ -249,7 +267,7 @@ def _pack_causes(of_tracks: Iterable[Iterable[tuple[int, str, float]]]) -> tuple
     return list(number), tracks
 
 
-def _default_window(tracks: list[_Track], end: float) -> tuple[float, float]:
+def _default_window(tracks: list[Track], end: float) -> tuple[float, float]:
     """Two or three steps in the middle of the shortest run, from shortly before a step of the first one on. A run of
     fewer than five steps is shown whole."""
     starts, ends = tracks[0].steps
@@ -265,17 +283,19 @@ def label(lane: str, name: str, step: int, room: float) -> tuple[str, int]:
     """What stands in a block that is `room` pixels wide, and by how many degrees it is turned; "" where nothing fits.
 
     On the host's lane "plan 6", upright where that is too wide, and without the number where that is too tall. On the
-    compute lane "step 5" or "5"."""
+    compute lane "step 5" or "5", and a name that is not "step" without the number."""
     if lane == "compute":
-        return next((text for text in (f"step {step}", str(step)) if room > 9 * len(text) + 4), ""), 0
+        texts = (f"step {step}", str(step)) if name == "step" else (name,)
+        return next((text for text in texts if room > 9 * len(text) + 4), ""), 0
     text = f"{name} {step}"
     if room > 9 * len(text) + 4:
         return text, 0
     return next(((text, 90) for text in (text, name) if room > 13 and len(text) <= UPRIGHT), ("", 0))
 
 
-def _draw(tracks: list[_Track], title: str, window: tuple[float, float], end: float) -> Figure:
-    rows = sum(HEIGHTS.values()) + PAUSE * len(LANES) + HEADING
+def _draw(tracks: list[Track], title: str, window: tuple[float, float], end: float) -> Figure:
+    lanes, layers = tracks[0].lanes, tracks[0].looks
+    rows = sum(HEIGHTS[lane] for lane in lanes) + PAUSE * len(lanes) + HEADING
     zoomed = window != (0.0, end)
     # Heights in inches, from the top: title, overview and the gap below it, the lanes, axis and legend.
     top, strip, gap = 0.34 if title else 0.1, 0.2 * len(tracks) if zoomed else 0.0, 0.5 if zoomed else 0.0
@@ -293,12 +313,12 @@ def _draw(tracks: list[_Track], title: str, window: tuple[float, float], end: fl
         name = main.text(window[0], y - 0.28, track.name, size=11, weight="bold", ha="left", va="baseline")
         about = {"xycoords": name, "textcoords": "offset points", "va": "bottom", "parse_math": False}
         main.axes.annotate(track.caption, (1, 0), (10, 0), size=9, color=TEXT, **about)
-        for lane in LANES:
+        for lane in lanes:
             main.lane(track, lane, y)
             ticks[y + HEIGHTS[lane] / 2] = WORDS[lane]
             y += HEIGHTS[lane] + PAUSE
     main.axes.set_yticks(list(ticks), list(ticks.values()))
-    looks = [(face, HATCH.get(key), hatch, words) for key, (_, face, _, hatch, words) in LAYERS.items()]
+    looks = [(face, HATCH.get(key), hatch, words) for key, (_, face, _, hatch, words) in layers.items()]
     keys = ("facecolor", "edgecolor", "hatch", "label")
     patches = [Patch(lw=0, **dict(zip(keys, look, strict=True))) for look in [*looks, (*IDLE, "device idle")]]
     fig.legend(handles=patches, loc="lower center", ncols=len(patches), frameon=False, fontsize=8, labelcolor=TEXT)
@@ -306,8 +326,8 @@ def _draw(tracks: list[_Track], title: str, window: tuple[float, float], end: fl
         over = _Pane(fig, foot + body + gap, strip, (0.0, end), len(tracks))
         for i, track in enumerate(tracks):
             over.idle(track, i + 0.12, 0.76)
-            over.fill(track, ("decode", "prefill"), i + 0.12, 0.76)
-        names = [_one_line(track.name, 16) for track in tracks]
+            over.fill(track, [key for key in layers if layers[key][0] == "compute"], i + 0.12, 0.76)
+        names = [one_line(track.name, 16) for track in tracks]
         over.axes.set_yticks([i + 0.5 for i in range(len(tracks))], names, parse_math=False)
         over.axes.set_xlabel(f"whole run ({over.unit})", size=8, color=TEXT, ha="right")
         over.axes.xaxis.set_label_coords(-0.018, -0.45 / len(tracks))
@@ -348,29 +368,34 @@ class _Pane:
         bars = np.column_stack([starts, ends - starts]) * self.factor
         self.axes.broken_barh(bars, (y, tall), facecolor=face, edgecolor=edge, hatch=hatch, lw=lw)
 
-    def idle(self, track: _Track, y: float, tall: float) -> None:
+    def idle(self, track: Track, y: float, tall: float) -> None:
         """The band behind the compute lane, from its first step to its last. Where steps do not cover it, the device is
         idle."""
         starts, ends = track.steps
         if len(starts):
             self.bars(starts[:1], ends.max(keepdims=True), y, tall, *IDLE)
 
-    def fill(self, track: _Track, keys: Iterable[str], y: float, tall: float) -> None:
+    def fill(self, track: Track, keys: Iterable[str], y: float, tall: float) -> None:
         """Fill each pixel column from the bottom: each layer takes the share of the column's time that it was busy."""
         edges = np.linspace(*self.window, self.pixels + 1)
         low = np.full(self.pixels, y + tall)
         for key in keys:
             busy = np.interp(edges, *busy_curve(*track.layers[key][2:]))
             high = low - tall * np.diff(busy) / np.diff(edges)
-            look = {"facecolor": LAYERS[key][1], "edgecolor": HATCH.get(key), "hatch": LAYERS[key][3], "lw": 0}
+            look = {
+                "facecolor": track.looks[key][1],
+                "edgecolor": HATCH.get(key),
+                "hatch": track.looks[key][3],
+                "lw": 0,
+            }
             # not axes.stairs, which measures every column: that takes most of a second
             self.axes.add_artist(StepPatch(high, edges * self.factor, baseline=low, fill=True, **look))
             low = high
 
-    def lane(self, track: _Track, lane: str, y: float) -> None:
+    def lane(self, track: Track, lane: str, y: float) -> None:
         """A lane: span by span if they are large enough to see, else by pixel columns."""
         tall, compute = HEIGHTS[lane], lane == "compute"
-        keys = [key for key in LAYERS if LAYERS[key][0] == lane]
+        keys = [key for key in track.looks if track.looks[key][0] == lane]
         if compute:
             self.idle(track, y, tall)
         else:
@@ -381,7 +406,7 @@ class _Pane:
             self.fill(track, keys, y, tall)
             return
         for key in reversed(keys):  # work on top of waits, since it is work that can be very short
-            _, face, ink, hatch, _ = LAYERS[key]
+            _, face, ink, hatch, _ = track.looks[key]
             names, steps, starts, ends = (column[seen[key]] for column in track.layers[key])
             # Steps have no edge, which would hide or widen a gap. Others have one, so that short copies can be seen.
             self.bars(starts, ends, y, tall, face, HATCH.get(key, face), hatch, 0.0 if compute else 0.5)
@@ -397,7 +422,7 @@ class _Pane:
         if compute:
             self.gaps(track, y, tall)
 
-    def gaps(self, track: _Track, y: float, tall: float) -> None:
+    def gaps(self, track: Track, y: float, tall: float) -> None:
         """The gaps between steps that are drawn one by one: with the word "idle" if there is room, as a white line if
         there is not even room for the hatch."""
         begins, stops = track.steps[1][:-1], track.steps[0][1:]

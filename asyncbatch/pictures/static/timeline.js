@@ -64,11 +64,12 @@ function seconds(value, digits = 4, scale = value || 2) {  // in the unit that s
 
 function render({ model, el }) {
   const about = model.get("about"), layers = unpack(model.get("spans"), about), end = about.end;
+  const HOST = about.lanes.findIndex(({ lane }) => lane === "host"), COMPUTE = about.lanes.findIndex(({ lane }) => lane === "compute");
   const lanes = about.tracks.flatMap((_, track) => about.lanes.map((lane, i) => (
     { ...lane, track, index: i, layers: layers.filter((layer) => layer.track === track && layer.lane === i) })));
   const [canvas, tip, live, help] = ["canvas", "div", "div", "div"].map((tag) => document.createElement(tag));
   const root = document.createElement("div"), ctx = canvas.getContext("2d");
-  const steps = about.tracks.map((_, track) => stepsOf(layers.filter((layer) => layer.track === track && layer.lane === 2)));
+  const steps = about.tracks.map((_, track) => stepsOf(layers.filter((layer) => layer.track === track && layer.lane === COMPUTE)));
   const causes = about.tracks.map(({ gaps }) => new Map(gaps.steps.map((step, i) => [step, [about.causes[gaps.causes[i]], gaps.percent[i]]])));
   let [from, to] = about.window, width = 800, height = 0, LEFT = 108, drag = null, pointer = null, queued = 0;
   let pen = ctx;  // what is drawn on: the canvas in view, or the one that keeps the picture of the whole run
@@ -92,11 +93,15 @@ function render({ model, el }) {
   // tells it from another.
   function tile(key) {
     const made = document.createElement("canvas"), pen = made.getContext("2d");
-    const { face, line } = others[key] ?? about.layers.find((layer) => layer.key === key);
+    const { face, line, hatch } = others[key] ?? about.layers.find((layer) => layer.key === key);
     made.width = made.height = 8;
     pen.fillStyle = face; pen.fillRect(0, 0, 8, 8);
     pen.strokeStyle = line; pen.lineWidth = 1.5;
-    for (const x of [-8, 0, 8]) { pen.moveTo(x, 0); pen.lineTo(x + 8, 8); }
+    if (hatch === "|") { pen.moveTo(4, 0); pen.lineTo(4, 8); }
+    else for (const x of [-8, 0, 8]) {
+      pen.moveTo(x, 0); pen.lineTo(x + 8, 8);
+      if (hatch === "x") { pen.moveTo(x, 8); pen.lineTo(x + 8, 0); }
+    }
     if (line) pen.stroke();
     return made;
   }
@@ -173,12 +178,12 @@ function render({ model, el }) {
   }
 
   // The name of a block from a to b: "plan 6" on the host's lane, upright where it is too narrow; "step 5" or "5" on the
-  // compute lane.
+  // compute lane, and there of what is a part of a step its own name.
   function label(lane, layer, i, a, b, y, h) {
-    const step = layer.steps[i], name = layer.names[i], host = lane.index === 0;
+    const step = layer.steps[i], name = layer.names[i], host = lane.index === HOST;
     ctx.font = FONT;
     const fits = (room) => (text) => ctx.measureText(text).width < room;
-    const flat = (host ? [`${name} ${step}`] : [`step ${step}`, `${step}`]).find(fits(b - a - 6));
+    const flat = (host ? [`${name} ${step}`] : name === "step" ? [`step ${step}`, `${step}`] : [name]).find(fits(b - a - 6));
     const text = flat ?? (host && b - a > 13 ? [`${name} ${step}`, name].find(fits(h - 2)) : undefined);
     if (!text) return;
     ctx.save();
@@ -194,9 +199,11 @@ function render({ model, el }) {
 
   // Between steps drawn one by one: the word "idle" where it fits, a line where not even the hatch does.
   function gaps(found, toX, y, h, w) {
-    const steps = found.map(([layer, i]) => [toX(layer.starts[i]), toX(layer.ends[i])]).sort((one, two) => one[0] - two[0]);
+    const steps = found.map(([layer, i]) => [toX(layer.starts[i]), toX(layer.ends[i]), layer.steps[i]]);
+    steps.sort((one, two) => one[0] - two[0]);
     for (let i = 1; i < steps.length; i++) {
       const a = steps[i - 1][1], b = steps[i][0];
+      if (steps[i - 1][2] === steps[i][2]) continue;  // parts of one step
       if (b - a > 26) write("idle", (a + b) / 2, y + h / 2, "#8A3B00", "center", `bold ${FONT}`);
       else if (b - a < 5) { ctx.fillStyle = b - a <= 0.3 ? "#fff" : about.idle.line; ctx.fillRect(a, y, Math.max(0.5, b - a), h); }
     }
@@ -247,13 +254,13 @@ function render({ model, el }) {
     kept.of = of;
     clean(kept.canvas, width, h);
     about.tracks.forEach((track, i) => {
-      const parts = lanes[i * about.lanes.length + 2].layers, y = i * STRIP + 2;
+      const parts = lanes[i * about.lanes.length + COMPUTE].layers, y = i * STRIP + 2;
       ctx.font = FONT;
       const names = [`whole run, ${track.name}`, track.name, "whole run"], fits = (text) => ctx.measureText(text).width <= LEFT - 8;
       write(names.find(fits) ?? track.name, LEFT - 6, y + STRIP / 2, color, "right", FONT, LEFT - 8);
       idleBand(parts, 0, end, LEFT, y, w, STRIP - 3);
       columns(parts, 0, end, LEFT, y, w, STRIP - 3);
-      leftOut(about.lanes[2].kept, track.end, 0, end, LEFT, y, w, STRIP - 3);
+      leftOut(about.lanes[COMPUTE].kept, track.end, 0, end, LEFT, y, w, STRIP - 3);
     });
   }
 
@@ -268,7 +275,7 @@ function render({ model, el }) {
     ctx.strokeRect(LEFT + from / end * w, 1, Math.max(2, (to - from) / end * w), strip);
     let y = strip + 6;
     for (const lane of lanes) {
-      if (lane.index === 0) {
+      if (lane.index === HOST) {
         const track = about.tracks[lane.track];
         const [beside, below] = captionOf(track);
         y += HEAD;
@@ -280,16 +287,16 @@ function render({ model, el }) {
       lane.y = y; lane.h = h;
       write(LEFT < 100 ? lane.words.split(" (")[0] : lane.words, LEFT - 6, y + h / 2, color, "right");
       ctx.fillStyle = color; ctx.globalAlpha = 0.3; ctx.fillRect(LEFT, y + h, w, 0.5); ctx.globalAlpha = 1;
-      if (lane.index === 2) idleBand(lane.layers, from, to, LEFT, y, w, h);
+      if (lane.index === COMPUTE) idleBand(lane.layers, from, to, LEFT, y, w, h);
       if (!few) columns(lane.layers, from, to, LEFT, y, w, h);
       else for (const [layer, i] of found) {
         const a = Math.max(LEFT, toX(layer.starts[i])), b = Math.min(LEFT + w, toX(layer.ends[i]));
         ctx.fillStyle = fills[layer.key];
-        ctx.fillRect(a, y, Math.max(b - a, lane.index === 2 ? 0 : 1), h);  // a short copy is never lost
-        if (lane.index === 0 && b - a > 13) { pen.fillStyle = "#fff"; pen.fillRect(a, y, 0.8, h); }  // where a block begins
+        ctx.fillRect(a, y, Math.max(b - a, lane.index === COMPUTE ? 0 : 1), h);  // a short copy is never lost
+        if (lane.index === HOST && b - a > 13) { pen.fillStyle = "#fff"; pen.fillRect(a, y, 0.8, h); }  // where a block begins
         if (lane.height > 0.6) label(lane, layer, i, a, b, y, h);
       }
-      if (lane.index === 2 && few) gaps(found, toX, y, h, w);
+      if (lane.index === COMPUTE && few) gaps(found, toX, y, h, w);
       leftOut(lane.kept, about.tracks[lane.track].end, from, to, LEFT, y, w, h, "left out");
       y += h + PAUSE;
     }
@@ -319,7 +326,7 @@ function render({ model, el }) {
     const t = timeAt(x), near = 3 * (to - from) / (width - LEFT - RIGHT);
     const lane = lanes.find((one) => y >= one.y && y <= one.y + one.h + PAUSE / 2);
     if (!lane || x < LEFT) return "";
-    const where = `${about.tracks[lane.track].name}, ${lane.words}`, gap = lane.index === 2 && gapAt(steps[lane.track], t);
+    const where = `${about.tracks[lane.track].name}, ${lane.words}`, gap = lane.index === COMPUTE && gapAt(steps[lane.track], t);
     if (lane.kept && (t < lane.kept[0] || t > lane.kept[1])) return "left out of this page";
     if (gap) {
       const [cause, percent] = causes[lane.track].get(gap[2]) ?? [];
