@@ -8,20 +8,32 @@ from collections.abc import Sequence
 
 from ..streams import DeviceError
 from . import compare
-from .console import one_line, tell
+from .console import last_words, muted, one_line, tell
 from .options import Arguments, flag, parse_arguments
 from .outputs import OutError, make_folder
+from .rank_options import own_rank, processes, refuse_for_ranks
 from .report import OWN, Report
 from .session import Session
 from .terminal import show
+from .together import joined
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do what the command line says (None: of this process). Returns the exit status, see the end of `--help`."""
+    """Do what the command line says (None: of this process). Returns the exit status, see the end of `--help`. Of the
+    processes that torchrun has started, one speaks."""
+    rank = own_rank()
+    if rank == 0:
+        return _main(arguments)
+    with muted(rank):
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     options = parse_arguments(arguments)
-    if options.trace is not None:
-        return main_trace(options)
     try:
+        refuse_for_ranks(options, processes())
+        if options.trace is not None:
+            return main_trace(options)
         if options.compare:
             a, b = options.compare
             text, status = compare.run(a, b, options.json, options.threshold, options.figures)
@@ -36,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
         if options.debug:
             raise
-        tell("asyncbatch.profile: " + (one_line(error) if isinstance(error, DeviceError) else str(error).strip()))
+        last_words("asyncbatch.profile: " + (one_line(error) if isinstance(error, DeviceError) else str(error).strip()))
         return 2
     except KeyboardInterrupt:
         tell("asyncbatch.profile: interrupted before anything was measured")
@@ -44,17 +56,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def main_session(options: Arguments) -> int:
-    """Measure, print the report, and write it with --out DIR. Returns the exit status, or raises what went wrong."""
-    session, interrupted = Session(options), False
-    if options.out is not None:  # before anything is measured: otherwise the results would be lost
-        make_folder(options.out)
-    try:
-        session.run()
-    except KeyboardInterrupt:
-        if not session.measurements:
-            raise
-        interrupted = True  # what ran is not thrown away
-        tell("asyncbatch.profile: interrupted; the report is about what ran")
+    """Measure, print the report, and write it with --out DIR. Returns the exit status, or raises what went wrong. Of
+    several ranks all measure, and rank 0 does the rest."""
+    with joined(options) as ranks:
+        session, interrupted = Session(options, ranks=ranks), False
+        if options.out is not None and ranks.speaks:  # before anything is measured: otherwise the results would be lost
+            make_folder(options.out)
+        try:
+            session.run()
+        except KeyboardInterrupt:
+            ranks.interrupted()
+            if not session.measurements:
+                raise
+            interrupted = True  # what ran is not thrown away
+            tell("asyncbatch.profile: interrupted; the report is about what ran")
+    return _tell_and_write(session, options, interrupted) if ranks.speaks else 0
+
+
+def _tell_and_write(session: Session, options: Arguments, interrupted: bool) -> int:
     report, timelines = session.report()
     print(json.dumps(report.to_json(), indent=1)) if options.json else show(report)
     if options.out is not None:

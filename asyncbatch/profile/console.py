@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
+import time
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import TextIO
 
 from ..shown import progress
 from ..streams import DeviceError
 
+PATIENCE_S = 10.0
 _silent = ContextVar("silent", default=False)
 _passing = ContextVar("passing", default=False)
 
@@ -32,6 +36,44 @@ def passing() -> Iterator[None]:
         yield
     finally:
         _passing.reset(token)
+
+
+@contextlib.contextmanager
+def muted(rank: int) -> Iterator[None]:
+    """In the `with` block, of a rank that does not speak: nothing is said here and nothing goes to standard output; on
+    standard error, what others say (warnings) has the rank's name in front of it."""
+    with silent(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(_Named(sys.stderr, rank)):
+        yield
+
+
+class _Named(io.TextIOBase):
+    """A stream whose lines begin with the number of a rank; what is no whole line, like a bar, is dropped."""
+
+    def __init__(self, stream: TextIO, rank: int):
+        self.stream, self.rank, self._begun = stream, rank, ""
+
+    def write(self, text: str) -> int:
+        *lines, self._begun = (self._begun + text).split("\n")
+        for line in lines:
+            if line.strip():
+                self.stream.write(f"rank {self.rank}: {line.rpartition(chr(13))[2]}\n")
+        return len(text)
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
+
+
+def last_words(text: str) -> None:
+    """Say why this process ends. A rank that does not speak waits a while: where rank 0 ends for the same reason, it
+    says so, and torchrun ends the others before they have said it again."""
+    if isinstance(sys.stderr, _Named):
+        time.sleep(PATIENCE_S)
+        print(text, file=sys.stderr, flush=True)
+    else:
+        tell(text)
 
 
 def tell(text: str) -> None:

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import torch
 
 from ..measure.bandwidth import copy_bandwidth, matmul_rate
+from ..measure.collectives import step_collectives_s
 from ..measure.recording import Recording
 from ..models.load import load_model
+from ..ranks.local import LocalModels
 from ..request import Request
 from ..timeline import Timeline, save_trace
 from .console import one_line, tell, waiting
@@ -22,6 +24,7 @@ from .place import Place
 from .prompts import PromptFile
 from .report import OWN, Failure, Gpu, ModelFacts, Report
 from .settings import Settings, in_memory, settle
+from .together import ALONE, Alone, in_words
 from .turns import Job, Key, Turns, failure
 from .workload import Workload, make_requests, most_context
 
@@ -39,13 +42,18 @@ class Given(NamedTuple):
 
 class Session:
     """What has been measured so far, workload by workload: `report` works at any time. `given`: measure this, which is
-    in memory already, and load nothing.
+    in memory already, and load nothing. ranks: this process among those that measure together; all of them run the same
+    session, and rank 0 makes the report.
 
     ValueError for options that do not go together, or that need a GPU where there is none."""
 
-    def __init__(self, arguments: Arguments, given: Given | None = None):
+    def __init__(self, arguments: Arguments, given: Given | None = None, ranks: Alone = ALONE):
+        self.ranks = ranks
         self.recording = None if arguments.emulate is None else Recording.load(arguments.emulate)
         self.settings: Settings = settle(arguments, self.recording)
+        if ranks.several:
+            conditions = replace(self.settings.conditions, tp=ranks.tp, replicas=ranks.replicas)
+            self.settings = replace(self.settings, conditions=conditions)
         self.given = given
         if given is not None and given.requests is not None:
             self.settings = in_memory(self.settings, len(given.requests), given.sha256, None)
@@ -81,7 +89,7 @@ class Session:
         job = self._prepare(workload)
         on_cuda, repeats = is_on_cuda(job.model), None
         for group in self._groups(on_cuda):
-            turns = Turns(self.settings, job, repeats)
+            turns = Turns(self.settings, job, repeats, self.ranks)
             try:
                 try:
                     turns.run(group)
@@ -114,8 +122,8 @@ class Session:
             with waiting(f"loading {workload.model}"):
                 model, tokenizer = self._load(workload)
         if is_on_cuda(model):
-            self._look_at_gpu(workload.model, model)
-        self.device = device_name(model, self.settings.step_ms, self.recording)
+            self._look_at_gpu(workload, model)
+        self.device = device_name(model, self.settings.step_ms, self.recording) + in_words(self.ranks)
         with waiting("making the requests"):
             requests = given.requests if given and given.requests else make_requests(workload, model, tokenizer)
         if workload.prompt_file is not None:
@@ -153,18 +161,29 @@ class Session:
                 # A timed device is the worker process, even where there is a GPU.
                 where = self.settings.device if self.settings.step_ms is None else "cpu"
                 dtype = None if self.settings.dtype is None else getattr(torch, self.settings.dtype)
-                model, tokenizer = load_model(workload.model, seed=workload.seed, device=where, dtype=dtype)
+                model, tokenizer = load_model(
+                    workload.model,
+                    seed=workload.seed,
+                    device=where,
+                    dtype=dtype,
+                    progress=self.ranks.speaks,
+                    tp=self.ranks.tp,
+                )
             self.loaded = workload.model, model, tokenizer
         return self.loaded[1:]
 
-    def _look_at_gpu(self, name: str, model) -> None:
+    def _look_at_gpu(self, workload: Workload, model) -> None:
         if self.bandwidth is None:
             place = next(model.parameters())
             with waiting("measuring the GPU's copies and matrix products"):
                 self.gpu, self.bandwidth = gpu_facts(place.device), copy_bandwidth(place.device)
                 self.matmul = matmul_rate(place.device, place.dtype)
             tell(f"copy bandwidth: {self.bandwidth / 1e12:.3f} TB/s, matrix products: {self.matmul / 1e12:.0f} TFLOP/s")
-        self.models[name] = model_facts(model)
+        self.models[workload.model] = facts = model_facts(model, self.ranks.tp)
+        if self.ranks.tp > 1:
+            collectives_s = step_collectives_s(LocalModels.of(model)[0], workload.batch_size)
+            self.models[workload.model] = replace(facts, collectives_s=collectives_s)
+            tell(f"the sums of a step between {self.ranks.tp} ranks: {1e3 * collectives_s:.3f} ms")
 
     def _note_failure(self, workload: Workload, engine: str, mode: str, error: BaseException) -> None:
         self.failed.append(failure(workload, engine, mode, error))
