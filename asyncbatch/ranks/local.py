@@ -94,6 +94,8 @@ def local_model(model: Any, group: Group) -> Any:
             continue
         _check_style(name, style, original)
         vars(module).pop("forward", None)  # transformers' function around it
+        if isinstance(module, nn.Linear):
+            module.out_features, module.in_features = module.weight.shape
         if style == "rowwise":
             _put(local, name, Summed(module, group))
         elif style in ("colwise_gather_output", "colwise_rep"):

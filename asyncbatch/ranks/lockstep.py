@@ -22,18 +22,20 @@ import torch.distributed as dist
 from ..scheduler import BatchPlan
 from .errors import RankError
 from .group import Connection
+from .watch import Watch
 
 HEADER = 4  # int64: the step's number, the digest, how many bytes of entries follow, whether the leader has failed
 MOST_UNDER_WAY = 64  # messages of the leader
 
 
 class Lockstep:
-    """The messages of one batcher. connection: the ranks; all of them make their `Lockstep` at the same time.
+    """The messages of one batcher. connection: the ranks; all of them make their `Lockstep` at the same time. watch:
+    tells of ranks that are lost.
 
     digest: of all that was planned and sampled so far; the same on all ranks, or something is wrong."""
 
-    def __init__(self, connection: Connection):
-        self.connection, self.leads = connection, connection.rank == 0
+    def __init__(self, connection: Connection, watch: Watch):
+        self.connection, self.watch, self.leads = connection, watch, connection.rank == 0
         self.steps, self.digest = 0, 0
         self._agreed: list[Any] = []  # the leader's: entries that were sent and are not done yet
         self._before = 0  # the digest when the newest message was sent or asked for
@@ -48,6 +50,7 @@ class Lockstep:
         else:
             done = self._receive()
         self.steps += 1
+        self.watch.progress = self.steps
         self._before = self.digest
         return done
 
@@ -92,17 +95,18 @@ class Lockstep:
 
     def _check(self, step: int, digest: int) -> None:
         if (step, digest) != (self.steps - 1, self._before):
-            ranks, hosts, rank = self.connection.ranks, self.connection.hosts, self.connection.rank
+            connection = self.connection
             raise RankError(
-                f"rank {ranks[rank]} ({hosts[rank]}) and rank {ranks[0]} ({hosts[0]}) are no longer the same: before "
+                f"{connection.name()} and {connection.name(0)} are no longer the same: before "
                 f"step {self.steps - 1} one of them had planned other rows, or sampled other tokens, than the other "
                 f"(digests {self._before:08x} and {digest:08x}; the leader was at step {step})"
             )
 
     def _wait(self, work: Any) -> None:
-        """Until a message has come or gone. In steps, so that a rank that waits for a dead one can be told."""
+        """Until a message has come or gone. RankError once a rank is lost."""
         pause = 20e-6
         while not work.is_completed():
+            self.watch.check()
             time.sleep(pause)
             pause = min(2 * pause, 2e-3)
         work.wait()

@@ -1,4 +1,4 @@
-"""The runner of a rank: its steps have the same shapes as those of the other ranks, or the ranks would wait for ever."""
+"""The runner of a rank: its steps have the shapes that they have on the other ranks, or all would wait for ever."""
 
 from __future__ import annotations
 
@@ -27,9 +27,8 @@ class AgreedRunner(PaddedRunner):
                 return
             products = list(products_of(self.model))
             most = [max(each) for each in zip(*of_all, strict=True)]  # what one rank needs, another has to try
-            self.padding = {
-                count: padding_for(products, [rows])[rows] for count, rows in zip(counts, most, strict=True)
-            }
+            tried = [padding_for(products, [rows])[rows] for rows in most]
+            self.padding = dict(zip(counts, tried, strict=True))
 
 
 class RankRunner(AgreedRunner):

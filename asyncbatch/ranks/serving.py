@@ -23,6 +23,8 @@ from .group import versions
 from .local import LocalModels
 from .lockstep import Lockstep
 from .runner import runner_for
+from .watch import Watch
+from .world import World
 
 
 def join_ranks(batcher: Any, model: Any) -> Any:
@@ -32,8 +34,9 @@ def join_ranks(batcher: Any, model: Any) -> Any:
     ModelError for a model that is sharded in a way that is not served, RankError where the ranks differ."""
     local, connection = LocalModels.of(model)
     connection.agree(batcher=batcher.mode, **versions())
-    batcher.__class__ = _class_on_ranks(type(batcher))
-    batcher.lockstep = Lockstep(connection)
+    batcher.__class__ = _class_on_ranks(type(batcher))  # type: ignore[arg-type]
+    batcher.watch = World.here.watch if World.here else connection.new_watch()
+    batcher.lockstep = Lockstep(connection, batcher.watch)
     batcher.runner = runner_for(next(local.parameters()).is_cuda)
     return local
 
@@ -50,6 +53,7 @@ class OnRanks(Serving):
     for other ranks included), on a CPU."""
 
     lockstep: Lockstep
+    watch: Watch
     collective_s: deque[tuple[int, float]]
     config: Any
     _is_ending = False  # all ranks know that the batcher is being closed
@@ -64,9 +68,7 @@ class OnRanks(Serving):
         """Serve along with the leader until it closes its batcher; then this one is closed, too. RequestError on the
         leader itself. DeviceError and RankError if a rank cannot go on."""
         if self.leads:
-            raise RequestError(
-                "follow is for the other ranks: this one leads, and takes requests by run, submit, stream"
-            )
+            raise RequestError("follow() is for the other ranks: this one leads, and takes the requests")
         super()._check_open()
         with self._lock:
             while not self._closed:
@@ -85,7 +87,10 @@ class OnRanks(Serving):
             entries.append(_travelling(*self._inbox.popleft()))
         for entry in self.lockstep.exchange(entries):
             self._take(*entry)
-        return not self._closed and super().step()
+        if self._closed:
+            return False
+        with self.watch.busy("serving, step"):
+            return super().step()
 
     def _take(self, operation: str, number: int, *about: Any) -> None:
         handle = self._handles.get(number)
@@ -99,6 +104,8 @@ class OnRanks(Serving):
         else:
             self._is_ending = True
             super().close()
+            if World.here is None:
+                self.watch.close()
 
     def _handle_of_leader(self, number: int, request: Any, stop: frozenset[int], on_text: bool) -> Handle:
         """A handle like the one that the leader has."""
@@ -128,23 +135,19 @@ class OnRanks(Serving):
     def _abort(self, reason: str, error: Exception | None) -> None:
         if not self._is_ending and not isinstance(error, DeviceError):
             # An interrupt, or an exception: where it came, the other ranks cannot know.
-            self._lose(RankError(f"rank {self._name} stopped in the middle of a run"))
+            self._lose(RankError(f"{self.lockstep.connection.name()} stopped in the middle of a run"))
         super()._abort(reason, error)
 
     def _lose(self, error: DeviceError) -> None:
-        self._lost_by = self._lost_by or error
-        super()._lose(error)
+        """Also tell the other ranks. What is said of the loss is the first cause, which may be another rank's."""
+        self._lost_by = self._lost_by or self.watch.fail(error)
+        super()._lose(self._lost_by)
 
     def _check_open(self) -> None:
         super()._check_open()
         if not self.leads:
-            leader = self.lockstep.connection.ranks[0]
-            raise RequestError(f"rank {leader} takes the requests; here, on rank {self._name}, call follow()")
-
-    @property
-    def _name(self) -> str:
-        connection = self.lockstep.connection
-        return f"{connection.ranks[connection.rank]} ({connection.hosts[connection.rank]})"
+            connection = self.lockstep.connection
+            raise RequestError(f"{connection.name(0)} takes the requests; here, on {connection.name()}, call follow()")
 
     # ---- all ranks do the same ------------------------------------------------------------------------------------
 
@@ -157,7 +160,7 @@ class OnRanks(Serving):
     def commit(self, slot: Slot) -> None:
         failure = self.device.failure(slot.index)
         if failure:  # one rank's, perhaps, and the others have their results: nobody can go on
-            raise DeviceError(f"on rank {self._name}: {failure}")
+            raise DeviceError(f"on {self.lockstep.connection.name()}: {failure}")
         plan = slot.plan
         super().commit(slot)  # type: ignore[misc]
         assert plan is not None
