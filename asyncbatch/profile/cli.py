@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from ..streams import DeviceError
 from . import compare
-from .console import last_words, muted, one_line, tell
+from .console import muted, one_line, quiet, tell
 from .options import Arguments, flag, parse_arguments
 from .outputs import OutError, make_folder
 from .rank_options import own_rank, processes, refuse_for_ranks
@@ -29,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: Sequence[str] | None) -> int:
-    options = parse_arguments(arguments)
+    with quiet(own_rank() > 0):  # what is wrong with the command line, rank 0 says
+        options = parse_arguments(arguments)
     try:
         refuse_for_ranks(options, processes())
         if options.trace is not None:
@@ -48,7 +49,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
         if options.debug:
             raise
-        last_words("asyncbatch.profile: " + (one_line(error) if isinstance(error, DeviceError) else str(error).strip()))
+        tell("asyncbatch.profile: " + (one_line(error) if isinstance(error, DeviceError) else str(error).strip()))
         return 2
     except KeyboardInterrupt:
         tell("asyncbatch.profile: interrupted before anything was measured")
@@ -60,8 +61,8 @@ def main_session(options: Arguments) -> int:
     several ranks all measure, and rank 0 does the rest."""
     with joined(options) as ranks:
         session, interrupted = Session(options, ranks=ranks), False
-        if options.out is not None and ranks.speaks:  # before anything is measured: otherwise the results would be lost
-            make_folder(options.out)
+        if options.out is not None:  # before anything is measured: otherwise the results would be lost
+            ranks.first_only(make_folder, options.out)
         try:
             session.run()
         except KeyboardInterrupt:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
-import time
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import TextIO
@@ -13,7 +12,6 @@ from typing import TextIO
 from ..shown import progress
 from ..streams import DeviceError
 
-PATIENCE_S = 10.0
 _silent = ContextVar("silent", default=False)
 _passing = ContextVar("passing", default=False)
 
@@ -46,6 +44,13 @@ def muted(rank: int) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def quiet(wanted: bool) -> Iterator[None]:
+    """In the `with` block, and if it is wanted, nothing goes to standard error."""
+    with contextlib.redirect_stderr(io.StringIO()) if wanted else contextlib.nullcontext():
+        yield
+
+
 class _Named(io.TextIOBase):
     """A stream whose lines begin with the number of a rank; what is no whole line, like a bar, is dropped."""
 
@@ -64,16 +69,6 @@ class _Named(io.TextIOBase):
 
     def fileno(self) -> int:
         return self.stream.fileno()
-
-
-def last_words(text: str) -> None:
-    """Say why this process ends. A rank that does not speak waits a while: where rank 0 ends for the same reason, it
-    says so, and torchrun ends the others before they have said it again."""
-    if isinstance(sys.stderr, _Named):
-        time.sleep(PATIENCE_S)
-        print(text, file=sys.stderr, flush=True)
-    else:
-        tell(text)
 
 
 def tell(text: str) -> None:

@@ -124,18 +124,18 @@ def run_of(one: Measurement, place: Place) -> Run:
         request_floor=request_floor(one, summary["wall_s"], place),
         measured_steps=sum(map(measured_steps, first)),
         idle_all_steps=mean_of([idle_all_steps(of) for of in each]),
-        **of_ranks(ranks, one.profiled),
+        **of_ranks([one.ranks_of(run) for run, _ in one.middle], one.profiled),
     )
 
 
-def of_ranks(ranks: Sequence[RankTimes], profiled: Sequence[RankTimes]) -> dict[str, Any]:
-    """What a run says of its ranks; nothing of one rank. profiled: those of one more run, in which collectives were
-    seen by their kernels."""
-    if not ranks:
+def of_ranks(middle: Sequence[Sequence[RankTimes]], profiled: Sequence[RankTimes]) -> dict[str, Any]:
+    """What a run says of its ranks; nothing of one rank. middle: those of the runs in the middle. profiled: those of
+    one more run, in which collectives were seen by their kernels."""
+    if not (ranks := middle[-1]):
         return {}
     timed = profiled if any(one.collective_s is None for one in ranks) else ()
     each = [slowest_of(timed or ranks, replica) for replica in range(len(replicas(ranks)))]
-    return {"ranks": rank_runs(ranks, timed), "slowest": tuple(one for one in each if one is not None)}
+    return {"ranks": rank_runs(middle, timed), "slowest": tuple(one for one in each if one is not None)}
 
 
 def timelines_of(one: Measurement, run: Timeline) -> list[Timeline]:

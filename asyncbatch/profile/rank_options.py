@@ -81,7 +81,6 @@ def _alone(arguments: Arguments, tp: int, size: int):
             device == "cpu" and tp > 1 and torch.cuda.is_available(),
             "transformers shards a model on the GPUs of a machine that has some; CUDA_VISIBLE_DEVICES= hides them",
         ),
-        ("arrivals", arguments.arrivals != "all" and tp != size, "replicas take requests that are there already"),
     ):
         if given:
             yield name, why

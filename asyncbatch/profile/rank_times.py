@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from ..measure.points import LANE, NO_REQUEST
-from ..timeline import Span, Timeline
+from ..timeline import LANES, Span, Timeline
 from .rank_records import BY_KERNELS, BY_LENGTH, IN_COLLECTIVES, RankRun, Slowest
 
 SUMS = ("tokens", "steps", "decode_steps", "wasted_tokens")  # of a summary, over the replicas
 SHARES = ("device_active", "idle", "host_ms_per_step")  # means over all ranks
+MEANS = (*SHARES, "device_ms_per_step")  # means over two runs in the middle
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,12 @@ class RankTimes:
             made.spans = [span._replace(start=span.start + by_s, end=span.end + by_s) for span in self.timeline.spans]
             return replace(self, timeline=made, clock_error_s=clock_error_s)
         return replace(self, clock_error_s=clock_error_s)
+
+    def shortened(self) -> RankTimes:
+        """The same without what a rank's own report needs, and those of several ranks do not: its latency points."""
+        made = Timeline(self.timeline.label, self.timeline.clock)
+        made.steps, made.spans = self.timeline.steps, [span for span in self.timeline.spans if span.lane in LANES]
+        return replace(self, timeline=made)
 
 
 def lasting_until_all_are_done(timeline: Timeline, ranks: Sequence[RankTimes]) -> None:
@@ -181,11 +188,16 @@ def slowest_of(ranks: Sequence[RankTimes], replica: int) -> Slowest | None:
     )
 
 
-def rank_runs(ranks: Sequence[RankTimes], timed: Sequence[RankTimes] = ()) -> tuple[RankRun, ...]:
-    """What the report says of each rank of a run. timed: the ranks of another run, of which it is known what they spent
-    in collectives, where nobody timed these in this one."""
-    of_replica = {group[0].replica: Waits.of(group) for group in replicas(timed or ranks)}
-    return tuple(_rank_run(one, of_replica.get(one.replica)) for one in ranks)
+def rank_runs(middle: Sequence[Sequence[RankTimes]], timed: Sequence[RankTimes] = ()) -> tuple[RankRun, ...]:
+    """What the report says of each rank of a run. middle: the ranks of the runs in the middle, of which shares and
+    times of a step are the means; all else is of the last one. timed: the ranks of another run, of which it is known
+    what they spent in collectives, where nobody timed these in this one."""
+    of_replica = {group[0].replica: Waits.of(group) for group in replicas(timed or middle[-1])}
+    each = [[_rank_run(one, of_replica.get(one.replica)) for one in ranks] for ranks in middle]
+    return tuple(
+        replace(of_runs[-1], **{key: mean_of([getattr(one, key) for one in of_runs]) for key in MEANS})
+        for of_runs in zip(*each, strict=True)
+    )
 
 
 def _rank_run(one: RankTimes, waits: Waits | None) -> RankRun:

@@ -8,34 +8,36 @@ ranks share is served by the batcher of its leader; on the others a thread follo
 from __future__ import annotations
 
 import contextlib
-import datetime
 import os
-import platform
+import pickle
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from pathlib import Path
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from tqdm import tqdm
 
+from ..measure.point_recorder import override
 from ..ranks.errors import RankError
-from ..request import Completion
+from ..ranks.neighbour import this_place
+from ..ranks.world import World, join
+from ..request import Completion, Request
 from ..timeline import Timeline
 from .console import one_line
 from .options import Arguments
 from .rank_options import processes
 from .rank_times import RankTimes
+from .workload import NO_REQUEST_SPAN, serve_over_time
 
 Serve = Callable[[], tuple[Timeline, list[Completion]]]
 
 ROUNDS = 16  # readings of the clocks of two machines, of which the closest counts
-PATIENT = datetime.timedelta(days=7)
-BOOT = Path("/proc/sys/kernel/random/boot_id")
+FAILED = "asyncbatch/profile/failed"
+PATIENCE_S, PAUSE_S = 10.0, 0.1
 
 
 class Alone:
@@ -53,9 +55,31 @@ class Alone:
         """On rank 0 the things of all ranks, in their order; None on the others."""
         return [thing]
 
+    def serve(
+        self,
+        batcher: Any,
+        requests: Sequence[Request],
+        arrivals_s: Sequence[float] | None = None,
+        progress: bool = False,
+    ) -> list[Completion]:
+        """Serve requests, see `serve_over_time`."""
+        return serve_over_time(batcher, requests, arrivals_s, progress)
+
     def all_of(self, one: bool) -> bool:
         """Whether something is true on all ranks."""
         return bool(self.share(all(self.gather(one) or ())))
+
+    def first_only(self, do: Callable[..., None], *arguments: Any) -> None:
+        """Rank 0 does something; an OSError that it raises is raised on all ranks."""
+        error = None
+        if self.speaks:
+            try:
+                do(*arguments)
+            except OSError as raised:
+                error = raised
+        error = self.share(error)
+        if error is not None:
+            raise error
 
     def run(self, serve: Any, follower: Any, batcher: Any) -> Any:
         """A run of several ranks, see `Together.run`."""
@@ -85,30 +109,37 @@ def in_words(ranks: Alone) -> str:
 
 
 class Together(Alone):
-    """This process among those that torchrun has started. ranks: those of `ranks.group.join`.
+    """This process among those that torchrun has started: `world` knows them.
 
     speaks: rank 0, which prints and writes. leads: the first rank of a replica, which takes its requests."""
 
-    def __init__(self, ranks: Any):
-        self.ranks = ranks
-        self.rank, self.size, self.tp, self.tp_rank = ranks.rank, ranks.size, ranks.tp, ranks.tp_rank
-        self.replica, self.replicas = ranks.replica, ranks.replicas
-        self.speaks, self.leads = self.rank == 0, self.tp_rank == 0
+    def __init__(self, world: World):
+        self.world = world
+        self.rank, self.size, self.tp, self.tp_rank = world.rank, world.size, world.tp, world.tp_rank
+        self.replica, self.replicas = world.replica, world.replicas
+        self.speaks, self.leads, self.several = self.rank == 0, world.leads, True
         self.machine = socket.gethostname()
+        self._dealt = 0  # how many requests of the last run this replica was given
+        self._replicas: Any = None
+        if self.replicas > 1 and self.leads:
+            from ..ranks.replicas import Replicas
+
+            leaders = range(0, self.size, self.tp)
+            self._replicas = Replicas(world.store, self.replica, self.replicas, leaders, watch=world.watch)
         self.offset_s, self.clock_error_s = self._clock()
 
     def share(self, thing: Any) -> Any:
-        return self.ranks.share(thing)
+        return self.world.share(thing)
 
     def gather(self, thing: Any) -> list[Any] | None:
-        return self.ranks.gather(thing)
+        return self.world.gather(thing)
 
     def _clock(self) -> tuple[float, float | None]:
         """(seconds to add to this rank's times, how far they may then be off rank 0's). A machine has one clock for
         all of its processes. Of another machine, rank 0 reads its own before it asks, and after all have answered: the
         answer was given in between. The closest of several readings counts."""
-        clock = _name_of_the_clock()
-        same = self.share(clock) == clock
+        clock = this_place()  # machine and its last start: the clock counts from then
+        same = bool(clock) and self.share(clock) == clock
         if all(self.share(self.gather(same)) or ()):
             return 0.0, None
         readings = []
@@ -122,6 +153,38 @@ class Together(Alone):
             return 0.0, None
         return (asked_s + answered_s) / 2 - of_all[self.rank], (answered_s - asked_s) / 2
 
+    def serve(
+        self,
+        batcher: Any,
+        requests: Sequence[Request],
+        arrivals_s: Sequence[float] | None = None,
+        progress: bool = False,
+    ) -> list[Completion]:
+        """As `serve_over_time`, on each rank that leads: the replicas share rank 0's requests, and rank 0 gets the
+        answers."""
+        self._dealt = len(requests)
+        if self._replicas is None:
+            return serve_over_time(batcher, requests, arrivals_s, progress)
+        self._dealt, submit = 0, batcher.submit
+
+        def counted(request: Request) -> Any:
+            handle = submit(request)
+            self._dealt += 1
+            return handle
+
+        def nothing_to_do(start: float, end: float) -> None:
+            batcher.timeline.add(*NO_REQUEST_SPAN, start, end)
+
+        bar = tqdm(total=len(requests), unit=" requests", leave=False, disable=not progress)
+        with bar, override(batcher, "submit", counted):
+            return self._replicas.serve(
+                batcher,
+                requests,
+                arrivals_s if self.speaks else None,  # rank 0's requests count
+                update=lambda ended: bar.update(ended - bar.n),
+                idle=nothing_to_do,
+            )
+
     # ---- a run --------------------------------------------------------------------------------------------------
 
     def run(self, serve: Serve, follower: Follower | None, batcher: Any
@@ -130,7 +193,7 @@ class Together(Alone):
 
         Returns this rank's timeline, rank 0's completions, and, on rank 0, what each rank did, on rank 0's clock.
         RankError, on each rank, if the run failed on any."""
-        timeline, completions, error = Timeline(), [], None
+        timeline, completions, error = Timeline(), list[Completion](), None
         if follower is None:
             try:
                 timeline, completions = serve()
@@ -152,27 +215,43 @@ class Together(Alone):
             self.machine,
             timeline,
             None if not in_collectives else dict(in_collectives),
-            requests=len(completions) if self.leads else None,
+            requests=self._dealt if self.leads else None,
         )
-        ranks = tuple(self.gather(own.moved(self.offset_s, self.clock_error_s)) or ())
-        if ranks:  # what rank 0 has, and not a copy: it may still be added to
-            ranks = (replace(ranks[0], timeline=timeline), *ranks[1:])
-        return timeline, completions, ranks
+        if self.speaks:
+            others = [pickle.loads(zlib.decompress(packed)) for packed in (self.gather(b"") or [])[1:]]
+            return timeline, completions, (own, *others)
+        travelling = own.moved(self.offset_s, self.clock_error_s).shortened()
+        self.gather(zlib.compress(pickle.dumps(travelling), 1))
+        return timeline, completions, ()
 
     def fail(self, error: BaseException) -> None:
-        """End this process, and with it all ranks, with one line that names it."""
-        os.write(2, f"asyncbatch.profile: rank {self.rank} ({self.machine}): {one_line(error)}\n".encode())
-        os._exit(2)
+        """End all ranks, with one line that names this one, or another if that failed before."""
+        self.world.watch.end(error)
 
     def leave(self) -> None:
-        self.ranks.leave()
+        self.world.close()
+
+    def failed(self, error: BaseException) -> None:
+        """The session has failed here. If it fails on all ranks within a while, rank 0 says why, and the others are
+        silent. Otherwise all ranks end here, with one line that names this one."""
+        store, watch = self.world.store.clone(), self.world.watch
+        store.set(f"{FAILED}/{self.rank}", "1")
+        keys, patience_s = [f"{FAILED}/{rank}" for rank in range(self.size)], PATIENCE_S
+        while not store.check(keys) and patience_s > 0 and watch.error is None:
+            time.sleep(PAUSE_S)
+            patience_s -= PAUSE_S
+        if not store.check(keys):
+            watch.end(error)
+        watch.close()
 
     def interrupted(self) -> None:
         """The other ranks have been told, too, or will be ended by torchrun. It tells this one a second time, which
         must not disturb what is being written."""
+        if self.speaks:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self.world.watch.close()
         if not self.speaks:
             os._exit(130)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
@@ -182,17 +261,14 @@ def joined(arguments: Arguments) -> Iterator[Alone]:
         yield ALONE
         return
     on_cuda = torch.cuda.is_available() and arguments.device != "cpu"
-    ranks = Together(Joined(arguments.tp or 1, on_cuda))
-    yield ranks
-    ranks.leave()
-
-
-def _name_of_the_clock() -> str:
-    """The same on processes whose `time.perf_counter` is the same clock: those of one start of one machine."""
+    command = [word for word in arguments.command if word != "--debug"]
+    ranks = Together(join(arguments.tp or 1, on_cuda=on_cuda, command_line=command))
     try:
-        return BOOT.read_text().strip()
-    except OSError:
-        return f"{platform.node()} {os.name}"
+        yield ranks
+    except Exception as error:
+        ranks.failed(error)
+        raise
+    ranks.leave()
 
 
 class Follower(threading.Thread):
@@ -222,32 +298,3 @@ class Follower(threading.Thread):
         """Wait until the leader has closed its batcher; not if this rank is being left with an exception."""
         if error is None:
             self.join()
-
-
-# ---- from torchrun's environment ------------------------------------------------------------------------------------
-
-
-class Joined:
-    """The ranks that torchrun has started, connected by torch.distributed."""
-
-    def __init__(self, tp: int, on_cuda: bool):
-        if on_cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        if not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
-        self.rank, self.size, self.tp = dist.get_rank(), dist.get_world_size(), tp
-        self.replica, self.tp_rank, self.replicas = self.rank // tp, self.rank % tp, self.size // tp
-        self._control = dist.new_group(backend="gloo", timeout=PATIENT)
-
-    def share(self, thing: Any) -> Any:
-        things = [thing]
-        dist.broadcast_object_list(things, src=0, group=self._control, device=torch.device("cpu"))
-        return things[0]
-
-    def gather(self, thing: Any) -> list[Any] | None:
-        things = [None] * self.size if self.rank == 0 else None
-        dist.gather_object(thing, things, dst=0, group=self._control)
-        return things
-
-    def leave(self) -> None:
-        dist.destroy_process_group()

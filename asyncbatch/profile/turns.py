@@ -125,9 +125,19 @@ class Turns:
         batcher, requests = self._open[key][0], self.job.requests
         few = [Request(r.token_ids, min(2, r.max_new_tokens)) for r in requests[: self.job.workload.batch_size]]
         with waiting(f"{self._who(key)}: warm-up"):
-            self._together(key, lambda: run_once(batcher, few))
+            self._together(key, lambda: self._run(batcher, few))
             if key[0] != OWN:
                 check_speed(batcher, requests, self.settings.peer_limit_s, self.ranks)
+
+    def _run(
+        self,
+        batcher,
+        requests: list[Request],
+        arrivals_s: Sequence[float] | None = None,
+        progress: bool = False,
+        points: bool = False,
+    ) -> tuple[Timeline, list[Completion]]:
+        return run_once(batcher, requests, arrivals_s, progress, points, self.ranks.serve)
 
     def _together(self, key: Key, serve: Serve) -> tuple[Timeline, list[Completion], Sequence[RankTimes]]:
         """One run of all ranks. serve: serves, on a rank that leads, and on each rank of another engine. Returns this
@@ -147,7 +157,7 @@ class Turns:
             tell(f"{self._who(key)}: {count} ...")
         with self._keeping_what_ran(batcher, measurement):
             timeline, completions, ranks = self._together(
-                key, lambda: run_once(batcher, requests, arrivals_s, looked_at, points)
+                key, lambda: self._run(batcher, requests, arrivals_s, looked_at, points and self.ranks.speaks)
             )
         lasting_until_all_are_done(timeline, ranks)
         steps_from(timeline)  # a ValueError now is better than a report that cannot be made
@@ -169,7 +179,7 @@ class Turns:
             ranks: list[RankTimes] = []
 
             def serve(requests: list[Request]) -> Timeline:
-                timeline, _, found = self._together(key, lambda: run_once(batcher, requests))
+                timeline, _, found = self._together(key, lambda: self._run(batcher, requests))
                 ranks[:] = found
                 return timeline
 
@@ -260,10 +270,12 @@ def run_once(
     arrivals_s: Sequence[float] | None = None,
     progress: bool = False,
     points: bool = False,
+    serve: Callable[..., list[Completion]] = serve_over_time,
 ) -> tuple[Timeline, list[Completion]]:
-    """One run: its timeline and its completions. `points`: with its latency points. Raises a completion's error."""
+    """One run: its timeline and its completions. `points`: with its latency points. `serve`: in place of
+    `serve_over_time`. Raises a completion's error."""
     with record_points(batcher) if points else contextlib.nullcontext():
-        completions = serve_over_time(batcher, requests, arrivals_s, progress)
+        completions = serve(batcher, requests, arrivals_s, progress)
     for completion in completions:
         if completion.error is not None:
             raise completion.error
