@@ -10,6 +10,7 @@ import datetime
 import os
 import pickle
 import socket
+import time
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -87,18 +88,25 @@ class World:
         if dist.is_initialized():
             dist.destroy_process_group()
 
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+        if error is None or (isinstance(error, SystemExit) and not error.code):
+            self.close()
+        else:
+            self.watch.end(error)
+
     def _next(self) -> str:
         self._exchanges += 1
         return f"asyncbatch/exchange/{self._exchanges}"
 
     def _wait_for(self, key: str) -> bytes:
-        while True:
-            try:
-                self.store.wait([key], datetime.timedelta(seconds=1))
-                return bytes(self.store.get(key))
-            except dist.DistStoreError:  # not yet
-                if self.watch is not None:
-                    self.watch.check()
+        while not self.store.check([key]):
+            if self.watch is not None:
+                self.watch.check()
+            time.sleep(0.01)
+        return bytes(self.store.get(key))
 
 
 def join(tp: int = 1, *, on_cuda: bool = False, timeout_s: float = 30.0, **settings: Any) -> World:

@@ -1,0 +1,27 @@
+"""Ranks on this machine, started from a notebook or a script: what torchrun does for `torchrun script.py`."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from .errors import RankError
+
+
+def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Call an importable function in `size` new processes, which are ranks as torchrun makes them. Returns what it
+    returned, by rank. RankError if one fails."""
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=size, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1", max_restarts=0, start_method="spawn",
+    )  # fmt: skip
+    try:
+        results = elastic_launch(config, function)(*arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        raise RankError(str(failure.message or failure), rank) from error
+    return [results[rank] for rank in range(size)]
