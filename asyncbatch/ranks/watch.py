@@ -145,6 +145,7 @@ class Watch:
         while not self._left.wait(self._every_s):
             if self.error is not None:
                 self.end(self.error)
+        self._talker.join(self.timeout_s)  # found in the store's own code by the interpreter's end it would abort
         self._unlisten()
 
     def end(self, error: BaseException) -> NoReturn:
