@@ -22,7 +22,8 @@ def device_name(model, step_ms: float | None, recording: Recording | None = None
     """What the report calls the device that serves `model`."""
     where = next(model.parameters()).device
     if recording is not None:
-        return f"emulated: {recording.gpu['name']}, recording {recording.name}; nothing computed, this machine's host"
+        name = f"{recording.gpu['name']}, recording {recording.name}{recording.of_ranks}"
+        return f"emulated: {name}; nothing computed, this machine's host"
     if step_ms is not None:
         return f"timed: {step_ms:g} ms a step, nothing computed"
     if where.type == "cuda":

@@ -32,6 +32,7 @@ from .document import (
     timeline_view,
     write_html,
 )
+from .rank_times import RankTimes
 from .report import (
     OWN,
     Conditions,
@@ -85,15 +86,18 @@ WORDS = (
 NamedRun = tuple[str, Run]  # what a run is called on the page, and the run
 
 
-def write_page(path: str | Path, report: Report, timelines: Sequence[Timeline]) -> None:
-    """Write the page of a report and of the timelines of its runs; there may be none.
+def write_page(
+    path: str | Path, report: Report, timelines: Sequence[Timeline], ranks: Sequence[Sequence[RankTimes]] = ()
+) -> None:
+    """Write the page of a report and of the timelines of its runs; there may be none. ranks: of each run what its ranks
+    did, where there are several.
 
     Of more than `document.MOST_SPANS` spans the page keeps that many, and says which (see `TimelineFigure.packed`).
     OSError if the file cannot be written."""
-    write_html(path, page(report, timelines))
+    write_html(path, page(report, timelines, ranks))
 
 
-def page(report: Report, timelines: Sequence[Timeline]) -> str:
+def page(report: Report, timelines: Sequence[Timeline], ranks: Sequence[Sequence[RankTimes]] = ()) -> str:
     """The text of the page, see `write_page`."""
     runs = named_runs(report)
     explained = [(name + ", rank 0" if run.ranks else name, run) for name, run in runs]
@@ -103,7 +107,7 @@ def page(report: Report, timelines: Sequence[Timeline]) -> str:
         title=f"Profile of {report.model or 'an unknown model'} on {report.device or 'an unknown device'}",
         header=_header(report),
         summary=_summary(report, runs),
-        timeline=timeline_view(timelines),
+        timeline=timeline_view(timelines, ranks),
         gaps=_gaps(explained),
         what_if=_what_if(explained),
         points=[_points(name, run.points) for name, run in explained if run.points],

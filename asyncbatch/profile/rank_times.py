@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..measure.points import LANE, NO_REQUEST
+from ..measure.recording import RankSteps
 from ..timeline import LANES, Span, Timeline
 from .rank_records import BY_KERNELS, BY_LENGTH, IN_COLLECTIVES, RankRun, Slowest
 
@@ -38,6 +39,11 @@ class RankTimes:
     kernels: bool = False
     requests: int | None = None
     clock_error_s: float | None = None
+
+    @property
+    def steps(self) -> RankSteps:
+        """As a recording takes it."""
+        return RankSteps(self.rank, self.replica, self.tp_rank, self.timeline, self.collective_s)
 
     def moved(self, by_s: float, clock_error_s: float | None) -> RankTimes:
         """The same on another clock, that is `by_s` seconds ahead."""

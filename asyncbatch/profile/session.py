@@ -13,7 +13,7 @@ from ..measure.recording import Recording
 from ..models.load import load_model
 from ..ranks.local import LocalModels
 from ..request import Request
-from ..timeline import Timeline, save_trace
+from ..timeline import Timeline
 from .console import one_line, tell, waiting
 from .diagnosis import make_report
 from .machine import device_name, free_memory, gpu_facts, is_on_cuda, model_facts
@@ -59,6 +59,8 @@ class Session:
             self.settings = in_memory(self.settings, len(given.requests), given.sha256, None)
         elif given is not None and given.prompts is not None:
             self.settings = in_memory(self.settings, len(given.prompts.lines), given.sha256, given.prompts)
+        self.turns: Turns | None = None  # those that are under way
+        self.interrupted = False
         self.measurements: list[Measurement] = []
         self.failed: list[Failure] = []
         self.models: dict[str, ModelFacts] = {}
@@ -89,14 +91,14 @@ class Session:
         job = self._prepare(workload)
         on_cuda, repeats = is_on_cuda(job.model), None
         for group in self._groups(on_cuda):
-            turns = Turns(self.settings, job, repeats, self.ranks)
+            self.turns = turns = Turns(self.settings, job, repeats, self.ranks)
             try:
                 try:
                     turns.run(group)
                 finally:
                     self.measurements += turns.measurements
                     self.failed += turns.failures
-                    repeats = turns.repeats  # every engine and mode runs equally often
+                    self.turns, repeats = None, turns.repeats  # every engine and mode runs equally often
             except Exception as error:
                 if not self.settings.preset:
                     raise
@@ -190,6 +192,22 @@ class Session:
         where = f"{workload.words} " if len(self.settings.workloads) > 1 else ""
         tell(f"{where}{engine} {mode} failed: {one_line(error)}")
 
+    def lost(self, error: Exception) -> dict[str, Any]:
+        """A rank is lost, and with it what was under way: what has been measured until now goes into the report. From
+        any thread. Returns the finished completions of the run that was under way, for JSON."""
+        turns, mode = self.turns, ",".join(self.settings.modes)
+        if turns is not None:
+            self.measurements += turns.so_far()
+            mode = turns.serving[1] if turns.serving else mode
+        workload = turns.job.workload if turns else self.settings.workloads[0]
+        self.failed.append(failure(workload, OWN, mode, error))
+        finished = [
+            {"request": number, "token_ids": list(one.token_ids), "finish_reason": one.finish_reason}
+            for number, one in enumerate(self.ranks.finished(error))
+            if one is not None
+        ]
+        return {"error": str(error), "mode": mode, "finished": finished}
+
     # ---- what came out ---------------------------------------------------------------------------------------------
 
     def report(self) -> tuple[Report, list[Timeline]]:
@@ -210,17 +228,18 @@ class Session:
         record, preset = self.settings.record, self.settings.preset
         data = report.to_json()
         outputs = [Output("report.json", lambda path: write_json(path, data), measured=True)]
+        ranks = [one.ranks_of(one.typical) for one in self.measurements]
         if record and timelines:
-            recording = Recording.from_runs(record, data, timelines)
+            recording = Recording.from_runs(record, data, timelines, [[one.steps for one in group] for group in ranks])
             outputs.append(Output(f"{record}.json", recording.save, measured=True))
         from .page import write_page  # matplotlib is needed for pictures only
 
-        outputs.append(Output("report.html", lambda path: write_page(path, report, [] if preset else timelines)))
+        outputs.append(Output("report.html", lambda path: write_page(path, report, [] if preset else timelines, ranks)))
         if timelines and not preset:
-            from ..pictures import plot
+            from .rank_pictures import plot_runs, write_traces
 
             title = f"{report.model} on {report.device}"
-            outputs.append(Output("timeline.png", lambda path: plot(*timelines, title=title).savefig(path)))
-            outputs.append(Output("trace.json", lambda path: save_trace(path, timelines)))
+            outputs.append(Output("timeline.png", lambda path: plot_runs(timelines, ranks, title=title).savefig(path)))
+            outputs.append(Output("trace.json", lambda path: write_traces(path, timelines, ranks)))
         with waiting(f"writing {folder}"):
             write_all(folder, outputs)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ..base import BatcherBase
 from ..measure.point_recorder import override
 from ..ranks.errors import RankError
 from ..ranks.neighbour import this_place
@@ -31,6 +32,7 @@ from .console import one_line
 from .options import Arguments
 from .rank_options import processes
 from .rank_times import RankTimes
+from .report import OWN
 from .workload import NO_REQUEST_SPAN, serve_over_time
 
 Serve = Callable[[], tuple[Timeline, list[Completion]]]
@@ -89,11 +91,22 @@ class Alone:
         """This rank cannot go on: end all."""
         raise error
 
+    def failed(self, what: str, error: BaseException) -> None:
+        """Something has failed here, of this name. If it fails on all ranks within a while, that is all: rank 0 can say
+        why, and the others are silent. Otherwise all ranks end here, with one line that names this one."""
+
     def leave(self) -> None:
         """This rank is done, as all others are."""
 
     def interrupted(self) -> None:
         """Ctrl-C has come: from now on no rank waits for another."""
+
+    def on_lost(self, keep: Callable[[Exception], None]) -> None:
+        """`keep` is called on rank 0, from another thread, before all ranks end because one is lost."""
+
+    def finished(self, error: Exception) -> list[Completion | None]:
+        """Of the newest run the completions that are there, in the order of the requests."""
+        return []
 
 
 ALONE = Alone()
@@ -119,7 +132,7 @@ class Together(Alone):
         self.replica, self.replicas = world.replica, world.replicas
         self.speaks, self.leads, self.several = self.rank == 0, world.leads, True
         self.machine = socket.gethostname()
-        self._dealt = 0  # how many requests of the last run this replica was given
+        self._given: list[Any] = []  # handles of the requests that this replica has of the newest run
         self._replicas: Any = None
         if self.replicas > 1 and self.leads:
             from ..ranks.replicas import Replicas
@@ -162,21 +175,25 @@ class Together(Alone):
     ) -> list[Completion]:
         """As `serve_over_time`, on each rank that leads: the replicas share rank 0's requests, and rank 0 gets the
         answers."""
-        self._dealt = len(requests)
-        if self._replicas is None:
+        self._given = []
+        if not isinstance(batcher, BatcherBase):
             return serve_over_time(batcher, requests, arrivals_s, progress)
-        self._dealt, submit = 0, batcher.submit
+        submit = batcher.submit
 
-        def counted(request: Request) -> Any:
+        def noted(request: Request) -> Any:
             handle = submit(request)
-            self._dealt += 1
+            self._given.append(handle)
             return handle
+
+        if self._replicas is None:
+            with override(batcher, "submit", noted):
+                return serve_over_time(batcher, requests, arrivals_s, progress)
 
         def nothing_to_do(start: float, end: float) -> None:
             batcher.timeline.add(*NO_REQUEST_SPAN, start, end)
 
         bar = tqdm(total=len(requests), unit=" requests", leave=False, disable=not progress)
-        with bar, override(batcher, "submit", counted):
+        with bar, override(batcher, "submit", noted):
             return self._replicas.serve(
                 batcher,
                 requests,
@@ -184,6 +201,18 @@ class Together(Alone):
                 update=lambda ended: bar.update(ended - bar.n),
                 idle=nothing_to_do,
             )
+
+    def on_lost(self, keep: Callable[[Exception], None]) -> None:
+        if self.speaks:
+            self.world.watch.on_lost = keep
+
+    def finished(self, error: Exception) -> list[Completion | None]:
+        """On rank 0, from any thread: the newest run's completions that are there."""
+        if self._replicas is not None:
+            answers = self._replicas.so_far(error)
+        else:
+            answers = [handle.completion for handle in list(self._given)]
+        return [one if one is not None and one.error is None else None for one in answers]
 
     # ---- a run --------------------------------------------------------------------------------------------------
 
@@ -215,7 +244,7 @@ class Together(Alone):
             self.machine,
             timeline,
             None if not in_collectives else dict(in_collectives),
-            requests=self._dealt if self.leads else None,
+            requests=(len(self._given) or len(completions)) if self.leads else None,
         )
         if self.speaks:
             others = [pickle.loads(zlib.decompress(packed)) for packed in (self.gather(b"") or [])[1:]]
@@ -231,18 +260,15 @@ class Together(Alone):
     def leave(self) -> None:
         self.world.close()
 
-    def failed(self, error: BaseException) -> None:
-        """The session has failed here. If it fails on all ranks within a while, rank 0 says why, and the others are
-        silent. Otherwise all ranks end here, with one line that names this one."""
+    def failed(self, what: str, error: BaseException) -> None:
         store, watch = self.world.store.clone(), self.world.watch
-        store.set(f"{FAILED}/{self.rank}", "1")
-        keys, patience_s = [f"{FAILED}/{rank}" for rank in range(self.size)], PATIENCE_S
+        keys, patience_s = [f"{FAILED}/{what}/{rank}" for rank in range(self.size)], PATIENCE_S
+        store.set(keys[self.rank], "1")
         while not store.check(keys) and patience_s > 0 and watch.error is None:
             time.sleep(PAUSE_S)
             patience_s -= PAUSE_S
         if not store.check(keys):
             watch.end(error)
-        watch.close()
 
     def interrupted(self) -> None:
         """The other ranks have been told, too, or will be ended by torchrun. It tells this one a second time, which
@@ -261,12 +287,15 @@ def joined(arguments: Arguments) -> Iterator[Alone]:
         yield ALONE
         return
     on_cuda = torch.cuda.is_available() and arguments.device != "cpu"
+    if arguments.engine and arguments.engine != [OWN]:
+        os.environ.setdefault("NCCL_GRAPH_MIXING_SUPPORT", "0")  # as transformers wants it, before NCCL begins
     command = [word for word in arguments.command if word != "--debug"]
     ranks = Together(join(arguments.tp or 1, on_cuda=on_cuda, command_line=command))
     try:
         yield ranks
     except Exception as error:
-        ranks.failed(error)
+        ranks.failed("session", error)
+        ranks.world.watch.close()
         raise
     ranks.leave()
 

@@ -63,6 +63,7 @@ class Turns:
         self.failures: list[Failure] = []
         self._open: dict[Key, tuple[Any, Measurement]] = {}  # those that have not failed
         self._followers: dict[Key, Follower] = {}  # on a rank that does not lead
+        self.serving: Key | None = None  # which one runs
         self._where = f"{job.workload.words} " if len(settings.workloads) > 1 else ""
 
     def run(self, group: Sequence[Key]) -> None:
@@ -155,7 +156,8 @@ class Turns:
         count, looked_at = f"run {repeat + 1}{of_all}", is_looked_at()
         if not looked_at:  # else a bar shows that it goes on; no thread may count seconds beside what is measured
             tell(f"{self._who(key)}: {count} ...")
-        with self._keeping_what_ran(batcher, measurement):
+        self.serving = key
+        with self._keeping_what_ran():
             timeline, completions, ranks = self._together(
                 key, lambda: self._run(batcher, requests, arrivals_s, looked_at, points and self.ranks.speaks)
             )
@@ -205,6 +207,7 @@ class Turns:
         except Exception as error:
             if key[0] == OWN and not self.settings.preset:
                 raise
+            self.ranks.failed(" ".join(key), error)
             _, measurement = self._open.pop(key, (None, None))
             if measurement is not None and measurement.runs:
                 self.measurements.append(measurement)
@@ -212,17 +215,24 @@ class Turns:
             tell(f"{self._where}{' '.join(key)} failed: {one_line(error)}")
 
     @contextlib.contextmanager
-    def _keeping_what_ran(self, batcher, measurement: Measurement) -> Iterator[None]:
-        """After Ctrl-C, keep what has been measured; of an engine that has no whole run yet, the run that was ended."""
+    def _keeping_what_ran(self) -> Iterator[None]:
+        """After Ctrl-C, keep what has been measured."""
         try:
             yield
         except KeyboardInterrupt:
+            self.measurements += self.so_far()
+            raise
+
+    def so_far(self) -> list[Measurement]:
+        """What has been measured in a group that is not complete; of an engine that has no whole run yet, the run that
+        was ended."""
+        if self.serving in self._open:
+            batcher, measurement = self._open[self.serving]
             computed = [span for span in batcher.timeline.spans if span.lane == "compute"]
             if not measurement.runs and len(computed) > 1:
                 measurement.runs.append((batcher.timeline, []))
                 measurement.interrupted = True
-            self.measurements += [other for _, other in self._open.values() if other.runs]
-            raise
+        return [other for _, other in self._open.values() if other.runs]
 
     def _who(self, key: Key) -> str:
         return self._where + (" ".join(key) if len(self.settings.engines) > 1 else key[1])

@@ -17,7 +17,6 @@ from itertools import chain
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from ..scheduler import BatchPlan
 from .errors import RankError
