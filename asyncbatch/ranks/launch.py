@@ -23,5 +23,7 @@ def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[A
         results = elastic_launch(config, function)(*arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        raise RankError(str(failure.message or failure), rank) from error
-    return [results[rank] for rank in range(size)]
+        message = str(failure.message or failure)
+    else:
+        return [results[rank] for rank in range(size)]
+    raise RankError(message, rank)  # not within `except`: that error keeps the queues of the ranks alive

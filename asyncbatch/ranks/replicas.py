@@ -80,8 +80,6 @@ class Replicas:
         this replica had nothing to serve. A request that cannot be served fails alone, as in the batcher's `run`.
 
         RankError if another replica fails. Whoever is interrupted, or fails, ends the run of all."""
-        requests = list(requests) if self.replica == 0 else []
-        arrivals_s = _checked(requests, arrivals_s)
         name = f"replicas/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{self._runs}"
         self._runs += 1
         run = self._run = (
@@ -123,8 +121,8 @@ class Replicas:
             self.check()
             busy = batcher.turn()
             run.hand_on()
-            if watch is not None:
-                watch.progress = batcher.scheduler.num_steps  # on every rank of this replica the same
+            if watch is not None and not hasattr(batcher, "lockstep"):  # else that tells of its steps
+                watch.progress = batcher.scheduler.num_steps
             if run.finished != told:
                 told = run.finished
                 update(told)
@@ -232,18 +230,25 @@ class _Run:
 class _Dealing(_Run):
     """Rank 0's."""
 
-    def __init__(self, replicas: Replicas, batcher: Any, name: str, requests: list, arrivals_s: Sequence[float]):
+    def __init__(
+        self, replicas: Replicas, batcher: Any, name: str, requests: Iterable, arrivals_s: Sequence[float] | None
+    ):
         super().__init__(replicas, batcher, name)
-        self.requests, self.arrivals_s, self.start_s = requests, arrivals_s, 0.0
-        size = batcher.shape.max_batch_size
-        self.dealer = Dealer([_size(one) for one in requests], arrivals_s, replicas.replicas, size + max(2, size // 4))
-        self.answers: list[Completion | None] = [None] * len(requests)
+        self._asked, self.start_s = (requests, arrivals_s), 0.0
+        self.requests: list[Any] = []
+        self.answers: list[Completion | None] = []
         self.offset_s = [0.0] * replicas.replicas  # what each replica's clock shows more than this one
         self.inbox = Letters(replicas._store, f"{name}/0")
         self.outboxes = {one: Letters(replicas._store, f"{name}/{one}") for one in range(1, replicas.replicas)}
 
     def meet(self) -> None:
         """Wait until all replicas are there, and compare the clocks. Arrivals count from the end of it."""
+        self.requests = requests = list(self._asked[0])
+        self.arrivals_s = arrivals_s = _checked(requests, self._asked[1])
+        size = self.batcher.shape.max_batch_size
+        room = size + max(2, size // 4)
+        self.dealer = Dealer([_size(one) for one in requests], arrivals_s, self.all.replicas, room)
+        self.answers = [None] * len(requests)
         for replica, outbox in self.outboxes.items():
             fastest_s = float("inf")
             for _ in range(PINGS):

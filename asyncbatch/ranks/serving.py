@@ -9,6 +9,7 @@ step (`lockstep.py`).
 from __future__ import annotations
 
 import functools
+import sys
 from collections import deque
 from typing import Any
 
@@ -71,8 +72,12 @@ class OnRanks(Serving):
             raise RequestError("follow() is for the other ranks: this one leads, and takes the requests")
         super()._check_open()
         with self._lock:
-            while not self._closed:
-                self._step_or_close()
+            try:
+                while not self._closed:
+                    self._step_or_close()
+            except BaseException:
+                self._abort("cancelled", None)
+                raise
         if self._lost_by is not None:
             raise self._lost_by
 
@@ -135,10 +140,10 @@ class OnRanks(Serving):
     def _abort(self, reason: str, error: Exception | None) -> None:
         if not self._is_ending and not isinstance(error, DeviceError):
             # An interrupt, or an exception: where it came, the other ranks cannot know.
-            self._lose(RankError(f"{self.lockstep.connection.name()} stopped in the middle of a run"))
+            self._lose(sys.exc_info()[1] or RankError("the batcher was closed in the middle of a run"))
         super()._abort(reason, error)
 
-    def _lose(self, error: DeviceError) -> None:
+    def _lose(self, error: BaseException) -> None:
         """Also tell the other ranks. What is said of the loss is the first cause, which may be another rank's."""
         self._lost_by = self._lost_by or self.watch.fail(error)
         super()._lose(self._lost_by)

@@ -22,6 +22,7 @@ from .group import Connection, difference, kill_workers, versions
 from .watch import Watch
 
 STARTING = datetime.timedelta(minutes=10)  # so long one rank waits for another to start
+LEAVING_S = 60.0
 LOADING = datetime.timedelta(hours=2)  # for collectives while a model is loaded; who is dead is found out by the watch
 
 
@@ -84,9 +85,10 @@ class World:
     def close(self) -> None:
         """Leave, at an ordinary end."""
         World.here = None
+        with self.watch.busy("leaving", LEAVING_S):
+            if dist.is_initialized():
+                dist.destroy_process_group()
         self.watch.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
     def __enter__(self) -> World:
         return self

@@ -13,7 +13,6 @@ from asyncbatch.ranks.launch import on_ranks
 WORDS = {
     "kill": ["rank 1", "is gone"],
     "stop": ["rank 1"],
-    "raise": ["rank 1", "failed", "ValueError: planted in step 20"],
     "memory": ["rank 1", "failed", "MemoryError: no 3 GB are left"],
 }
 

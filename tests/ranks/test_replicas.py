@@ -4,7 +4,9 @@ The replicas are threads with one store, and batchers that count instead of comp
 
 from __future__ import annotations
 
+import pickle
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -73,18 +75,16 @@ class Counting:
 
 
 def clock_ahead(seconds):
-    import time
-
     return lambda: time.perf_counter() + seconds
 
 
-def serve(batchers, requests, arrivals_s=None, store=None, runs=1, **more):
+def serve(batchers, requests, arrivals_s=None, *, runs=1, machines=("here", "here", "here"), **more):
     """What each replica's `serve` gave, or the exception that it raised; of the last run."""
-    store = store or dist.HashStore()
+    store = dist.HashStore()
     found: list = [None] * len(batchers)
 
     def replica(number):
-        one = Replicas(store, number, len(batchers), clock=batchers[number].clock, place=f"machine {number}")
+        one = Replicas(store, number, len(batchers), clock=batchers[number].clock, place=machines[number])
         for _ in range(runs):
             try:
                 found[number] = one.serve(batchers[number], requests, arrivals_s, **more if number == 0 else {})
@@ -132,15 +132,8 @@ def test_all_replicas_get_a_share_of_what_one_could_take():
 def test_a_bad_request_fails_alone_wherever_it_goes():
     requests = [Request([1], 3), Request([], 3), "text", Request([4], 3), Request([], 2), lambda: None, Request([7], 2)]
     answers, _ = serve([Counting(2, 1, clock_ahead(0)) for _ in range(2)], requests)
-    assert [answer.finish_reason for answer in answers] == [
-        "length",
-        "error",
-        "error",
-        "length",
-        "error",
-        "error",
-        "length",
-    ]
+    good, bad = "length", "error"
+    assert [answer.finish_reason for answer in answers] == [good, bad, bad, good, bad, bad, good]
     assert [answer.token_ids for answer in answers] == [[1, 2, 3], [], [], [4, 5, 6], [], [], [7, 8]]
     assert {type(answer.error) for answer in answers if answer.finish_reason == "error"} == {RequestError}
 
@@ -149,14 +142,11 @@ def test_times_are_those_of_rank_0_whatever_the_other_clock_shows():
     """The other machine's clock is 1,000 s ahead: uncorrected, its requests would seem to take that long."""
     batchers = [Counting(4, 1, clock_ahead(0)), Counting(4, 1, clock_ahead(1000))]
     before = batchers[0].clock()
-    answers, _ = serve(
-        batchers, [Request([number], 5) for number in range(8)], [0.0, 0.0, 0.0, 0.0, 0.2, 0.2, 0.2, 0.2]
-    )
+    arrivals = [0.0] * 4 + [0.2] * 4
+    answers, _ = serve(batchers, [Request([number], 5) for number in range(8)], arrivals, machines=("here", "there"))
     after = batchers[0].clock()
     assert len(batchers[1].all) > 0
-    starts = {
-        round(answer.submitted_s - arrival, 6) for answer, arrival in zip(answers, [0.0] * 4 + [0.2] * 4, strict=True)
-    }
+    starts = {round(answer.submitted_s - due, 6) for answer, due in zip(answers, arrivals, strict=True)}
     assert len(starts) == 1  # arrivals are exact: they are rank 0's own
     for answer in answers:
         assert before <= answer.submitted_s <= after
@@ -180,6 +170,12 @@ def test_arrivals_are_checked():
     assert "arrivals_s has 2 times for 1 requests" in str(error)
     (error,) = serve([Counting(1, 1, clock_ahead(0))], [Request([1], 1)], [-1.0])
     assert "allowed are seconds from 0" in str(error)
+
+
+def test_what_is_wrong_with_the_call_is_told_to_the_others_too():
+    mine, its = serve([Counting(1, 1, clock_ahead(0)) for _ in range(2)], [Request([1], 1)], [0.0, 1.0])
+    assert isinstance(mine, ValueError)
+    assert str(its) == f"rank 0, replica 0, ended the run: ValueError: {mine}"
 
 
 def test_progress_and_idle_time_are_told():
@@ -220,8 +216,6 @@ def test_one_run_after_another():
 
 @pytest.mark.parametrize("size", [0, 1, PIECE - 1, PIECE, PIECE + 1, 9 * PIECE])
 def test_letters_of_any_size_from_several_senders(size):
-    import pickle
-
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     reader = Letters(store, "box")
     packed = pickle.dumps(bytes(size))

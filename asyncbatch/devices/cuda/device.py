@@ -147,4 +147,7 @@ class CudaDevice(RealTime):
     def close(self) -> None:
         self._quiet()
         torch.cuda.synchronize(self.where)
+        # torch's caches of compiled functions may keep the program. Its graphs must go: they hold memory, and the
+        # connections between GPUs, which cannot be closed before.
+        getattr(self.program, "graphs", {}).clear()
         self.program = None
