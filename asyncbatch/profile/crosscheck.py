@@ -86,7 +86,7 @@ def _pairs(measuring, plain, requests: list[Request]) -> list[tuple[float, float
 
 def kineto(
     batcher, requests: list[Request], serve: Serve | None = None, all_of: Callable[[bool], bool] = bool
-) -> tuple[Kineto, Timeline, dict[int, float]]:
+) -> tuple[Kineto, dict[int, float]]:
     """Run once more under torch.profiler, at most KINETO_TOKENS of each request, and compare two methods on that run.
 
     busy: the union of kernels and copies in its trace; event_active: its steps between CUDA events. Both are shares of
@@ -94,9 +94,9 @@ def kineto(
     Where the profiler lost events, the run is made again with a quarter of the tokens, which it may not lose; after the
     last one busy is None and the note says what is missing. ValueError for a run of fewer than two steps.
 
-    Returned too: the run's timeline, and for each of its steps the seconds in which a kernel of a collective ran; empty
-    where the trace does not show the same steps. serve: runs the batcher (None: as `serve_over_time`), and gives the
-    timeline. all_of: of several ranks, whether something is true on all of them."""
+    Returned too: for each step of the run the seconds in which a kernel of a collective ran; empty where the trace does
+    not show the same steps. serve: runs the batcher (None: as `serve_over_time`), and gives the timeline. all_of: of
+    several ranks, whether something is true on all of them."""
     serve = serve or functools.partial(_served, batcher)
     for most in (KINETO_TOKENS, KINETO_TOKENS // 4, KINETO_TOKENS // 16):
         trace, timeline = _profiled(batcher, requests, most, serve)
@@ -110,9 +110,9 @@ def kineto(
         raise ValueError("--kineto needs a run of two steps or more: take a larger --new-tokens")
     if not trace.coverage.complete:
         note = f"the profiler lost events, so that kernel busy is not told: {'; '.join(trace.coverage.problems())}"
-        return Kineto(None, None, active_s / period_s, None, trace.num_kernels, note), timeline, in_collectives
+        return Kineto(None, None, active_s / period_s, None, trace.num_kernels, note), in_collectives
     busy = traces.busy_in(trace, float(trace.steps[0, 1]), float(trace.steps[-1, 1]))
-    return kineto_result(busy, active_s / period_s, trace, len(starts)), timeline, in_collectives
+    return kineto_result(busy, active_s / period_s, trace, len(starts)), in_collectives
 
 
 def _served(batcher, requests: list[Request]) -> Timeline:

@@ -185,7 +185,7 @@ class Turns:
                 ranks[:] = found
                 return timeline
 
-            measurement.kineto, _, in_collectives = kineto(batcher, self.job.requests, serve, all_of)
+            measurement.kineto, in_collectives = kineto(batcher, self.job.requests, serve, all_of)
             each = self.ranks.gather(in_collectives) or []
             if all(each):
                 measurement.profiled = tuple(
