@@ -26,6 +26,13 @@ def own_rank(environment: Mapping[str, str] = os.environ) -> int:
     return int(environment["RANK"]) if processes(environment) > 1 else 0
 
 
+def words_of_torchrun(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+    """How torchrun was told how many processes to start: what all of its calls, one a machine, have in common."""
+    here = int(environment.get("LOCAL_WORLD_SIZE", environment["WORLD_SIZE"]))
+    machines = int(environment["WORLD_SIZE"]) // here
+    return (*(["--nnodes", str(machines)] if machines > 1 else []), "--nproc-per-node", str(here))
+
+
 def refuse_for_ranks(arguments: Arguments, size: int) -> None:
     """ValueError for options that cannot be had in `size` processes. It is the same on all of them."""
     tp = arguments.tp or 1

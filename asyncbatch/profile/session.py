@@ -22,6 +22,7 @@ from .options import Arguments
 from .outputs import OutError, Output, write_all, write_json
 from .place import Place
 from .prompts import PromptFile
+from .rank_options import words_of_torchrun
 from .report import OWN, Failure, Gpu, ModelFacts, Report
 from .settings import Settings, in_memory, settle
 from .together import ALONE, Alone, in_words
@@ -53,7 +54,7 @@ class Session:
         self.settings: Settings = settle(arguments, self.recording)
         if ranks.several:
             conditions = replace(self.settings.conditions, tp=ranks.tp, replicas=ranks.replicas)
-            self.settings = replace(self.settings, conditions=conditions)
+            self.settings = replace(self.settings, conditions=conditions, processes=words_of_torchrun())
         self.given = given
         if given is not None and given.requests is not None:
             self.settings = in_memory(self.settings, len(given.requests), given.sha256, None)

@@ -22,7 +22,7 @@ from asyncbatch.profile.console import muted, tell
 from asyncbatch.profile.machine import device_name
 from asyncbatch.profile.options import parse_arguments
 from asyncbatch.profile.page import page
-from asyncbatch.profile.rank_options import own_rank, processes, refuse_for_ranks
+from asyncbatch.profile.rank_options import own_rank, processes, refuse_for_ranks, words_of_torchrun
 from asyncbatch.profile.rank_pictures import collective_spans, plot_runs, write_traces
 from asyncbatch.profile.together import ALONE, Together
 from asyncbatch.timeline import load_trace
@@ -40,6 +40,12 @@ def test_only_torchrun_makes_several_processes():
     assert (processes(other), own_rank(other)) == (1, 0), "a scheduler of jobs sets some of these, too"
     assert (processes({}), own_rank({})) == (1, 0)
     assert processes({**TORCHRUN, "WORLD_SIZE": "1"}) == 1
+
+
+def test_a_report_tells_how_many_processes_torchrun_started():
+    assert words_of_torchrun(TORCHRUN) == ("--nproc-per-node", "4")
+    two_machines = {**TORCHRUN, "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}
+    assert words_of_torchrun(two_machines) == ("--nnodes", "2", "--nproc-per-node", "8")
 
 
 def test_without_torchrun_the_command_to_type_is_told():

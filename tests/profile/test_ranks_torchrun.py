@@ -25,7 +25,7 @@ TINY = ("--model", "random:tiny", "--batch-size", "3", "--tp", "2")
 @contextlib.contextmanager
 def torchrun(*arguments, **options):
     """The profiling script on two ranks, as a process group that ends with the block."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(
         [*command, "-m", "asyncbatch.profile", *arguments], env=environment, text=True, start_new_session=True,
@@ -50,6 +50,7 @@ def test_two_ranks_measure_one_thing_and_one_of_them_says_it(tmp_path):
     assert report == json.loads((tmp_path / "report.json").read_text())
     assert report["same_tokens"] is True
     assert (report["workload"]["tp"], report["workload"]["replicas"], report["workload"]["repeats"]) == (2, 1, 2)
+    assert report["command"].startswith("torchrun --nproc-per-node 2 -m asyncbatch.profile --model random:tiny")
     assert "2 ranks, 2 of them share a model" in report["device"]
     runs = {(run["engine"], run["mode"]): run for run in report["runs"]}
     assert list(runs) == [("asyncbatch", "sync"), ("asyncbatch", "async"), ("transformers", "sync")]
