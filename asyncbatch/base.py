@@ -18,11 +18,13 @@ from .scheduler import BatchPlan, Committed, Scheduler
 from .serving import Serving
 from .slot import Slot, slot_of
 from .streams import DeviceError, launch_step
-from .timeline import LANES, Timeline
+from .timeline import Timeline
 
 
 def host_span(method):
-    """Record the method on the host lane, under its name and its step, and tell the device when it begins and ends."""
+    """Record the method on the host lane, under its name and its step, and tell the device when it begins and ends.
+
+    The first thing in a wait is what measuring has put off: the device computes, so nothing waits for it."""
 
     @functools.wraps(method)
     def timed(self, *args):
@@ -31,6 +33,8 @@ def host_span(method):
         measured = self.timeline.most_steps != 0
         start = device.now() if measured else 0.0
         device.host_begins(name, plan, self.kv)
+        if name == "wait":
+            self.timeline.settle()
         result = method(self, *args)
         if not args:
             plan = result
@@ -119,11 +123,10 @@ class BatcherBase(Serving):
         if failure:
             rows = [row.state for row in plan.rows]
             ended = [state for state in rows if self.scheduler.finish(state, "error", DeviceError(failure))]
-            result = Committed([], ended, wasted=0)
+            result, times = Committed([], ended, wasted=0), []
         else:
             result = self.scheduler.commit(plan, slot.output_ids.tolist())
-            spans = self.device.spans(slot.index) if self.timeline.most_steps != 0 else []
-            for lane, name, (start, end) in zip(LANES[1:], ("copy_in", "step", "copy_out"), spans, strict=False):
-                self.timeline.add(lane, name, plan.step, start, end)
-        self.timeline.add_step(plan.step, plan.work, len(result.new), result.wasted, len(plan.rows), plan.context)
+            times = self.device.spans(slot.index) if self.timeline.most_steps != 0 else []
+        did = len(result.new), result.wasted, len(plan.rows), plan.context
+        self.timeline.add_step(plan.step, plan.work, *did, times)
         self._answer(result)

@@ -78,12 +78,13 @@ class Device(Protocol):
     def host_ends(self, phase: str, plan: Any) -> None:
         """The host has done that part. `plan` is None if there was nothing to plan."""
 
-    def spans(self, slot: int) -> list[list[float]]:
-        """[start, end] of the slot's newest commands, one on each stream: seconds of `now()`. Asked when done."""
+    def spans(self, slot: int) -> Any:
+        """[start, end] of the slot's newest commands, one on each stream: seconds of `now()`. Asked when done. On CUDA
+        it is a function that gives them at any later time: reading its events takes long, and the device may wait."""
 
-    def parts(self, slot: int) -> list[float]:
-        """The seconds that the slot's newest step spent on carry-over, on the model and on sampling; zeros where the
-        device does not tell them apart. Asked after `spans`."""
+    def parts(self, slot: int) -> Any:
+        """The seconds that the slot's newest step spent on carry-over, on the model and on sampling, or a function that
+        gives them; zeros where the device does not tell them apart. Asked after `spans`."""
 
     def failure(self, slot: int) -> str | None:
         """The text of the error in the slot's newest commands, or None."""

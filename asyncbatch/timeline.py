@@ -14,6 +14,7 @@ A batcher may serve for weeks. So its timeline keeps the newest steps only, and 
 from __future__ import annotations
 
 import math
+import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +24,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 LANES = ("host", "H2D", "compute", "D2H")
+COMMANDS = ("copy_in", "step", "copy_out")  # the names of a step's spans on the lanes of the device
+MOST_NOTES = 10_000  # that wait to be settled, if nobody reads and nobody waits
+_settling = threading.RLock()  # (Not one for each timeline: a lock cannot be copied or sent.)
 
 
 class Span(NamedTuple):
@@ -178,25 +182,32 @@ class Timeline:
     """The spans of one run. label: its name, such as "sync". clock: whose time it is, "host", "cuda" or "virtual".
 
     most_steps: it keeps the spans of so many newest steps; None keeps all. Only a timeline that is written as a batcher
-    writes it, step after step, can be bounded. dropped: how many steps it had to drop; `totals` count them too."""
+    writes it, step after step, can be bounded. dropped: how many steps it had to drop; `totals` count them too.
+
+    What is added is only noted, since the device of a synchronous loop waits meanwhile. `settle` does the rest: before
+    anybody reads, and in a batcher while the host waits for the device anyway."""
 
     def __init__(self, label: str = "", clock: str = "host", most_steps: int | None = None):
         self.label, self.clock, self.most_steps = label, clock, most_steps
         # Plain tuples: `Span` and `Step` would stay on the garbage collector's list, and each of its looks take longer.
+        self._notes: deque[tuple] = deque()  # what was added and is not settled yet, in order
         self._spans: deque[tuple] = deque()
         self._steps: deque[tuple] = deque()
-        self.dropped, self.totals = 0, Totals()
+        self._dropped, self._totals = 0, Totals()
         # The newest span on "compute": its step, start and end, and the end of the span before it.
         self._computed = (-1, math.nan, math.nan, math.nan)
 
     def __repr__(self) -> str:
-        contents = f"{len(self._spans)} spans, {len(self._steps)} steps{self.cut}"
+        contents = f"{len(self._settled()._spans)} spans, {len(self._steps)} steps{self.cut}"
         return f"Timeline({self.label!r}, clock={self.clock!r}, {contents})"
 
     @property
     def cut(self) -> str:
         """What a text should say of a timeline that has dropped steps; empty for a whole one."""
-        return f", the newest {len(self._steps)} of {self.totals.steps} steps" if self.dropped else ""
+        return f", the newest {len(self.steps)} of {self.totals.steps} steps" if self.dropped else ""
+
+    dropped = property(lambda self: self._settled()._dropped)
+    totals = property(lambda self: self._settled()._totals)
 
     def check_whole(self, user: str) -> None:
         """ValueError if steps were dropped, in the name of `user`, who needs them all."""
@@ -209,31 +220,63 @@ class Timeline:
     @property
     def spans(self) -> list[Span]:
         """A new list of them, in the order in which they were added."""
-        return [Span(*span) for span in list(self._spans)]  # a list first: another thread may be adding one
+        return [Span(*span) for span in self._all()]
 
     @spans.setter
     def spans(self, spans: Iterable[Span]) -> None:
-        self._spans = deque(map(tuple, spans))
+        self._settled()._spans = deque(map(tuple, spans))
 
     @property
     def steps(self) -> list[Step]:
         """A new list of what the steps did, in the order in which they were committed."""
-        return [Step(*step) for step in list(self._steps)]
+        return [Step(*step) for step in list(self._settled()._steps)]
 
     @steps.setter
     def steps(self, steps: Iterable[Step]) -> None:
-        self._steps = deque(map(tuple, steps))
+        self._settled()._steps = deque(map(tuple, steps))
 
     def add(self, lane: str, name: str, step: int, start: float, end: float) -> None:
-        """Note a span; `start` and `end` are seconds. The hot loop calls this, so it is one append and little else."""
+        """Note a span; `start` and `end` are seconds. The hot loop calls this, so it is one append and nothing else."""
+        self._notes.append((lane, name, step, start, end))
+
+    def add_step(self, step: int, kind: str, tokens: int, wasted: int, rows=0, context=0, device: Any = ()) -> None:
+        """Note what a step did (as `Step` says), once it is committed. device: [start, end] of its spans on the lanes
+        of the device, if they were not added; or a function that gives them, at any time from now on."""
+        self._notes.append((step, kind, tokens, wasted, rows, context, device))
+        if len(self._notes) > MOST_NOTES:
+            self.settle()
+
+    def settle(self) -> None:
+        """Put all that was noted where it belongs, in the order in which it was noted. Any thread may call it."""
+        notes = self._notes
+        with _settling:
+            while notes:
+                *note, last = notes[0]
+                times = last() if callable(last) else last  # (before the note goes: an interrupt must not lose it)
+                notes.popleft()
+                if len(note) < len(Span._fields):
+                    self._place((*note, last))
+                    continue
+                for lane, name, (start, end) in zip(LANES[1:], COMMANDS, times, strict=False):
+                    self._place((lane, name, note[0], start, end))
+                self._count(*note)
+
+    def _settled(self) -> Timeline:
+        self.settle()
+        return self
+
+    def _all(self) -> list[tuple]:
+        return list(self._settled()._spans)  # a list: another thread may be adding one
+
+    def _place(self, span: tuple) -> None:
+        lane, _, step, start, end = span
         if lane == "compute":
             self._computed = step, start, end, self._computed[2]
-        self._spans.append((lane, name, step, start, end))
+        self._spans.append(span)
 
-    def add_step(self, step: int, kind: str, tokens: int, wasted: int, rows: int = 0, context: int = 0) -> None:
-        """Note what a step did (as `Step` says), once it is committed and its spans on the device are there."""
+    def _count(self, step: int, kind: str, tokens: int, wasted: int, rows: int, context: int) -> None:
         self._steps.append((step, kind, tokens, wasted, rows, context))
-        totals = self.totals
+        totals = self._totals
         totals.steps += 1
         totals.tokens += tokens
         totals.wasted += wasted
@@ -249,10 +292,10 @@ class Timeline:
     def _drop(self, last: int) -> None:
         """Drop the steps up to number `last`, which is one more with each call. Spans of steps that overlap lie between
         each other: those behind a span that is kept stay until that one goes."""
-        spans, steps, totals = self._spans, self._steps, self.totals
+        spans, steps, totals = self._spans, self._steps, self._totals
         while steps and steps[0][0] <= last:
             steps.popleft()
-            self.dropped += 1
+            self._dropped += 1
         while spans and spans[0][2] <= last:
             _, _, _, start, end = spans.popleft()
             if start < totals.origin:
@@ -263,11 +306,11 @@ class Timeline:
     @property
     def origin(self) -> float:
         """When the first span starts (seconds) that is kept; 0.0 without spans."""
-        return min((span[3] for span in list(self._spans)), default=0.0)
+        return min((span[3] for span in self._all()), default=0.0)
 
     def lane(self, lane: str) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
         """The spans of a lane, in the order of their starts: (names, steps int64, starts, ends float64 in seconds)."""
-        spans = sorted((span for span in list(self._spans) if span[0] == lane), key=lambda span: span[3])
+        spans = sorted((span for span in self._all() if span[0] == lane), key=lambda span: span[3])
         if not spans:
             return [], np.zeros(0, np.int64), np.zeros(0), np.zeros(0)
         _, names, steps, starts, ends = zip(*spans, strict=True)
@@ -290,7 +333,7 @@ class Timeline:
         work = np.isin(steps, self._decode_steps()) & np.array([name != "wait" for name in names], bool)
         _, which = np.unique(steps[work], return_inverse=True)
         host_s = np.bincount(which, (ends - starts)[work])
-        spans = list(self._spans)
+        spans = self._all()
         start, end = min([totals.origin, *(s[3] for s in spans)]), max([totals.end, *(s[4] for s in spans)])
         wall_s = end - start if start <= end else math.nan if self.dropped else 0.0
         return Summary(
@@ -350,7 +393,7 @@ def load_trace(path: str | Path) -> list[Timeline]:
     def timeline(label, clock, steps, spans, most_steps=None, dropped=0, totals=None) -> Timeline:
         made = Timeline(label, clock, most_steps)
         made.steps, made.spans = [Step(*step) for step in steps], spans
-        made.dropped, made.totals = dropped, Totals(**totals or {})
+        made._dropped, made._totals = dropped, Totals(**totals or {})
         return made
 
     return read(path, timeline)

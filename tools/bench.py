@@ -2,21 +2,27 @@
 
     python tools/bench.py        or: make bench (about five minutes on 2 cores)
     python tools/bench.py --host-work
+    python tools/bench.py --measuring
     python tools/bench.py --page
     python tools/bench.py --targets out/report.json
 
 With --targets nothing is measured. It prints the speed that this package is to reach on a GPU, beside the numbers in a
-preset's report (`python -m asyncbatch.profile --preset headline --out out`). With --host-work or --page only the first
-or the last of the following is measured, to be compared before and after a change. Without any of them:
+preset's report (`python -m asyncbatch.profile --preset headline --out out`). With --host-work, --measuring or --page
+only number 1, 2 or 6 of the following is measured (`tools/host_work.py` compares the first with an earlier commit).
+Without any of them:
 
 1. Host work per step at 1 to 256 rows beside a device that takes no time: the loop's own cost, and the block tables'
    part. Where there is a GPU, the same beside it too, on which a step of the tiny model takes a moment only.
-2. Overlap on the embedded model with 20 ms of added host work a step: the asynchronous wall time, over the longer of
+2. What measuring costs the host between two steps of the synchronous loop, where the device waits for it: from the end
+   of a wait to the launch of the next step, with nothing measured, with the timeline, and with latency points too. The
+   device and its events are stand-ins (tests/support/cuda_stand_in.py), whose calls take less than CUDA's; what the
+   caches held is overwritten in each wait, as it is while a real step takes its milliseconds.
+3. Overlap on the embedded model with 20 ms of added host work a step: the asynchronous wall time, over the longer of
    the device's time alone (its steps in a synchronous run without added work) and the host's time alone (its spans but
    "wait" in a synchronous run with added work).
-3. The asynchronous loop's own price: its wall time over the synchronous one's, on the embedded model as it is.
-4. The time to import asyncbatch when torch and transformers are there already.
-5. How long the page of a report with 20,000 spans takes to draw its timeline again, at several zooms, in a headless
+4. The asynchronous loop's own price: its wall time over the synchronous one's, on the embedded model as it is.
+5. The time to import asyncbatch when torch and transformers are there already.
+6. How long the page of a report with 20,000 spans takes to draw its timeline again, at several zooms, in a headless
    Chromium: the script, and then the pixels (`getImageData` waits for them). Not without selenium and Chromium.
 
 All are medians over rounds; what is compared with each other runs in turns, in an order that alternates.
@@ -32,7 +38,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,14 +47,19 @@ import numpy as np
 import torch
 
 from asyncbatch import AsyncBatcher, Request, SyncBatcher, Timeline, load_model
+from asyncbatch.measure import record_points
 from asyncbatch.measure.law import overlap_gain
 from asyncbatch.measure.text import table_line
 from asyncbatch.profile.compare import load
 from asyncbatch.profile.page import write_page
 from asyncbatch.profile.report import OWN, Comparison, ContextSteps, Report, Run
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools.host_work import ROWS, host_ms, requests
+
 ROUNDS = 5
-ROWS, ROWS_IN_PHASES = (1, 8, 32, 128, 256), (32, 256)  # of a step whose host work is measured, and told by phase
+ROWS_IN_PHASES = (32, 256)  # of a step whose host work is told by phase; it is measured at ROWS
 OVERLAP_ROUNDS = 9  # single rounds scatter by several per cent on 2 cores
 PAIRS = 15
 HOST_WORK_S = 0.020
@@ -59,23 +69,6 @@ start = time.perf_counter()
 import asyncbatch
 print(time.perf_counter() - start)
 """
-
-
-def requests(model, count: int, new_tokens: int) -> list[Request]:
-    """Random prompts of 16 tokens; each request runs to its length limit."""
-    prompts = np.random.default_rng(0).integers(0, model.config.vocab_size, (count, 16)).tolist()
-    return [Request(prompt, new_tokens, stop_token_ids=()) for prompt in prompts]
-
-
-def host_ms(timeline: Timeline) -> dict[str, float]:
-    """Median milliseconds of a decode step by host phase, and "total" of all but waiting."""
-    decode = {step.step for step in timeline.steps if step.kind == "decode"}
-    phases: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
-    for span in timeline.spans:
-        if span.lane == "host" and span.name != "wait" and span.step in decode:
-            for phase in (span.name, "total"):
-                phases[phase][span.step] += 1e3 * (span.end - span.start)
-    return {phase: statistics.median(times.values()) for phase, times in phases.items()}
 
 
 def host_s(timeline: Timeline) -> float:
@@ -152,6 +145,41 @@ def show_host_work(batcher, workload: list[Request], rounds: int) -> None:
         steps += len(batcher.timeline.steps)
     part = f"{what}: block tables, pruning (mean)"
     show(part, 1e3 * spent[0] / steps, "ms", "0.1 at most" if count == 32 else "")
+
+
+MEASURED = ("nothing", "timeline", "timeline and points")
+CACHE_BYTES = 2**25
+
+
+def bench_measuring(rounds: int = ROUNDS, rows: int = 32, new_tokens: int = 256) -> None:
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    from support.cuda_stand_in import stand_in
+
+    print(
+        f"The host's work between two synchronous steps, by what is measured ({rows} rows, stand-in, {rounds} rounds)"
+    )
+    model, _ = load_model("random:tiny")
+    workload = requests(model, rows, new_tokens)
+    one, other = np.zeros((2, CACHE_BYTES), np.uint8)
+    with stand_in(real=True) as gpu, contextlib.ExitStack() as stack:
+        gpu.between = lambda: np.copyto(one, other)
+        options: dict[str, Any] = {"max_batch_size": rows, "max_length": 16 + new_tokens, "num_slots": 2}
+        batchers = {}
+        for what in MEASURED:
+            options |= {"timeline": what != "nothing", "parts": what == MEASURED[2]}
+            batchers[what] = stack.enter_context(SyncBatcher(model, **options))
+        found: dict[str, list[float]] = {what: [] for what in MEASURED}
+        for number in range(rounds + 1):  # the first is a warm-up
+            for what in MEASURED[:: -1 if number % 2 else 1]:
+                gpu.host_s.clear()
+                with record_points(batchers[what]) if what == MEASURED[2] else contextlib.nullcontext():
+                    batchers[what].run(workload)
+                if number:
+                    found[what].append(1e6 * statistics.median(gpu.host_s[1:]))
+    for what, times in found.items():
+        ratios = [with_ / without for with_, without in zip(times, found["nothing"], strict=True)]
+        more = f"{statistics.median(ratios):.3f}x of nothing {between(ratios)}"
+        show(what, statistics.median(times), "us", "", more)
 
 
 def in_turns(batchers: dict, workload: list[Request], rounds: int) -> dict:
@@ -366,6 +394,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measure the package itself, beside its targets.")
     parser.add_argument("--targets", metavar="REPORT.json", help="measure nothing: judge the report of a preset")
     parser.add_argument("--host-work", action="store_true", help="measure only the host's work per step, not the rest")
+    parser.add_argument("--measuring", action="store_true", help="measure only what measuring costs the host")
     parser.add_argument("--page", action="store_true", help="measure only how fast a page draws its timeline again")
     options = parser.parse_args(arguments)
     if options.targets is not None:
@@ -378,12 +407,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if hasattr(os, "getloadavg"):
         print(f"{os.cpu_count()} cores, load before this began: {os.getloadavg()[0]:.2f} (should be near 0)")
-    if options.page:
-        bench_page()
-        return 0
+    for alone, measure in ((options.page, bench_page), (options.measuring, bench_measuring)):
+        if alone:
+            measure()
+            return 0
     bench_host_work()
     if options.host_work:
         return 0
+    bench_measuring()
     bench_overlap()
     bench_import()
     bench_page()

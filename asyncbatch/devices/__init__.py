@@ -48,7 +48,7 @@ def _on_cuda(model, config: Config, buffers, runner) -> Any:
         model, shape=config.shape, host=buffers, asked_blocks=asked, compile=config.compile, parts=config.parts
     )
     device = CudaDevice(program, config.num_slots, next(model.parameters()).device)
-    device.shape, device.host_work_s = program.shape, config.host_work_s
+    device.shape, device.host_work_s, device.timed = program.shape, config.host_work_s, config.timeline != 0
     return device
 
 

@@ -269,8 +269,8 @@ class Lab:
         if self.device.clock != "cuda":
             start, end = self.device.spans(slot)[number]
         else:
-            events = self.device.timing[slot][number]
-            start, end = (self.device.origin + 1e-3 * self.device.origin_event.elapsed_time(e) for e in events)
+            events, clock = self.device.timing[slot][number], self.device.event_clock
+            start, end = (clock.origin + 1e-3 * clock.event.elapsed_time(event) for event in events)
         return start, end
 
     @property

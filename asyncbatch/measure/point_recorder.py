@@ -51,6 +51,9 @@ def record_points(batcher: Any) -> Iterator[None]:
         time(kv, "prune", "prune")
         for stream, method, point in zip(device.streams, FIRST_COMMANDS, LAUNCHES, strict=True):
             replace(stream, method, recorder.note_begin(point, getattr(stream, method)))
+        timing = getattr(device, "device", device)  # within a race checker
+        if hasattr(timing, "timed"):  # CUDA's: a batcher with timeline=False launches without timing events
+            replace(timing, "timed", True)
         if hasattr(device, "parts"):
             replace(device, "spans", recorder.note_parts(device.spans))
         if batcher.tokenizer is not None:
@@ -100,7 +103,7 @@ class PointRecorder:
         self.bound: int | None = getattr(self.timeline, "most_steps", None)  # lifted while it records
         self.since = self.now()
         self.calls: list[Any] = []  # flat: name, start and end of a call, then those of the next call, and so on
-        self.parts: list[Any] = []  # flat: start of a step on the device, seconds of its parts, and so on
+        self.parts: list[Any] = []  # flat: a step's spans on the device and seconds of its parts, or what gives them
         self.collections: list[tuple[Timeline, float, float]] = []
         self._collection_start: float | None = None
 
@@ -149,7 +152,7 @@ class PointRecorder:
 
         def wrapper(slot: int):
             times = spans(slot)
-            note((times[1][0], parts_of(slot)))
+            note((times, parts_of(slot)))
             return times
 
         return wrapper
@@ -200,7 +203,9 @@ class PointRecorder:
         """The parts of each step on the device: one after the other, from the step's start on."""
         _, steps, starts, _ = self.timeline.lane("compute")
         step_at = dict(zip(starts.tolist(), steps.tolist(), strict=True))
-        for start, parts in zip(*[iter(self.parts)] * 2, strict=True):
+        for spans, parts in zip(*[iter(self.parts)] * 2, strict=True):
+            spans, parts = (one() if callable(one) else one for one in (spans, parts))
+            start = spans[1][0] if spans else -1.0
             if start not in step_at:  # Ctrl-C came before the step was noted
                 continue
             step = step_at[start]

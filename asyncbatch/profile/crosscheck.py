@@ -32,9 +32,10 @@ KINETO_TOKENS = 64  # of each request under torch.profiler: thousands of steps w
 def overhead(measuring, plain, requests: list[Request]) -> Overhead | None:
     """What measuring costs a step.
 
-    Two batchers of one kind serve the same requests: `measuring` notes latency points, `plain` notes not even a span.
-    They take turns, with STRETCH turns of the loop each, and a pair is two such stretches of the same steps. To compare
-    whole runs would say less: two runs of the same batcher differ by more than the cost that is looked for.
+    Two batchers of one kind serve the same requests: `measuring` notes latency points, `plain` notes not even a span,
+    and where it was opened with timeline=False it records no timing events on CUDA either. They take turns, with
+    STRETCH turns of the loop each, and a pair is two such stretches of the same steps. To compare whole runs would say
+    less: two runs of the same batcher differ by more than the cost that is looked for.
 
     share: the median over the pairs of time with / time without, less 1; interval: where that median lies with 95 %
     confidence (None with fewer than 6 pairs); ms_per_step: the same share of a step; pairs: the share of each pair. A

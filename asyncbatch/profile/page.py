@@ -84,6 +84,7 @@ WORDS = (
     ("Wasted token", "a token computed for a request that had finished already."),
 )
 NamedRun = tuple[str, Run]  # what a run is called on the page, and the run
+MOST_COLUMNS = 6  # of a table with a column for each run; of more runs it has a line each
 
 
 def write_page(
@@ -197,7 +198,7 @@ def _summary(report: Report, runs: list[NamedRun]) -> Summary:
         return Summary(None, "", [])
     lines = _lines([run for _, run in columns])
     head: list[str] = ["", *(name for name, _ in columns)]
-    if len(columns) > 6:  # several workloads: a line each
+    if len(columns) > MOST_COLUMNS:  # several workloads: a line each
         head, *lines = (list(line) for line in zip(head, *lines, strict=True))
     others = [*_ranks(runs), _latencies(runs), _contexts(columns)]
     if side_by_side.has_names(report):
@@ -251,9 +252,12 @@ def _ranks(runs: list[NamedRun]) -> Iterator[Table]:
 
 
 def _latencies(runs: list[NamedRun]) -> Table:
-    columns = ["", *(f"{words}, {part}" for words, _ in LATENCY_ROWS for part in ("median", "p99"))]
-    rows = [[name, *_latency_cells(run.latency)] for name, run in runs if run.latency]
-    return Table.of("Latency of requests, from their arrival", columns, rows)
+    """A column for each run, as in the summary above it."""
+    head = ["", *(f"{words}, {part}" for words, _ in LATENCY_ROWS for part in ("median", "p99"))]
+    lines = [[name, *_latency_cells(run.latency)] for name, run in runs if run.latency]
+    if 0 < len(lines) <= MOST_COLUMNS:
+        head, *lines = (list(line) for line in zip(head, *lines, strict=True))
+    return Table.of("Latency of requests, from their arrival", head, lines)
 
 
 def _latency_cells(latency: Latency) -> Iterator[str]:

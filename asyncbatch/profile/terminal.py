@@ -15,6 +15,7 @@ from .verdict import who
 
 SHOWN = 12  # rows of a section; the JSON and the page have all
 BAR = 20  # characters of a whole bar
+ROOMY, GAP = 80, 2  # columns of a terminal from which on tables have lines around their cells; between two cells
 
 
 class Section(NamedTuple):
@@ -126,21 +127,40 @@ def show(report: Report, file: TextIO | None = None) -> None:
 
 
 def _show_rich(report: Report, console: Any) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
     for place, line in enumerate(table(report).splitlines()):
-        # As Text: names of models and files never become markup.
-        console.print(Text(line, style="bold" if place < len(report.sentences) else ""), soft_wrap=True)
+        # As Text: names of models and files never become markup. Sentences are broken between words; a table's line is
+        # left to the terminal, which keeps its spaces.
+        is_prose = "  " not in line
+        console.print(Text(line, style="bold" if place < len(report.sentences) else ""), soft_wrap=not is_prose)
     for section in sections(report):
-        made = Table(title=Text(section.title), title_justify="left", title_style="bold", header_style="dim")
+        console.print()
+        least = _least_widths(section)
+        look: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "header_style": "dim"}
+        if sum(least) + GAP * len(least) > console.width:  # then the terminal breaks its lines, and nothing is cut off
+            for line in plain(section):
+                console.print(Text(line), soft_wrap=True)
+            continue
+        if console.width < ROOMY:
+            look |= {"box": SIMPLE_HEAD, "padding": (0, GAP - 1, 0, 0), "show_edge": False}
+        made = Table(title=Text(section.title), **look)
         for column, name in enumerate(section.header):
-            is_text = column in _words(section)  # never cut: rich takes the room from nowhere else
-            made.add_column(name, justify="left" if is_text else "right", no_wrap=column == 0, overflow="fold")
+            align: Any = "left" if column in _words(section) else "right"
+            made.add_column(name, justify=align, no_wrap=column == 0, min_width=least[column])
         for row in section.rows:
             made.add_row(*map(Text, row))
-        console.print()
         console.print(made)
+
+
+def _least_widths(section: Section) -> list[int]:
+    """How wide each column is at least: a number that went on in the next line would be another number. The first
+    column is never broken."""
+    columns = list(zip(section.header, *section.rows, strict=True))
+    words = [[word for cell in column for word in cell.split()] for column in columns]
+    return [max(map(len, columns[0])), *(max(map(len, each), default=0) for each in words[1:])]
 
 
 def console_for(file: TextIO) -> Any:

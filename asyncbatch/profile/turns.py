@@ -18,6 +18,7 @@ from ..timeline import Timeline
 from .console import is_looked_at, one_line, tell, waiting
 from .crosscheck import kineto, overhead
 from .draws import arrival_times
+from .machine import is_on_cuda
 from .measurement import Measurement
 from .options import FEWEST, MOST, sizes
 from .rank_times import RankTimes, lasting_until_all_are_done
@@ -193,8 +194,9 @@ class Turns:
                 )
 
     def _overhead(self, batcher, mode: str) -> Overhead | None:
-        """What measuring with `batcher` costs, beside a batcher that measures nothing, and on CUDA times no parts."""
-        with open_batcher(OWN, mode, self.settings, self.job, parts=False) as plain:
+        """What measuring with `batcher` costs, beside a batcher that measures nothing: on CUDA it records no timing
+        events either, neither around a command nor inside of a step."""
+        with open_batcher(OWN, mode, self.settings, self.job, measured=False) as plain:
             run_once(plain, self.job.requests)  # warm-up
             return overhead(batcher, plain, self.job.requests)
 
@@ -247,10 +249,11 @@ def failure(workload: Workload, engine: str, mode: str, error: BaseException) ->
     return Failure(engine, mode, workload.model, workload.batch_size, one_line(error), workload.name)
 
 
-def open_batcher(engine: str, mode: str, settings: Settings, job: Job, parts: bool = True):
+def open_batcher(engine: str, mode: str, settings: Settings, job: Job, measured: bool = True):
     """A batcher for the job, not warm yet. Raises whatever the engine raises where it cannot serve the model here.
 
-    parts: on CUDA, time the parts of a step too; in a preset and for a recording that is never done."""
+    measured: keep a whole timeline and, on CUDA, time the parts of a step too, which in a preset and for a recording is
+    never done. False: measure nothing; all else is the same."""
     limits: dict[str, Any] = {"max_batch_size": job.workload.batch_size, "max_length": job.sizes.max_length}
     if engine != OWN:
         from .peers.batcher import TransformersBatcher  # only here: what it needs may not be installed
@@ -258,12 +261,15 @@ def open_batcher(engine: str, mode: str, settings: Settings, job: Job, parts: bo
         return TransformersBatcher(job.model, mode=mode, **limits)
     if settings.compile:
         limits["compile"] = True
-    limits["parts"] = parts and not (settings.preset or settings.record)
+    parts = not (settings.preset or settings.record)
+    limits["parts"] = parts and measured
     if settings.prefill_tokens is not None:
         limits["prefill_tokens"] = [int(size) for size in str(settings.prefill_tokens).split(",")]
-    slots = settings.slots if mode == "async" else 1
+    # The events of a step's parts belong to its slot's graphs. With two slots those of one step can still be read while
+    # the next one runs; with a single slot they would have to be read before, while the device waits.
+    slots = settings.slots if mode == "async" else 2 if parts and is_on_cuda(job.model) else 1
     host_work_s = 1e-3 * settings.host_work_ms
-    limits["timeline"] = WHOLE
+    limits["timeline"] = WHOLE if measured else False
     return BATCHERS[mode](job.model, num_slots=slots, host_work_s=host_work_s, step_s=job.step_s, **limits)
 
 

@@ -157,6 +157,9 @@ class SharedEmbedding(nn.Embedding):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         own = ids - self.first
         mine = (own >= 0) & (own < len(self.weight))
-        y = nn.functional.embedding(own * mine, self.weight) * mine[..., None]
+        if len(self.weight):
+            y = nn.functional.embedding(own * mine, self.weight) * mine[..., None]
+        else:  # more ranks than rows
+            y = self.weight.new_zeros(*ids.shape, self.weight.shape[1])
         torch.ops.asyncbatch.all_reduce(y, self.group.name)
         return y

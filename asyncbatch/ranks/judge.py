@@ -25,7 +25,8 @@ class Beat:
     thread is at, such as "serving"; "" while nothing is expected of it. allowance_s: so long the phase may go without
     progress. progress: a number that the main thread changes as it goes on. doing: what it does at this moment;
     a text that begins with "wait" means that it waits for others, or for the device. since_s: since when. left: it has
-    ended as it should. place, pid, begun: its process (`neighbour.py`)."""
+    ended as it should. ending: it cannot go on, and waits for the cause. place, pid, begun: its process
+    (`neighbour.py`)."""
 
     count: int
     group: int = 0
@@ -35,6 +36,7 @@ class Beat:
     doing: str = ""
     since_s: float = 0.0
     left: bool = False
+    ending: bool = False
     place: str = ""
     pid: int = 0
     begun: str = ""
@@ -135,8 +137,9 @@ class Judge:
             busy = any(beat.phase for beat in ranks.values())
             still_s = still_s + passed_s if busy and standing == before else 0.0
             self._still[group] = standing, still_s
-            # (A rank that has just fallen silent is not blamed for hanging: it may be gone.)
-            if busy and all(self.silent_s[rank] < self.timeout_s / 4 for rank in ranks):
+            # (Where one has just fallen silent it may be gone, and one that ends will say why: nobody hangs then.)
+            settled = all(self.silent_s[rank] < self.timeout_s / 4 and not beat.ending for rank, beat in ranks.items())
+            if busy and settled:
                 # The one that is furthest behind; among equals the one that does not wait for the others.
                 rank = min(ranks, key=lambda one: (ranks[one].progress, ranks[one].doing.startswith("wait"), one))
                 if still_s >= ranks[rank].allowance_s:

@@ -103,9 +103,10 @@ class Lockstep:
 
     def _wait(self, work: Any) -> None:
         """Until a message has come or gone. RankError once a rank is lost."""
-        pause = 20e-6
+        pause, self.watch.doing = 20e-6, "waiting for the leader"
         while not work.is_completed():
             self.watch.check()
             time.sleep(pause)
             pause = min(2 * pause, 2e-3)
         work.wait()
+        self.watch.doing = ""

@@ -30,13 +30,15 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ..request import Completion, Request, RequestError, shown
+from ..streams import DeviceError
 from .dealer import Dealer
 from .errors import RankError
 from .neighbour import this_place
-from .post import LOOK_S, Letters
+from .post import Letters
 from .watch import Watch
 
 PINGS = 8
+JOIN_S = 5.0
 PAUSE_S = 0.1  # a main thread without requests looks so often whether it should stop
 
 
@@ -89,7 +91,6 @@ class Replicas:
         )
         try:
             batcher.run([])  # begins a new timeline
-            run.meet()
             run.start()
             with self.watch.busy("serving, step") if self.watch else contextlib.nullcontext():
                 self._turn(batcher, run, update, idle)
@@ -131,27 +132,31 @@ class Replicas:
                 with watch.idle() if watch else contextlib.nullcontext():
                     while not run.wake.wait(PAUSE_S):
                         self.check()
-                idle(start, self.clock())
+                if run.begun_s is not None:  # else this replica waited for the others, and not for requests
+                    idle(max(start, run.begun_s), self.clock())
         if run.finished != told:
             update(run.finished)
 
 
+class _Over(Exception):
+    """The run has ended."""
+
+
 class _Run:
-    """One call of `serve` on one replica. `failure`: why it cannot go on. `finished`: how many requests have ended."""
+    """One call of `serve` on one replica. failure: why it cannot go on. finished: how many requests have ended.
+    begun_s: when all replicas were there."""
 
     def __init__(self, replicas: Replicas, batcher: Any, name: str):
         self.all, self.batcher, self.name = replicas, batcher, name
         self.over, self.wake = threading.Event(), threading.Event()
         self.failure: Exception | None = None
         self.finished = 0
-        self.ended: queue.SimpleQueue = queue.SimpleQueue()  # (sender, (what, index, completion)): for the threads
+        self.begun_s: float | None = None
+        self.news: queue.SimpleQueue = queue.SimpleQueue()  # (sender, (what, ...)), for the thread that works them off
         self._new: deque[tuple[int, Any]] = deque()  # submitted by a thread, not yet seen by the main thread
         self.open: dict[int, Any] = {}  # handles by the number of their request; the main thread's
         self.bell = Letters(replicas._store, f"{name}/{replicas.replica}")  # to this replica's own reader
         self._threads: list[threading.Thread] = []
-
-    def meet(self) -> None:
-        raise NotImplementedError
 
     def start(self) -> None:
         for work in self.work():
@@ -163,11 +168,11 @@ class _Run:
         """The threads are over when the run is: one that the interpreter's end finds in the store's own code would
         abort the process."""
         self.over.set()
-        self.ended.put((self.all.replica, ("over",)))
+        self.news.put((self.all.replica, ("over",)))
         with contextlib.suppress(RuntimeError):  # the store is gone
             self.bell.send(self.all.replica, pickle.dumps(("over",)))
         for thread in self._threads:
-            thread.join(5 * LOOK_S)
+            thread.join(JOIN_S)
 
     def work(self) -> list[Callable[[], None]]:
         """What the threads do."""
@@ -186,7 +191,7 @@ class _Run:
             self._new.append((index, self.batcher.submit(request)))
         except RequestError as error:
             now = self.all.clock()
-            self.ended.put((self.all.replica, ("ended", index, Completion([], "error", error, now, None, now))))
+            self.news.put((self.all.replica, ("ended", index, Completion([], "error", error, now, None, now))))
         self.wake.set()
 
     def hand_on(self) -> None:
@@ -195,7 +200,7 @@ class _Run:
             index, handle = self._new.popleft()
             self.open[index] = handle
         for index in [index for index, handle in self.open.items() if handle.completion is not None]:
-            self.ended.put((self.all.replica, ("ended", index, self.open.pop(index).completion)))
+            self.news.put((self.all.replica, ("ended", index, self.open.pop(index).completion)))
 
     def cancel(self) -> None:
         """The requests that this replica still has; not where a rank is lost, since the device may wait for it."""
@@ -206,9 +211,6 @@ class _Run:
                 self.batcher.cancel(handle)
             while self.batcher.turn():
                 pass
-
-    def going(self) -> bool:
-        return not self.over.is_set()
 
     def _safely(self, work: Callable[[], None]) -> None:
         try:
@@ -222,10 +224,6 @@ class _Run:
             self.over.set()
         self.wake.set()
 
-    def _going_or_raise(self) -> bool:
-        self.all.check()
-        return not self.over.is_set()
-
 
 class _Dealing(_Run):
     """Rank 0's."""
@@ -234,40 +232,35 @@ class _Dealing(_Run):
         self, replicas: Replicas, batcher: Any, name: str, requests: Iterable, arrivals_s: Sequence[float] | None
     ):
         super().__init__(replicas, batcher, name)
-        self._asked, self.start_s = (requests, arrivals_s), 0.0
+        self._asked, self.start_s = (requests, arrivals_s), self.all.clock()
         self.requests: list[Any] = []
         self.answers: list[Completion | None] = []
         self.offset_s = [0.0] * replicas.replicas  # what each replica's clock shows more than this one
         self.inbox = Letters(replicas._store, f"{name}/0")
         self.outboxes = {one: Letters(replicas._store, f"{name}/{one}") for one in range(1, replicas.replicas)}
 
-    def meet(self) -> None:
-        """Wait until all replicas are there, and compare the clocks. Arrivals count from the end of it."""
-        self.requests = requests = list(self._asked[0])
+    def _prepare(self) -> None:
+        requests = list(self._asked[0])
         self.arrivals_s = arrivals_s = _checked(requests, self._asked[1])
         size = self.batcher.shape.max_batch_size
         room = size + max(2, size // 4)
         self.dealer = Dealer([_size(one) for one in requests], arrivals_s, self.all.replicas, room)
-        self.answers = [None] * len(requests)
+        self.requests, self.answers = requests, [None] * len(requests)
+
+    def _meet(self) -> None:
+        """Wait until all replicas are there, and compare the clocks. Arrivals count from the end of it."""
         for replica, outbox in self.outboxes.items():
             fastest_s = float("inf")
             for _ in range(PINGS):
                 asked_s = self.all.clock()
                 outbox.send(0, pickle.dumps(("ping",)))
-                letter = self.inbox.receive(self._going_or_raise)
-                answered_s = self.all.clock()
-                assert letter is not None
-                _, (what, *rest) = letter
-                if what == "failed":
-                    raise self._failed(letter[0], rest[0])
-                its_s, place = rest
+                its_s, place, answered_s = self._next(None)[2:]
                 # (Processes of one machine have one clock: what would be measured is only the way.)
                 if answered_s - asked_s < fastest_s and not (place and place == self.all.place):
                     fastest_s = answered_s - asked_s
                     self.offset_s[replica] = its_s - (asked_s + answered_s) / 2
-        for outbox in self.outboxes.values():
-            outbox.send(0, pickle.dumps(("go",)))
-        self.start_s = self.all.clock()
+        self._tell_all(("go",))
+        self.start_s = self.begun_s = self.all.clock()
 
     def work(self) -> list[Callable[[], None]]:
         return [self._deal, self._receive] if self.outboxes else [self._deal]
@@ -280,9 +273,17 @@ class _Dealing(_Run):
     def completions(self, error: Exception | None = None) -> list[Completion]:
         # (From any thread: the copies are made in one step of the interpreter.)
         handles = {index: handle for index, handle in [*list(self.open.items()), *list(self._new)]}
-        return [
-            answer or self._so_far(index, handles.get(index), error) for index, answer in enumerate(list(self.answers))
+        answers = [
+            answer or self._so_far(index, handles.get(index), error) for index, answer in enumerate(self.answers)
         ]
+        if error is not None:
+            # Nor is the cause what follows from it: the end of the device processes, which torchrun's SIGTERM reaches
+            # too, and that this rank then cancels what it has.
+            for index, answer in enumerate(answers):
+                lost = isinstance(answer.error, DeviceError) and "device process ended" in str(answer.error)
+                if lost or answer.finish_reason == "cancelled":
+                    answers[index] = dataclasses.replace(answer, finish_reason="error", error=error)
+        return answers
 
     def _so_far(self, index: int, handle: Any, error: Exception | None) -> Completion:
         submitted_s = self.start_s + self.arrivals_s[index]
@@ -293,28 +294,36 @@ class _Dealing(_Run):
         return Completion(handle.token_ids, "error", error, submitted_s, handle.first_token_s, self.all.clock())
 
     def _receive(self) -> None:
-        while (letter := self.inbox.receive(self.going)) is not None:
-            if self.going():  # else it rang the bell
-                self.ended.put(letter)
+        while (letter := self.inbox.receive())[1][0] != "over":
+            sender, thing = letter
+            self.news.put((sender, (*thing, self.all.clock()) if thing[0] == "pong" else thing))
 
     def _deal(self) -> None:
-        while self.finished < len(self.requests):
-            now_s = self.all.clock() - self.start_s
-            while (dealt := self.dealer.deal(now_s)) is not None:
-                self._give(*dealt)
-            next_s = self.dealer.next_s
-            # (A request that is due and was not dealt waits for room: for an answer.)
-            due_s = LOOK_S if next_s is None or next_s <= now_s else min(next_s - now_s, LOOK_S)
-            with contextlib.suppress(queue.Empty):
-                sender, (what, *rest) = self.ended.get(timeout=due_s)
-                if self.over.is_set():
-                    return
-                if what == "failed":
-                    raise self._failed(sender, rest[0])
-                self._gather(sender, *rest)
-        self._tell_all(("end",))
-        self.over.set()
-        self.wake.set()
+        self._prepare()
+        with contextlib.suppress(_Over):
+            self._meet()
+            while self.finished < len(self.requests):
+                now_s = self.all.clock() - self.start_s
+                while (dealt := self.dealer.deal(now_s)) is not None:
+                    self._give(*dealt)
+                next_s = self.dealer.next_s
+                # (A request that is due and was not dealt waits for room: for an answer.)
+                due_s = None if next_s is None or next_s <= now_s else next_s - now_s
+                with contextlib.suppress(queue.Empty):
+                    sender, _, *answer = self._next(due_s)
+                    self._gather(sender, *answer)
+            self._tell_all(("end",))
+            self.over.set()
+            self.wake.set()
+
+    def _next(self, seconds: float | None) -> tuple:
+        """(sender, what, ...) of the next news; queue.Empty if there is none for so long."""
+        sender, (what, *rest) = self.news.get(timeout=seconds)
+        if what == "over":
+            raise _Over
+        if what == "failed":
+            raise self._failed(sender, rest[0])
+        return (sender, what, *rest)
 
     def _give(self, index: int, replica: int) -> None:
         request = self.requests[index]
@@ -359,18 +368,6 @@ class _Following(_Run):
         self.inbox = Letters(replicas._store, f"{name}/{replicas.replica}")
         self.outbox = Letters(replicas._store, f"{name}/0")
 
-    def meet(self) -> None:
-        while True:
-            letter = self.inbox.receive(self._going_or_raise)
-            its_s = self.all.clock()
-            assert letter is not None
-            what, *rest = letter[1]
-            if what == "go":
-                return
-            if what == "stop":
-                raise self._stopped(rest[0])
-            self.outbox.send(self.all.replica, pickle.dumps(("pong", its_s, self.all.place)))
-
     def work(self) -> list[Callable[[], None]]:
         return [self._receive, self._post]
 
@@ -381,23 +378,27 @@ class _Following(_Run):
         self.cancel()
 
     def _receive(self) -> None:
-        while (letter := self.inbox.receive(self.going)) is not None:
-            what, *rest = letter[1]
-            if what in ("end", "over"):
-                self.over.set()
-                self.wake.set()
+        while True:
+            _, (what, *rest) = self.inbox.receive()
+            if what == "serve":
+                self.submit(*rest)
+            elif what == "ping":
+                pong = ("pong", self.all.clock(), self.all.place)
+                self.outbox.send(self.all.replica, pickle.dumps(pong))
+            elif what == "go":
+                self.begun_s = self.all.clock()
             elif what == "stop":
                 raise self._stopped(rest[0])
-            else:
-                self.submit(*rest)
+            else:  # "end", or "over" from this replica itself
+                self.over.set()
+                self.wake.set()
+                return
 
     def _post(self) -> None:
-        while not self.over.is_set():
-            with contextlib.suppress(queue.Empty):
-                sender, (what, *rest) = self.ended.get(timeout=LOOK_S)
-                if what == "ended":
-                    self.outbox.send(sender, _packed(what, *rest))
-                    self.finished += 1
+        while (news := self.news.get())[1][0] != "over":
+            sender, (what, *rest) = news
+            self.outbox.send(sender, _packed(what, *rest))
+            self.finished += 1
 
     def _stopped(self, text: str) -> RankError:
         return RankError(f"rank {self.all.ranks[0]}, replica 0, ended the run: {text}", self.all.ranks[0])

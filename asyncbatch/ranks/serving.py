@@ -162,6 +162,11 @@ class OnRanks(Serving):
             self.lockstep.note_plan(plan)
         return plan
 
+    def wait(self, slot: Slot) -> None:
+        self.watch.doing = "waiting for the device"  # if it comes to that, another rank is to blame
+        super().wait(slot)  # type: ignore[misc]
+        self.watch.doing = ""
+
     def commit(self, slot: Slot) -> None:
         failure = self.device.failure(slot.index)
         if failure:  # one rank's, perhaps, and the others have their results: nobody can go on

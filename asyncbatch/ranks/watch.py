@@ -130,11 +130,14 @@ class Watch:
 
         An error that looks like what follows from another's end (a closed connection) waits for the cause, `timeout_s`
         at most."""
-        text = _on_one_line(error)
+        text = f"{self._judge.who(self.rank)} failed: {_on_one_line(error)}"
         follows = isinstance(error, torch.distributed.DistError) or any(sign in text.lower() for sign in FOLLOWS)
-        self._ends_with(f"failed: {text}", self.timeout_s + 2 * self._every_s if follows else 0.0)
+        verdict = Verdict(text, self.rank)
+        if isinstance(error, RankError):  # heard from another rank, on another way
+            verdict, follows = Verdict(str(error), error.rank), True
+        self._ends_with(verdict, self.timeout_s + 2 * self._every_s if follows else 0.0)
         self._news.wait(2 * self.timeout_s + 10)  # (for ever only if the store neither answers nor closes)
-        return self.error or RankError(f"{self._judge.who(self.rank)} failed: {text}", self.rank)
+        return self.error or RankError(verdict.text, verdict.rank)
 
     def close(self) -> None:
         """Leave: from now on this rank is not missed. If a rank is lost already, this one ends as the others do."""
@@ -150,11 +153,11 @@ class Watch:
 
     def end(self, error: BaseException) -> NoReturn:
         """End all ranks because of this error, and this process. What is finished is kept."""
-        if not isinstance(error, RankError):
-            if isinstance(error, Exception):
-                self._record(error)
-                if "TORCHELASTIC_ERROR_FILE" not in os.environ:  # else torchrun's summary shows where it was raised
-                    traceback.print_exception(type(error), error, error.__traceback__)
+        if isinstance(error, Exception) and not isinstance(error, RankError):
+            self._record(error)
+            if "TORCHELASTIC_ERROR_FILE" not in os.environ:  # else torchrun's summary shows where it was raised
+                traceback.print_exception(type(error), error, error.__traceback__)
+        if self.error is None:
             self.fail(error)
         self._end(error)
 
@@ -226,6 +229,7 @@ class Watch:
             doing=doing,
             since_s=round(now - self._standing[1], 1),
             left=left,
+            ending=self._own is not None,
         )
         self._store.set(f"{self._name}/{self.rank}", self._beat.packed())
 
@@ -245,15 +249,16 @@ class Watch:
     def _reason(self, passed_s: float) -> Verdict | None:
         """Why this rank itself ends, once a better cause was waited for."""
         if self._terminated and self._own is None:
-            self._ends_with("was told to end (SIGTERM)", min(TERMINATED_S, self.timeout_s))
+            told = Verdict(f"{self._judge.who(self.rank)} was told to end (SIGTERM)", self.rank)
+            self._ends_with(told, min(TERMINATED_S, self.timeout_s))
         if self._own is None:
             return None
         verdict, patience_s = self._own
         self._own = verdict, patience_s - passed_s
         return verdict if patience_s <= 0 else None
 
-    def _ends_with(self, why: str, patience_s: float) -> None:
-        self._own = self._own or (Verdict(f"{self._judge.who(self.rank)} {why}", self.rank), patience_s)
+    def _ends_with(self, why: Verdict, patience_s: float) -> None:
+        self._own = self._own or (why, patience_s)
         self._wake.set()
 
     def _accept(self, verdict: Verdict) -> None:

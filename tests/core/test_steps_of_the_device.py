@@ -14,7 +14,7 @@ from support.tiny import tiny_model
 from asyncbatch import Request, SamplingParams
 from asyncbatch.attention import NAME
 from asyncbatch.devices.buffers import host_buffers
-from asyncbatch.kv_cache import KVCache
+from asyncbatch.kv_cache import KVCache, blocks_for
 from asyncbatch.models.toy import toy_llama
 from asyncbatch.runner import Runner
 from asyncbatch.sampling import uniforms
@@ -214,6 +214,63 @@ def test_the_pools_are_as_large_as_the_books_say_and_of_the_models_own_type(dtyp
         assert pool.dtype == dtype
         assert pool.shape == (SHAPE.num_blocks + 1, 1, SHAPE.block_size, config.head_dim)
     assert len({pool.data_ptr() for pool in pools_of(runner)}) == 2 * config.num_hidden_layers
+
+
+@pytest.mark.parametrize("kind", SHAPE.kinds, ids=str)
+def test_attention_is_told_of_each_pass_in_the_shapes_and_types_that_it_asks_for(kind):
+    """Those of `attention.Batch`: on a GPU kernels read these numbers where they lie, so another type is other numbers.
+    And it is told of each pass whether that decodes: there, it is another kernel."""
+    runner, told = a_runner(), []
+    batch_of = runner._batch
+
+    def watched(*args, decode):
+        batch = batch_of(*args, decode=decode)
+        told.append((decode, batch))
+        return batch
+
+    runner._batch = watched
+    runner.inputs[0].fill_(0)
+    try:
+        with torch.inference_mode():
+            runner.run(kind, 0)
+    finally:
+        del runner._batch
+    decode, prefill = (True, kind.rows), (False, kind.tokens)
+    passes = {"decode": [decode], "prefill": [prefill], "mixed": [decode, prefill]}[kind.passes]
+    assert [(decodes, len(batch.places)) for decodes, batch in told] == passes
+    for _, batch in told:
+        assert (batch.places.dtype, batch.places.dim()) == (torch.int64, 1)
+        assert (batch.tables.dtype, tuple(batch.tables.shape)) == (torch.int32, (kind.rows, SHAPE.max_blocks))
+        for each in (batch.first, batch.count, batch.position):
+            assert (each.dtype, tuple(each.shape)) == (torch.int32, (kind.rows,))
+
+
+def test_on_a_cpu_attention_gathers_the_blocks_of_a_rows_own_tokens_and_no_others():
+    """However many blocks its request has, or its table has room for."""
+    runner, told = a_runner(), []
+    batch_of = runner._batch
+
+    def watched(*args, **options):
+        batch = batch_of(*args, **options)
+        told.extend(batch.parts)
+        return batch
+
+    def watch(plan, kv):
+        told.clear()
+
+        def after():
+            ends = [(row.state.number, row.position + row.num_tokens) for row in plan.rows]
+            assert sorted((position + count, blocks.tolist()) for _, count, position, blocks in told) == sorted(
+                (end, kv.table(number)[: blocks_for(end, SHAPE.block_size)]) for number, end in ends
+            )
+
+        return after
+
+    runner._batch = watched
+    try:
+        serve([Request([7] * length, 6, stop_token_ids=()) for length in (1, 3, 4, 13)], 2, watch)
+    finally:
+        del runner._batch
 
 
 def test_no_step_keeps_keys_and_values_anywhere_else():

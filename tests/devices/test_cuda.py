@@ -127,9 +127,10 @@ def test_nothing_in_the_loop_makes_the_host_wait_but_the_one_event(model, batche
         assert waits == list(range(batcher.timeline.summary().steps))
 
 
-def test_the_device_spans_lie_on_the_hosts_clock_and_in_order(model, monkeypatch):
+@pytest.mark.parametrize(("batcher_class", "slots"), [(SyncBatcher, 1), (SyncBatcher, 2), (AsyncBatcher, 2)])
+def test_the_device_spans_lie_on_the_hosts_clock_and_in_order(model, batcher_class, slots, monkeypatch):
     monkeypatch.setattr(cuda_device, "ORIGIN_S", 0.002)  # the origin moves every few steps
-    with AsyncBatcher(model, **OPTIONS) as batcher:
+    with batcher_class(model, num_slots=slots, **OPTIONS) as batcher:
         batcher.run(workload(model.config.vocab_size, 8))
         spans = {(lane, step): (start, end) for lane, _, step, start, end in batcher.timeline.spans if lane != "host"}
         host = {(name, step): (start, end) for lane, name, step, start, end in batcher.timeline.spans if lane == "host"}

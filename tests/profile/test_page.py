@@ -167,10 +167,10 @@ def test_every_number_is_the_reports(both):
 
     latencies = tables.pop("Latency of requests, from their arrival")[1:]
     assert latencies == [
-        [mode, *(ms(run["latency"][f"{key}_ms"][part]) for key in ("first_token", "per_token", "end_to_end")
-                 for part in ("median", "p99"))]
-        for mode, run in runs.items()
-    ]  # fmt: skip
+        [f"{key.replace('_', ' ')}, {part}", *(ms(run["latency"][f"{key}_ms"][part]) for run in runs.values())]
+        for key in ("first_token", "per_token", "end_to_end")
+        for part in ("median", "p99")
+    ]
 
     for mode, run in runs.items():
         gaps, wall_s = run["gaps"], statistics.median_high(run["wall_s_of_each_run"])

@@ -15,7 +15,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "asyncbatch"
 FILES = sorted(PACKAGE.rglob("*.py"))
-CORE_LINES, FILE_LINES, FUNCTION_LINES = 2368, 450, 60
+# 45 of the core's lines put off what measuring costs, so that the device of a synchronous loop does not wait for it.
+CORE_LINES, FILE_LINES, FUNCTION_LINES = 2421, 450, 60
 DOORS, DOOR_LINES = ("__main__.py", "faults.py", "simulate.py"), 8  # commands at the top level that only call a wing
 
 

@@ -80,7 +80,8 @@ def clock_ahead(seconds):
 
 def serve(batchers, requests, arrivals_s=None, *, runs=1, machines=("here", "here", "here"), **more):
     """What each replica's `serve` gave, or the exception that it raised; of the last run."""
-    store = dist.HashStore()
+    # (Not a HashStore: of several readers that wait there, one is woken, and not always the one that is meant.)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     found: list = [None] * len(batchers)
 
     def replica(number):
@@ -223,10 +224,9 @@ def test_letters_of_any_size_from_several_senders(size):
     threads = [threading.Thread(target=writers[one].send, args=(one, packed)) for one in range(2)]
     for thread in threads:
         thread.start()
-    letters = [reader.receive(lambda: True) for _ in range(2)]
+    letters = [reader.receive() for _ in range(2)]
     assert sorted(sender for sender, _ in letters) == [0, 1]
     assert all(thing == bytes(size) for _, thing in letters)
-    assert reader.receive(iter([True, False]).__next__) is None
 
 
 def test_a_store_without_queues_is_refused(tmp_path):

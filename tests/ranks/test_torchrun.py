@@ -21,10 +21,10 @@ SCRIPT = ROOT / "tests" / "support" / "rank_replicas.py"
 pytestmark = pytest.mark.skipif(not Path("/proc/self/ns/pid").exists(), reason="asks /proc for processes")
 
 
-def torchrun(folder: Path, mode: str, fault: str) -> tuple[int, str, list]:
+def torchrun(folder: Path, fault: str) -> tuple[int, str, list]:
     """(exit code, what was printed, what rank 0 wrote). Fails if a process of the run is left."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "localhost:0", str(SCRIPT), str(folder), mode, fault]
+    command += ["--rdzv-endpoint", "localhost:0", str(SCRIPT), str(folder), fault]
     mark = {"ASYNCBATCH_TEST_RUN": str(folder)}  # what belongs to this run is known by it: workers inherit it
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**os.environ, **mark, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
@@ -55,11 +55,11 @@ def tokens() -> list[list[int]]:
         return [list(answer.token_ids) for answer in batcher.run(REQUESTS)]
 
 
-@pytest.mark.parametrize("mode", ["async", "sync"])
-def test_two_replicas_give_the_tokens_of_one_process_in_the_order_given(mode, tmp_path):
-    code, text, answers = torchrun(tmp_path, mode, "serve")
+def test_two_replicas_give_the_tokens_of_one_process_in_the_order_given(tmp_path):
+    """First the synchronous batcher's, then the asynchronous one's."""
+    code, text, answers = torchrun(tmp_path, "serve")
     assert code == 0, text
-    assert answers == [["length", one, "None"] for one in tokens()]
+    assert answers == 2 * [["length", one, "None"] for one in tokens()]
     assert "asyncbatch: " not in text
 
 
@@ -67,12 +67,11 @@ def test_two_replicas_give_the_tokens_of_one_process_in_the_order_given(mode, tm
     ("fault", "cause"),
     [
         ("kill", "is gone: its process has ended without a word"),
-        ("stop", "is gone: no sign of life for 20 s (its process is stopped (SIGSTOP)"),
         ("raise", "failed: MemoryError: planted in a step"),
     ],
 )
 def test_a_lost_rank_ends_the_run_with_one_message_and_what_is_finished_is_kept(fault, cause, tmp_path):
-    code, text, answers = torchrun(tmp_path, "async", fault)
+    code, text, answers = torchrun(tmp_path, fault)
     assert code != 0
     (message,) = [line for line in text.splitlines() if line.startswith("asyncbatch: ")]
     assert message.startswith(f"asyncbatch: rank {FAULTY} (here, pid ")
@@ -81,6 +80,7 @@ def test_a_lost_rank_ends_the_run_with_one_message_and_what_is_finished_is_kept(
     assert len(finished) > 0
     expected = tokens()
     assert all(one == expected[index] for index, one in finished if index < len(expected))
+    assert {reason for reason, _, _ in answers} == {"length", "error"}
     lost = [error for reason, _, error in answers if reason == "error"]
     assert lost
     assert {f"asyncbatch: {error}. All ranks end." for error in lost} == {message}

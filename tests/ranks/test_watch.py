@@ -92,7 +92,7 @@ def test_what_follows_from_the_end_of_a_rank_is_not_the_cause(group):
 
 
 def test_a_closed_connection_without_another_cause_is_told_after_the_time_out(group):
-    ranks = group(["blocked", "closed"], [LONG_S, 2.0], options={"grace_s": 0.5})
+    ranks = group(["blocked", "closed"], [LONG_S, 8.0], options={"grace_s": 0.5}, allowance_s=LONG_S)
     assert ranks.ended() == [1, 1]
     check_end(ranks, "rank 1 (host-1, pid 4001) failed: RuntimeError: [gloo", by=0, alive=[0, 1])
 

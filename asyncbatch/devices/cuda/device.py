@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 import time
 import traceback
 import weakref
@@ -14,6 +15,7 @@ from ...streams import STREAMS, DeviceError
 from ..real_time import RealTime
 
 ORIGIN_S = 0.25  # how long times are told from the same event
+_reading = threading.RLock()  # whoever reads events
 
 
 class _CudaErrors:
@@ -51,6 +53,73 @@ class CudaEvent(torch.cuda.Event):
             super().synchronize()
 
 
+class EventClock:
+    """The host's time of what timing events have seen. One moment on both clocks ties them: event times are relative to
+    each other. stream: where the first of these moments is marked."""
+
+    def __init__(self, stream: Any):
+        self.event = torch.cuda.Event(enable_timing=True)
+        self.event.record(stream)
+        self.event.synchronize()
+        self.origin = time.perf_counter()
+
+    def spans(self, pairs: Any) -> tuple[tuple[float, float], ...]:
+        """(start, end) of each pair of events, in seconds. pairs: one for each stream."""
+        origin, elapsed = self.origin, self.event.elapsed_time  # milliseconds
+        return tuple([(origin + 1e-3 * elapsed(start), origin + 1e-3 * elapsed(end)) for start, end in pairs])
+
+    def move_on(self, pair: list[Any], ended: float) -> None:
+        """CUDA gives these times as float32: a minute after the origin they are whole 4 microseconds. So now and then
+        the end of a step, the second of `pair`, becomes the origin; the pair gets another event."""
+        if ended - self.origin > ORIGIN_S:
+            event, pair[1] = pair[1], torch.cuda.Event(enable_timing=True)
+            self.event, self.origin = event, ended
+
+
+class Unread:
+    """The times of a step whose events nobody has read yet: called, it gives them. In the thousandths of a second in
+    which the device computed, the code and the data for reading events have left the caches, and a synchronous device
+    would wait while they come back. So they are read once the next step has been launched.
+
+    pairs: the step's timing events, one pair for each stream. marks: those of its parts, or None. Until it was read,
+    nobody may record them anew. It does not know the device, which knows it: a circle would keep both."""
+
+    __slots__ = ("clock", "pairs", "marks", "times", "seconds")
+
+    def __init__(self, clock: EventClock, pairs: Any, marks: Any):
+        self.clock, self.pairs, self.marks = clock, pairs, marks
+        self.times: tuple[tuple[float, float], ...] | None = None
+        self.seconds = (0.0, 0.0, 0.0)
+
+    def __call__(self) -> tuple[tuple[float, float], ...]:
+        """(start, end) on each stream; nothing if CUDA has failed since then."""
+        if self.pairs is not None:
+            with _reading:
+                if self.times is None:
+                    try:
+                        self._read()
+                    except torch.AcceleratorError:  # whoever waits next is told
+                        self.times = ()
+                self.clock = self.pairs = self.marks = None  # type: ignore[assignment]
+        return self.times  # type: ignore[return-value]
+
+    def parts(self) -> tuple[float, float, float]:
+        """Seconds of the carry-over, the model and sampling."""
+        self()
+        return self.seconds
+
+    def _read(self) -> None:
+        clock, pair = self.clock, self.pairs[1]
+        times = clock.spans(self.pairs)
+        began, ended = times[1]
+        if self.marks is not None:
+            carried, computed = self.marks
+            first, second = 1e-3 * pair[0].elapsed_time(carried), 1e-3 * carried.elapsed_time(computed)
+            self.seconds = first, second, ended - began - first - second
+        self.times = times
+        clock.move_on(pair, ended)  # last: after an interrupt before it, all can be read again
+
+
 class CudaStream:
     """A torch.cuda.Stream that launches a program's commands, each between two timing events."""
 
@@ -74,69 +143,81 @@ class CudaStream:
             self.stream.synchronize()
 
     def launch(self, command: Any, slot: int) -> None:
-        if self.number == 0:
-            self.device.errors[slot] = None
-        if self.device.errors[slot]:
+        device, number = self.device, self.number
+        if number == 0:
+            device.begin(slot)
+        if device.errors[slot]:
             return
-        start, end = self.device.timing[slot][self.number]
+        timed, (start, end) = device.is_timed[slot], device.timing[slot][number]
         with _cuda_errors:
-            start.record(self.stream)
+            if timed:
+                start.record(self.stream)
             try:
                 with self.stream:  # (2 us; torch.cuda.stream(...) takes 18)
-                    self.device.program.run(command, slot)
+                    device.program.run(command, slot)
             except Exception as error:
                 # Out of memory, or a mistake on the host: this step's fault alone. An error of CUDA may be an earlier
                 # one's, and final: then waiting raises it again.
                 if isinstance(error, torch.AcceleratorError):
-                    torch.cuda.synchronize(self.device.where)
-                self.device.errors[slot] = f"{command} failed on the device:\n{traceback.format_exc()}"
-            end.record(self.stream)
+                    torch.cuda.synchronize(device.where)
+                device.errors[slot] = f"{command} failed on the device:\n{traceback.format_exc()}"
+            if timed:
+                end.record(self.stream)
 
 
 class CudaDevice(RealTime):
+    """`timed`: whether commands are launched between timing events; without them a step has no spans. `timing`: by slot
+    and stream the pair of events of the newest command. There are two sets of a slot, for while a step is launched the
+    last one of its slot may still be `Unread`."""
+
     clock = "cuda"
 
     def __init__(self, program: Any, num_slots: int, where: torch.device):
         self.program, self.where = program, where
         self.errors: list[str | None] = [None] * num_slots
-        self.step_s = [0.0] * num_slots  # of each slot's newest step
-        new = torch.cuda.Event
-        self.timing = [[(new(enable_timing=True), new(enable_timing=True)) for _ in STREAMS] for _ in range(num_slots)]
+        self.timed, self.is_timed = True, [True] * num_slots  # the second: of each slot's newest step
+        self.newest = 0  # slot of the newest step
+        self.unread: list[Unread | None] = [None] * num_slots  # the times of each slot's last committed step
+        self.timing, self.spare = ([self._events() for _ in range(num_slots)] for _ in range(2))
         self.streams = (CudaStream(self, 0), CudaStream(self, 1), CudaStream(self, 2))
-        # One moment on both clocks: event times are relative to each other, and this ties them to the host's.
         torch.cuda.synchronize(where)
-        self.origin_event = new(enable_timing=True)
-        self.origin_event.record(self.streams[1].stream)
-        self.origin_event.synchronize()
-        self.origin = time.perf_counter()
+        self.event_clock = EventClock(self.streams[1].stream)
         self.padding: dict[int, int] = getattr(program, "padding", {})
         self._keep_quiet()
+
+    @staticmethod
+    def _events() -> list[list[torch.cuda.Event]]:
+        return [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in STREAMS]
 
     def event(self, name: str = "an event", slot: int | None = None) -> CudaEvent:
         return CudaEvent()
 
-    def spans(self, slot: int) -> list[list[float]]:
-        origin, elapsed, pairs = self.origin, self.origin_event.elapsed_time, self.timing[slot]  # milliseconds
-        with _cuda_errors:
-            # (No NumPy: a synchronous device waits meanwhile, and for six numbers it takes longer.)
-            spans = [[origin + 1e-3 * elapsed(start), origin + 1e-3 * elapsed(end)] for start, end in pairs]
-        began, ended = spans[1]
-        self.step_s[slot] = ended - began
-        if ended - origin > ORIGIN_S:
-            # CUDA gives these times as float32: a minute after the origin they are whole 4 microseconds. So the end of
-            # this step is the next origin; its event goes out of use, and the slot gets another one.
-            (start, self.origin_event), self.origin = pairs[1], ended
-            pairs[1] = (start, torch.cuda.Event(enable_timing=True))
-        return spans
+    def begin(self, slot: int) -> None:
+        """A step is about to be launched on the slot. Events that nobody has read yet stay as they are."""
+        self.errors[slot], self.is_timed[slot], self.newest = None, self.timed, slot
+        unread = self.unread[slot]
+        if unread is None:
+            return
+        if unread.marks is not None:  # of these a slot has no second set: they are part of its graphs
+            unread()
+        elif unread.pairs is self.timing[slot]:
+            self.timing[slot], self.spare[slot] = self.spare[slot], self.timing[slot]
 
-    def parts(self, slot: int) -> list[float]:
-        marks = getattr(self.program, "marks", None)
-        if marks is None:
-            return [0.0, 0.0, 0.0]
-        start, (carried, computed) = self.timing[slot][1][0], marks[slot]
-        with _cuda_errors:
-            first, second = 1e-3 * start.elapsed_time(carried), 1e-3 * carried.elapsed_time(computed)
-        return [first, second, self.step_s[slot] - first - second]
+    def spans(self, slot: int) -> Any:
+        if not self.is_timed[slot]:
+            return ()
+        before, marks = self.unread[slot], getattr(self.program, "marks", None)
+        if before is not None:
+            before()  # it has been read long ago, unless nobody waited meanwhile
+        unread = Unread(self.event_clock, self.timing[slot], marks and marks[slot])
+        self.unread[slot] = unread
+        if marks is not None and self.newest != slot:  # a later step is under way: now is as good as later
+            unread()
+        return unread
+
+    def parts(self, slot: int) -> Any:
+        unread = self.unread[slot]
+        return (0.0, 0.0, 0.0) if unread is None else unread.parts
 
     def failure(self, slot: int) -> str | None:
         return self.errors[slot]
@@ -147,6 +228,8 @@ class CudaDevice(RealTime):
     def close(self) -> None:
         self._quiet()
         torch.cuda.synchronize(self.where)
+        for unread in filter(None, self.unread):
+            unread()
         # torch's caches of compiled functions may keep the program. Its graphs must go: they hold memory, and the
         # connections between GPUs, which cannot be closed before.
         getattr(self.program, "graphs", {}).clear()
