@@ -60,7 +60,7 @@ class Session:
             self.settings = in_memory(self.settings, len(given.requests), given.sha256, None)
         elif given is not None and given.prompts is not None:
             self.settings = in_memory(self.settings, len(given.prompts.lines), given.sha256, given.prompts)
-        self.turns: Turns | None = None  # those that are under way
+        self.turns: Turns | None = None  # those that are under way, or the last ones
         self.interrupted = False
         self.measurements: list[Measurement] = []
         self.failed: list[Failure] = []
@@ -99,7 +99,7 @@ class Session:
                 finally:
                     self.measurements += turns.measurements
                     self.failed += turns.failures
-                    self.turns, repeats = None, turns.repeats  # every engine and mode runs equally often
+                    repeats = turns.repeats  # every engine and mode runs equally often
             except Exception as error:
                 if not self.settings.preset:
                     raise
@@ -198,7 +198,8 @@ class Session:
         any thread. Returns the finished completions of the run that was under way, for JSON."""
         turns, mode = self.turns, ",".join(self.settings.modes)
         if turns is not None:
-            self.measurements += turns.so_far()
+            known = [*self.measurements, *turns.measurements, *turns.so_far()]
+            self.measurements = list({id(one): one for one in known}.values())
             mode = turns.serving[1] if turns.serving else mode
         workload = turns.job.workload if turns else self.settings.workloads[0]
         self.failed.append(failure(workload, OWN, mode, error))

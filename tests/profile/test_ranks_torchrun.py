@@ -27,6 +27,7 @@ def torchrun(*arguments, **options):
     """The profiling script on two ranks, as a process group that ends with the block."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("TRITON_INTERPRET", None)  # or transformers' attention would be an interpreted kernel
     process = subprocess.Popen(
         [*command, "-m", "asyncbatch.profile", *arguments], env=environment, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
