@@ -76,7 +76,6 @@ def report_on(label: str, events: Events, graphs: Sequence[int] | None = None) -
         num_events=events.count,
         num_kernels=int((kinds == KERNEL).sum()),
         num_copies=int(np.isin(kinds, COPIES).sum()),
-        collectives_s=1e-9 * int((collectives[1] - collectives[0]).sum()),
         graph_launches=_graph_launches(device, runtime, names),
         coverage=coverage,
         overlap=overlap,

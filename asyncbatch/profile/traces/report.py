@@ -53,12 +53,11 @@ class TraceReport:
     `coverage`: whether anything is missing; if it is not complete, no idle figure is given: shares are None, and there
     are no gaps. `overlap`: how host and device take turns; None where that is not known. `gaps`: the idle time
     (`gaps.py` says what a gap is); the gaps between steps add up to the idle time behind `step_active`. `rank`: of a
-    process among several, as the trace says. `collectives_s`: seconds in which a kernel of a collective (NCCL and the
-    like) ran; `collectives_ns`: the stretches of that. `notes`: what else a reader must know.
+    process among several, as the trace says. `notes`: what else a reader must know.
 
-    `busy_ns`: the stretches in which anything ran on the device. `copies_ns`: (starts, ends) of the copies on the lanes
-    "H2D" and "D2H". `host_ns`: (starts, ends, whether it waits for the device) of the events of the launching
-    thread."""
+    `busy_ns`: the stretches in which anything ran on the device. `collectives_ns`: those in which a kernel of a
+    collective (NCCL and the like) ran. `copies_ns`: (starts, ends) of the copies on the lanes "H2D" and "D2H".
+    `host_ns`: (starts, ends, whether it waits for the device) of the events of the launching thread."""
 
     label: str
     rank: int | None
@@ -75,7 +74,6 @@ class TraceReport:
     num_events: int
     num_kernels: int
     num_copies: int
-    collectives_s: float
     graph_launches: GraphLaunches | None
     coverage: Coverage
     overlap: Overlap | None
@@ -88,6 +86,12 @@ class TraceReport:
 
     def __repr__(self) -> str:
         return f"<TraceReport: {self.label}, {len(self.steps)} steps, {self.num_kernels} kernels>"
+
+    @property
+    def collectives_s(self) -> float:
+        """Seconds in which a kernel of a collective ran."""
+        starts, ends = self.collectives_ns
+        return 1e-9 * int((ends - starts).sum())
 
     @property
     def collectives_in_steps_s(self) -> list[float]:
