@@ -131,15 +131,9 @@ class Turns:
             if key[0] != OWN:
                 check_speed(batcher, requests, self.settings.peer_limit_s, self.ranks)
 
-    def _run(
-        self,
-        batcher,
-        requests: list[Request],
-        arrivals_s: Sequence[float] | None = None,
-        progress: bool = False,
-        points: bool = False,
-    ) -> tuple[Timeline, list[Completion]]:
-        return run_once(batcher, requests, arrivals_s, progress, points, self.ranks.serve)
+    def _run(self, batcher, requests: list[Request], *options: Any) -> tuple[Timeline, list[Completion]]:
+        serve: dict[str, Any] = {"serve": self.ranks.serve} if self.ranks.several else {}
+        return run_once(batcher, requests, *options, **serve)
 
     def _together(self, key: Key, serve: Serve) -> tuple[Timeline, list[Completion], Sequence[RankTimes]]:
         """One run of all ranks. serve: serves, on a rank that leads, and on each rank of another engine. Returns this
