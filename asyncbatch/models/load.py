@@ -50,7 +50,7 @@ def load_model(
         raise ModelError(f"device {str(place)!r} was asked for, but torch {torch.__version__} sees no CUDA device here")
     dtype = dtype or _default_dtype(place)
     if tp > 1:
-        check_ranks(tp, place)
+        check_ranks(tp)
     if name.startswith("random:"):
         try:
             return shard(random_model(name, place, dtype, seed), tp), None
@@ -105,10 +105,10 @@ def _from_pretrained(source: str, device: torch.device, dtype: torch.dtype, tp: 
     """(model, tokenizer) of a folder or a hub id; the tokenizer is None if there is none or if it cannot be loaded."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if tp > 1:
+    if tp > 1 and device.type == "cuda":
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, distributed_config=distributed_config(tp))
     else:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device)
+        model = shard(AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device), tp)
     model.requires_grad_(False).eval()
     files = [file.name for file in Path(source).glob("*")]  # none for a hub id
     if files and not re.search(r"^(tokenizer|vocab|spiece)|tiktoken$", "\n".join(files), re.MULTILINE):

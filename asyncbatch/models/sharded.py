@@ -8,24 +8,19 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from .messages import ModelError
 
 
-def check_ranks(tp: int, device: torch.device) -> None:
-    """ModelError unless this process is one of `tp` ranks that can share a model on that kind of device."""
+def check_ranks(tp: int) -> None:
+    """ModelError unless this process is one of `tp` ranks."""
     size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     if size != tp:
         raise ModelError(
             f"tp is {tp}, and there are {size} ranks here: start {tp} of them, "
             f"torchrun --nproc-per-node {tp} your_script.py"
         )
-    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    kind = there.type if there is not None else "cpu"
-    if device.type != kind:
-        raise ModelError(f"transformers shards a model on {kind!r} here, and device {str(device)!r} was asked for")
 
 
 def distributed_config(tp: int) -> Any:
@@ -43,11 +38,19 @@ def distributed_config(tp: int) -> Any:
 
 
 def shard(model: Any, tp: int) -> Any:
-    """The model, which each rank has whole, sharded over the ranks. It gives its memory back part by part."""
+    """The model, which each rank has whole, sharded over the ranks where it lies.
+
+    (`from_pretrained(..., distributed_config=...)` would read each rank's part only; but it takes the GPU for the place
+    also where torch was only built for one.)"""
     if tp == 1:
         return model
-    kind = type(model)
-    config, _, meshes = kind.prepare_distribute_model(distributed_config(tp))
-    model = kind.maybe_distribute_model(model, config, meshes)
+    config = distributed_config(tp)
+    from torch.distributed.device_mesh import init_device_mesh
+    from transformers.distributed.utils import TransformersDeviceMesh
+
+    where, shape = next(model.parameters()).device.type, (1, 1, 1, tp)
+    dense = init_device_mesh(where, shape, mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp"))
+    expert = init_device_mesh(where, (1, 1, tp, 1), mesh_dim_names=("pp", "dp_replicate", "efsdp", "ep"))
+    model = type(model).maybe_distribute_model(model, config, TransformersDeviceMesh(dense, expert))
     model.tie_weights()  # parts that were one tensor have become two
     return model.requires_grad_(False)
