@@ -62,8 +62,8 @@ SLOW := $(wildcard $(addsuffix .py,$(addprefix tests/, \
   ordering/test_explore ordering/test_faults ordering/test_races ordering/test_ranks profile/test_budget \
   profile/test_crosscheck profile/test_in_memory \
   profile/test_outputs profile/test_page profile/test_peers* profile/test_presets profile/test_profile \
-  profile/test_prompts profile/test_report_schema profile/test_situations profile/test_tooltip_browser \
-  profile/test_trace_coverage profile/test_workload project/test_bench project/test_house ranks/test_faults_on_ranks \
+  profile/test_prompts profile/test_ranks_torchrun profile/test_report_schema profile/test_situations \
+  profile/test_tooltip_browser profile/test_trace_coverage profile/test_workload project/test_bench project/test_house ranks/test_faults_on_ranks \
   ranks/test_on_ranks ranks/test_replicas ranks/test_torchrun ranks/test_watch tour/test_command tour/test_replay)))
 quick: check
 	$(PY) -m pytest tests -n 2 --dist loadfile $(addprefix --ignore=,$(BROWSED) $(SLOW))

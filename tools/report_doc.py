@@ -32,6 +32,8 @@ PARTS = {
     "runs[].kineto": "kineto",
     "runs[].first_context, last_context": "context",
     "runs[].request_floor": "request_floor",
+    "runs[].ranks[]": "rank",
+    "runs[].slowest[]": "slowest",
     "comparisons[]": "comparison",
     "recorded[]": "recorded",
     "failed[]": "failed",

@@ -89,11 +89,17 @@ def _median_s(launch: Callable[[], object]) -> float:
 
 def weight_bytes(model) -> int:
     """Bytes of the weights that a decode step reads: those of all parameters, tied ones once. The input embedding is
-    left out unless it is the output layer too: a step reads only one row of it for each of its tokens."""
+    left out unless it is the output layer too: a step reads only one row of it for each of its tokens. Of a model that
+    ranks share, this rank's part."""
     embedding = model.get_input_embeddings().weight
     output = model.get_output_embeddings()
     tied = output is not None and output.weight is embedding
-    return sum(p.numel() * p.element_size() for p in model.parameters() if tied or p is not embedding)
+    return sum(_own(p).nbytes for p in model.parameters() if tied or p is not embedding)
+
+
+def _own(parameter):
+    """What this rank has of a parameter that several ranks share; else all of it."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
 def kv_heads_and_dim(config) -> tuple[int, int]:
@@ -102,36 +108,50 @@ def kv_heads_and_dim(config) -> tuple[int, int]:
     return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def kv_bytes_per_token(config, dtype: torch.dtype) -> int:
+def kv_bytes_per_token(config, dtype: torch.dtype, tp: int = 1) -> int:
     """Bytes that the keys and values of one token take in the cache. config: a transformers config, of a text model or
-    of one with a text part. dtype: that of the cache."""
+    of one with a text part. dtype: that of the cache. tp: how many ranks share the heads, of which this is one's
+    part."""
     config = config.get_text_config(decoder=True)
     heads, size = kv_heads_and_dim(config)
-    return kv_bytes(config.num_hidden_layers, heads, size, dtype.itemsize)
+    return kv_bytes(config.num_hidden_layers, heads // tp, size, dtype.itemsize)
 
 
 def flops_per_token(model) -> int:
     """Arithmetic operations by which one token of a prompt goes through the matrices of a dense model: two for each of
     their numbers. Left out are embeddings, the output layer, which only the last token of a prompt needs, and attention
-    itself, which for a prompt of 2048 tokens adds 4 % with the 8B shape."""
+    itself, which for a prompt of 2048 tokens adds 4 % with the 8B shape. Of a model that ranks share, this rank's
+    part."""
     left_out = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     if model.get_output_embeddings() is not None:
         left_out.add(id(model.get_output_embeddings().weight))
-    return 2 * sum(p.numel() for p in model.parameters() if p.ndim > 1 and id(p) not in left_out)
+    return 2 * sum(_own(p).numel() for p in model.parameters() if p.ndim > 1 and id(p) not in left_out)
 
 
-def step_floor_s(weight_bytes: float, kv_bytes_per_token: float, context_tokens: float, bandwidth: float) -> float:
+def step_floor_s(
+    weight_bytes: float,
+    kv_bytes_per_token: float,
+    context_tokens: float,
+    bandwidth: float,
+    collectives_s: float = 0.0,
+) -> float:
     """The least seconds that one step can take: to read the weights once, and the keys and values of `context_tokens`
-    tokens (of all rows together) once, at `bandwidth` bytes a second. ValueError for a bandwidth that is not above
-    0."""
+    tokens (of all rows together) once, at `bandwidth` bytes a second. Where ranks share the model, all of that is one
+    rank's part, and the sums between them take `collectives_s`. ValueError for a bandwidth that is not above 0."""
     if not bandwidth > 0:
         raise ValueError(f"the bandwidth is {bandwidth!r}: allowed are bytes a second above 0")
-    return (weight_bytes + context_tokens * kv_bytes_per_token) / bandwidth
+    return (weight_bytes + context_tokens * kv_bytes_per_token) / bandwidth + collectives_s
 
 
-def run_floor_s(weight_bytes: float, kv_bytes_per_token: float, contexts: Iterable[float], bandwidth: float) -> float:
+def run_floor_s(
+    weight_bytes: float,
+    kv_bytes_per_token: float,
+    contexts: Iterable[float],
+    bandwidth: float,
+    collectives_s: float = 0.0,
+) -> float:
     """The least seconds that a whole run can take. contexts: the context tokens of each of its steps."""
-    return sum(step_floor_s(weight_bytes, kv_bytes_per_token, context, bandwidth) for context in contexts)
+    return sum(step_floor_s(weight_bytes, kv_bytes_per_token, each, bandwidth, collectives_s) for each in contexts)
 
 
 class RequestsFloor(NamedTuple):

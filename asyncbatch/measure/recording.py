@@ -7,16 +7,17 @@
 A recording is one session of `python -m asyncbatch.profile --record NAME --out DIR` on one GPU: which engines and
 models ran, with which versions, and for each run every step's time on the device, the idle gap before it, its host
 work, rows, context and tokens. `steps.py` has the steps of a run, `recording_file.py` the keys of the file and how it
-is checked.
+is checked. Of several ranks, a run's own steps are those of rank 0, which is what an emulated device repeats; `ranks`
+has the others', and what each rank spent in collectives.
 """
 
 from __future__ import annotations
 
 import importlib.resources
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,6 +29,17 @@ from . import recording_file
 from .steps import Steps, phase_medians_us, steps_from, steps_of, stored_form
 
 BINS = 64  # points of the curve of device time against context: many enough to follow it, few enough for smooth medians
+
+
+class RankSteps(NamedTuple):
+    """A rank of a run that is recorded: its numbers, its timeline, and what each step spent in collectives (None where
+    nobody timed them)."""
+
+    rank: int
+    replica: int
+    tp_rank: int
+    timeline: Timeline
+    collective_s: Mapping[int, float] | None
 
 
 class Recording:
@@ -95,10 +107,22 @@ class Recording:
             beside.write_text(recording_file.text_of(self.data), encoding="utf-8")
 
     @classmethod
-    def from_runs(cls, name: str, report: dict[str, Any], timelines: Sequence[Timeline]) -> Recording:
+    def from_runs(
+        cls,
+        name: str,
+        report: dict[str, Any],
+        timelines: Sequence[Timeline],
+        ranks: Sequence[Sequence[RankSteps]] = (),
+    ) -> Recording:
         """The recording of a session: `report` as `asyncbatch.profile` makes it on CUDA, and the timeline of each of
-        its runs, in the same order. ValueError if a run has steps that were not measured."""
+        its runs, in the same order; ranks: of each run all ranks, where there are several. ValueError if a run has
+        steps that were not measured."""
         runs = [_stored_run(row, timeline) for row, timeline in zip(report["runs"], timelines, strict=True)]
+        for run, group in zip(runs, ranks, strict=bool(ranks)):
+            if group:
+                conditions = report["workload"]
+                run |= {"tp": conditions["tp"], "replicas": conditions["replicas"]}
+                run["ranks"] = [_stored_rank(one) for one in group]
         data = {"schema": recording_file.SCHEMA, "name": name}
         keys = recording_file.KEYS["recording"][2:]
         data |= {key: report[key] for key in keys if key not in ("runs", "failed", "sha256")}
@@ -111,6 +135,16 @@ class Recording:
     def check(self) -> None:
         """ValueError that names what is missing, or which total does not follow from the steps of its run."""
         recording_file.check(self.data)
+
+    @property
+    def of_ranks(self) -> str:
+        """What has to be said of a recording of several ranks; empty for one GPU."""
+        counts = {(run.get("tp", 1), run.get("replicas", 1)) for run in self.runs} - {(1, 1)}
+        if not counts:
+            return ""
+        tp, replicas = max(counts)
+        shared = f"one of {tp} ranks that share a model, its collectives included" if tp > 1 else "one replica"
+        return f" ({shared}; {tp * replicas} GPUs)"
 
     # ---- the timed device --------------------------------------------------------------------------------------
 
@@ -197,6 +231,18 @@ def _stored_run(row: dict[str, Any], timeline: Timeline) -> dict[str, Any]:
     run = {key: row[key] for key in keys}
     run["wall_s_of_each_run"] = [round(wall_s, 6) for wall_s in run["wall_s_of_each_run"]]
     return {**run, "totals": steps.totals(), "phase_us": phase_medians_us(timeline), "steps": stored_form(steps)}
+
+
+def _stored_rank(one: RankSteps) -> dict[str, Any]:
+    """One of a run's `ranks`. collectives_us: of each step, null where nobody timed them. The steps of rank 0 are the
+    run's own."""
+    steps, timed = steps_from(one.timeline), one.collective_s
+    numbers = one.timeline.lane("compute")[1].tolist()
+    rank: dict[str, Any] = {"rank": one.rank, "replica": one.replica, "tp_rank": one.tp_rank}
+    rank["collectives_us"] = None if timed is None else [round(1e6 * timed.get(number, 0.0)) for number in numbers]
+    if one.rank:
+        rank |= {"totals": steps.totals(), "steps": stored_form(steps)}
+    return rank
 
 
 def _curve(steps: Steps) -> tuple[np.ndarray, np.ndarray]:

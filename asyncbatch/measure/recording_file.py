@@ -11,7 +11,7 @@ import json
 import math
 from typing import Any
 
-from .steps import PACKED, steps_of
+from .steps import PACKED, Steps, steps_of
 
 SCHEMA = 1
 KINDS = ("decode", "prefill")
@@ -31,10 +31,12 @@ KEYS = {
         "wall_s", "tokens", "tokens_per_s", "steps", "decode_steps", "device_active", "idle", "host_ms_per_step",
         "wasted_tokens",
     ),
+    "rank": ("rank", "replica", "tp_rank", "collectives_us"),
     "steps": ("before_us", "after_us", "device_us", "gap_us", "host_us", "kind", *PACKED),
 }  # fmt: skip
 # Not every engine or machine has these; they are null where it does not.
-MAY_BE_NULL = ("triton", "prefill_tokens", "setting", "device_active", "idle", "host_ms_per_step")
+MAY_BE_NULL = ("triton", "prefill_tokens", "setting", "device_active", "idle", "host_ms_per_step",
+               "collectives_us")  # fmt: skip
 
 
 def check(data: Any) -> None:
@@ -72,14 +74,37 @@ def _check_run(where: str, run: dict[str, Any]) -> None:
         raise ValueError(f"{where}: kinds of steps are {sorted(set(steps.kind))}, allowed are {', '.join(KINDS)}")
     if not len(steps.kind) or steps.gap_us[0] != 0:
         raise ValueError(f"{where}: there is no step, or a gap before the first one")
-    for key, value in steps.totals().items():
-        stated = run["totals"][key]
-        same = value == stated if None in (value, stated) else math.isclose(value, stated, rel_tol=1e-9)
-        if not same:
-            raise ValueError(f"{where}: {key} is stated as {stated}, and its steps give {value}")
+    _check_totals(where, run["totals"], steps)
+    for rank in run.get("ranks", ()):
+        _check_rank(f"{where}, rank {rank.get('rank')}", rank, steps)
     walls = sorted(run["wall_s_of_each_run"])
     if not walls or abs(walls[(len(walls) - 1) // 2] - run["totals"]["wall_s"]) > 2e-6:
         raise ValueError(f"{where}: wall_s {run['totals']['wall_s']} is not the median of wall_s_of_each_run {walls}")
+
+
+def _check_rank(where: str, rank: dict[str, Any], steps: Steps) -> None:
+    """A rank of a run whose own steps are those of rank 0. Ranks of one replica have the same steps."""
+    _demand_keys(where, rank, "rank")
+    if rank["rank"]:
+        try:
+            own = steps_of(rank)
+        except (KeyError, ValueError, TypeError) as error:
+            raise ValueError(f"{where}: {error}") from None
+        _check_totals(where, rank["totals"], own)
+        if rank["replica"] == 0 and len(own.kind) != len(steps.kind):
+            raise ValueError(f"{where}: it has {len(own.kind)} steps, and rank 0 has {len(steps.kind)}")
+        steps = own
+    timed = rank["collectives_us"]
+    if timed is not None and len(timed) != len(steps.kind):
+        raise ValueError(f"{where}: {len(timed)} times in collectives for {len(steps.kind)} steps")
+
+
+def _check_totals(where: str, totals: dict[str, Any], steps: Steps) -> None:
+    for key, value in steps.totals().items():
+        stated = totals[key]
+        same = value == stated if None in (value, stated) else math.isclose(value, stated, rel_tol=1e-9)
+        if not same:
+            raise ValueError(f"{where}: {key} is stated as {stated}, and its steps give {value}")
 
 
 def _demand_keys(where: str, value: Any, part: str) -> None:

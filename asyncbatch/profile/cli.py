@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Sequence
 
 from ..streams import DeviceError
 from . import compare
-from .console import one_line, tell
+from .console import muted, one_line, quiet, tell
 from .options import Arguments, flag, parse_arguments
-from .outputs import OutError, make_folder
+from .outputs import OutError, make_folder, write_json
+from .rank_options import own_rank, processes, refuse_for_ranks
 from .report import OWN, Report
 from .session import Session
 from .terminal import show
+from .together import joined
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do what the command line says (None: of this process). Returns the exit status, see the end of `--help`."""
-    options = parse_arguments(arguments)
-    if options.trace is not None:
-        return main_trace(options)
+    """Do what the command line says (None: of this process). Returns the exit status, see the end of `--help`. Of the
+    processes that torchrun has started, one speaks."""
+    rank = own_rank()
+    if rank == 0:
+        return _main(arguments)
+    with muted(rank):
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    with quiet(own_rank() > 0):  # what is wrong with the command line, rank 0 says
+        options = parse_arguments(arguments)
     try:
+        refuse_for_ranks(options, processes())
+        if options.trace is not None:
+            return main_trace(options)
         if options.compare:
             a, b = options.compare
             text, status = compare.run(a, b, options.json, options.threshold, options.figures)
@@ -44,17 +58,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def main_session(options: Arguments) -> int:
-    """Measure, print the report, and write it with --out DIR. Returns the exit status, or raises what went wrong."""
-    session, interrupted = Session(options), False
-    if options.out is not None:  # before anything is measured: otherwise the results would be lost
-        make_folder(options.out)
-    try:
-        session.run()
-    except KeyboardInterrupt:
-        if not session.measurements:
-            raise
-        interrupted = True  # what ran is not thrown away
-        tell("asyncbatch.profile: interrupted; the report is about what ran")
+    """Measure, print the report, and write it with --out DIR. Returns the exit status, or raises what went wrong. Of
+    several ranks all measure, and rank 0 does the rest."""
+    with joined(options) as ranks:
+        session = Session(options, ranks=ranks)
+        ranks.on_lost(functools.partial(_keep, session, options))
+        if options.out is not None:  # before anything is measured: otherwise the results would be lost
+            ranks.first_only(make_folder, options.out)
+        try:
+            session.run()
+        except KeyboardInterrupt:
+            session.interrupted = True
+            if session.measurements:  # what ran is not thrown away
+                tell("asyncbatch.profile: interrupted; the report is about what ran")
+            ranks.interrupted()
+            if not session.measurements:
+                raise
+    return _tell_and_write(session, options) if ranks.speaks else 0
+
+
+def _keep(session: Session, options: Arguments, error: Exception) -> None:
+    """A rank is lost: what is finished is told and written, before this process ends, too. (After Ctrl-C the other
+    ranks call this one lost.)"""
+    if not session.interrupted:
+        finished = session.lost(error)
+        if options.out is not None:
+            write_json(options.out / "completions.json", finished)
+    _tell_and_write(session, options)
+
+
+def _tell_and_write(session: Session, options: Arguments) -> int:
     report, timelines = session.report()
     print(json.dumps(report.to_json(), indent=1)) if options.json else show(report)
     if options.out is not None:
@@ -64,7 +97,7 @@ def main_session(options: Arguments) -> int:
             if error.lost and not options.json:
                 print(json.dumps(report.to_json(), indent=1))  # the last place that is left
             raise
-    return 130 if interrupted else status_of(report)
+    return 130 if session.interrupted else status_of(report)
 
 
 def status_of(report: Report) -> int:

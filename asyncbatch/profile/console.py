@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import TextIO
 
 from ..shown import progress
 from ..streams import DeviceError
@@ -32,6 +34,41 @@ def passing() -> Iterator[None]:
         yield
     finally:
         _passing.reset(token)
+
+
+@contextlib.contextmanager
+def muted(rank: int) -> Iterator[None]:
+    """In the `with` block, of a rank that does not speak: nothing is said here and nothing goes to standard output; on
+    standard error, what others say (warnings) has the rank's name in front of it."""
+    with silent(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(_Named(sys.stderr, rank)):
+        yield
+
+
+@contextlib.contextmanager
+def quiet(wanted: bool) -> Iterator[None]:
+    """In the `with` block, and if it is wanted, nothing goes to standard error."""
+    with contextlib.redirect_stderr(io.StringIO()) if wanted else contextlib.nullcontext():
+        yield
+
+
+class _Named(io.TextIOBase):
+    """A stream whose lines begin with the number of a rank; what is no whole line, like a bar, is dropped."""
+
+    def __init__(self, stream: TextIO, rank: int):
+        self.stream, self.rank, self._begun = stream, rank, ""
+
+    def write(self, text: str) -> int:
+        *lines, self._begun = (self._begun + text).split("\n")
+        for line in lines:
+            if line.strip():
+                self.stream.write(f"rank {self.rank}: {line.rpartition(chr(13))[2]}\n")
+        return len(text)
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
 
 
 def tell(text: str) -> None:

@@ -8,7 +8,7 @@ import functools
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from .workload import serve_over_time
 
 STRETCH = 10  # turns of the loop; some of them are not counted
 PAIRS, ENOUGH_S = 40, 30.0
+Serve = Callable[[list[Request]], Timeline]
 KINETO_TOKENS = 64  # of each request under torch.profiler: thousands of steps would fill gigabytes
 
 
@@ -84,38 +85,52 @@ def _pairs(measuring, plain, requests: list[Request]) -> list[tuple[float, float
     return pairs
 
 
-def kineto(batcher, requests: list[Request]) -> Kineto:
+def kineto(
+    batcher, requests: list[Request], serve: Serve | None = None, all_of: Callable[[bool], bool] = bool
+) -> tuple[Kineto, dict[int, float]]:
     """Run once more under torch.profiler, at most KINETO_TOKENS of each request, and compare two methods on that run.
 
     busy: the union of kernels and copies in its trace; event_active: its steps between CUDA events. Both are shares of
     the time from the end of the first step to the end of the last one. differs: by more than 2 points; note: in words.
     Where the profiler lost events, the run is made again with a quarter of the tokens, which it may not lose; after the
-    last one busy is None and the note says what is missing. ValueError for a run of fewer than two steps."""
+    last one busy is None and the note says what is missing. ValueError for a run of fewer than two steps.
+
+    Returned too: for each step of the run the seconds in which a kernel of a collective ran; empty where the trace does
+    not show the same steps. serve: runs the batcher (None: as `serve_over_time`), and gives the timeline. all_of: of
+    several ranks, whether something is true on all of them."""
+    serve = serve or functools.partial(_served, batcher)
     for most in (KINETO_TOKENS, KINETO_TOKENS // 4, KINETO_TOKENS // 16):
-        trace = _profiled(batcher, requests, most)
-        if trace.coverage.complete:
+        trace, timeline = _profiled(batcher, requests, most, serve)
+        if all_of(trace.coverage.complete):
             break
-    _, _, starts, ends = batcher.timeline.lane("compute")
+    _, numbers, starts, ends = timeline.lane("compute")
+    in_steps = trace.collectives_in_steps_s if trace.coverage.complete and len(trace.steps) == len(numbers) else []
+    in_collectives = dict(zip(numbers.tolist(), in_steps, strict=False))
     active_s, period_s = device_activity(starts, ends)
     if period_s <= 0:
         raise ValueError("--kineto needs a run of two steps or more: take a larger --new-tokens")
     if not trace.coverage.complete:
         note = f"the profiler lost events, so that kernel busy is not told: {'; '.join(trace.coverage.problems())}"
-        return Kineto(None, None, active_s / period_s, None, trace.num_kernels, note)
+        return Kineto(None, None, active_s / period_s, None, trace.num_kernels, note), in_collectives
     busy = traces.busy_in(trace, float(trace.steps[0, 1]), float(trace.steps[-1, 1]))
-    return kineto_result(busy, active_s / period_s, trace, len(starts))
+    return kineto_result(busy, active_s / period_s, trace, len(starts)), in_collectives
 
 
-def _profiled(batcher, requests: list[Request], most: int) -> Any:
-    """The report on the trace of one more run, of at most so many new tokens of each request."""
+def _served(batcher, requests: list[Request]) -> Timeline:
+    serve_over_time(batcher, requests)
+    return batcher.timeline
+
+
+def _profiled(batcher, requests: list[Request], most: int, serve: Serve) -> tuple[Any, Timeline]:
+    """(the report on its trace, the timeline) of one more run, of at most so many new tokens of each request."""
     few = [replace(request, max_new_tokens=min(request.max_new_tokens, most)) for request in requests]
     cuda = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=cuda) as profiler, _replays(batcher) as graphs:
-        serve_over_time(batcher, few)
+        timeline = serve(few)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
-        return traces.read_trace(path, graphs=graphs)
+        return traces.read_trace(path, graphs=graphs), timeline
 
 
 @contextlib.contextmanager

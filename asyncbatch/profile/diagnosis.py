@@ -1,42 +1,40 @@
 """From measurements to a report: the numbers of each run, what explains them, and what to do about them.
 
-Nothing is measured here. The floor of a step or a run is the time that the memory bandwidth alone asks for (see
-`measure/bandwidth.py`); numbers that need it are None where there is no GPU, or where the steps do not say how much
-context they read.
+Nothing is measured here. Numbers that need a floor (`floors.py`) are None where there is no GPU, or where the steps do
+not say how much context they read.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any
 
 import numpy as np
 
-from ..measure.bandwidth import requests_floor, run_floor_s, step_floor_s
 from ..measure.law import idle_share
 from ..measure.points import LANE, NO_REQUEST
 from ..measure.recording import Recording
-from ..measure.steps import Steps, steps_from, steps_of
+from ..measure.steps import steps_of
 from ..timeline import Timeline, busy_curve, device_activity
+from .floors import floor_numbers, request_floor, run_floor
 from .machine import machine_name, versions
 from .measurement import Measurement
 from .pairs import Pairs
+from .place import Place
+from .rank_times import RankTimes, leaders, mean_of, rank_runs, replicas, slowest_of, without_waiting
+from .rank_words import waits_line
 from .report import (
     OWN,
     SCHEMA,
     SERVED,
     Comparison,
-    ContextSteps,
     Failure,
-    Floor,
-    Gpu,
     ModelFacts,
     RecordedRun,
     Report,
-    RequestFloor,
     Run,
     workload_key,
 )
@@ -45,19 +43,6 @@ from .verdict import OVER_TIME, first_line, gain_line, idle_line, judged, trust,
 from .workload import latency
 
 MEANS = ("wall_s", "device_active", "idle", "host_ms_per_step")  # of a summary, where two runs are in the middle
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the measurements were made: device, GPU, its copy bandwidth, and the models that were on it, by name.
-    recording: the one whose device was emulated. matmul: operations a second of the GPU's matrix products."""
-
-    device: str
-    gpu: Gpu | None = None
-    bandwidth: float | None = None
-    models: Mapping[str, ModelFacts] = field(default_factory=dict)
-    recording: Recording | None = None
-    matmul: float | None = None
 
 
 # ---- the report ---------------------------------------------------------------------------------------------------
@@ -106,17 +91,16 @@ def make_report(
 def run_of(one: Measurement, place: Place) -> Run:
     """The typical run of a measurement, with everything that the report has about it."""
     timeline, completions = one.typical_run
+    ranks = one.ranks_of(timeline)
+    each = [rank.timeline for rank in ranks] or [timeline]
+    first = [rank.timeline for rank in leaders(ranks)] or [timeline]
     summary = middle_summary(one)
-    floor = None
-    if place.bandwidth is not None:
-        facts = place.models.get(one.workload.model)
-        floor = floor_numbers(steps_from(timeline), summary["wall_s"], facts, place.bandwidth)
     why = one.explanation
     return Run(
         engine=one.engine,
         mode=one.mode,
         **summary,
-        device_ms_per_step=mean([device_ms(each) for each, _ in one.middle]),
+        device_ms_per_step=mean_of([device_ms(of) for run, _ in one.middle for of in timelines_of(one, run)]),
         model=one.workload.model,
         batch_size=one.workload.batch_size,
         requests=one.workload.requests,
@@ -124,9 +108,9 @@ def run_of(one: Measurement, place: Place) -> Run:
         new_tokens=one.sizes.new_tokens,
         setting=one.setting,
         prefill_tokens=one.prefill_tokens,
-        floor=floor,
+        floor=run_floor(one, summary["wall_s"], first, place),
         latency=latency(completions),
-        wall_s_of_each_run=tuple(each.summary().wall_s for each, _ in one.runs),
+        wall_s_of_each_run=tuple(run.summary().wall_s for run, _ in one.runs),
         interrupted=one.interrupted,
         overhead=one.overhead,
         kineto=one.kineto,
@@ -136,25 +120,35 @@ def run_of(one: Measurement, place: Place) -> Run:
         # Where requests arrive over time, the arrivals decide how long a run takes, and not the loop.
         prediction=why.prediction if one.workload.arrivals == "all" else None,
         workload=one.workload.name,
-        longest_gap_ms=longest_gap_ms(timeline),
+        longest_gap_ms=max([gap for of in each if (gap := longest_gap_ms(of)) is not None], default=None),
         request_floor=request_floor(one, summary["wall_s"], place),
-        measured_steps=measured_steps(timeline),
-        idle_all_steps=idle_all_steps(timeline),
+        measured_steps=sum(map(measured_steps, first)),
+        idle_all_steps=mean_of([idle_all_steps(of) for of in each]),
+        **of_ranks([one.ranks_of(run) for run, _ in one.middle], one.profiled),
     )
+
+
+def of_ranks(middle: Sequence[Sequence[RankTimes]], profiled: Sequence[RankTimes]) -> dict[str, Any]:
+    """What a run says of its ranks; nothing of one rank. middle: those of the runs in the middle. profiled: those of
+    one more run, in which collectives were seen by their kernels."""
+    if not (ranks := middle[-1]):
+        return {}
+    timed = profiled if any(one.collective_s is None for one in ranks) else ()
+    each = [slowest_of(timed or ranks, replica) for replica in range(len(replicas(ranks)))]
+    return {"ranks": rank_runs(middle, timed), "slowest": tuple(one for one in each if one is not None)}
+
+
+def timelines_of(one: Measurement, run: Timeline) -> list[Timeline]:
+    """The timeline of each rank of the run that has this one."""
+    return [rank.timeline for rank in one.ranks_of(run)] or [run]
 
 
 def middle_summary(one: Measurement) -> dict[str, Any]:
     """The summary of the run in the middle; of two, the means of their times and shares."""
-    each = [timeline.summary().as_dict() for timeline, _ in one.middle]
-    made = {**each[-1], **{key: mean([of[key] for of in each]) for key in MEANS}}
+    each = one.middle_summaries
+    made = {**each[-1], **{key: mean_of([of[key] for of in each]) for key in MEANS}}
     made["tokens_per_s"] = made["tokens"] / made["wall_s"] if made["wall_s"] else 0.0
     return made
-
-
-def mean(values: Sequence[float | None]) -> float | None:
-    """None where one of them is not known."""
-    known = [value for value in values if value is not None]
-    return statistics.mean(known) if len(known) == len(values) else None
 
 
 def by_workload(runs: Iterable[Run]) -> list[list[Run]]:
@@ -182,9 +176,13 @@ def comparison(runs: Sequence[Run], measurements: Sequence[Measurement] = ()) ->
     sync, law = own.get("sync"), None
     if sync and sync.device_ms_per_step is not None and sync.host_ms_per_step is not None:
         law = idle_share(sync.host_ms_per_step, sync.device_ms_per_step)
-    of = {one.mode: [timeline for timeline, _ in one.runs] for one in measurements
+    of = {one.mode: one for one in measurements
           if one.engine == OWN and not one.interrupted and workload_of(one) == workload_key(runs[0])}  # fmt: skip
-    pairs = Pairs.of(of["sync"], of["async"]) if len(own) == len(of) == 2 else Pairs()
+    pairs = Pairs()
+    if len(own) == len(of) == 2:
+        pairs = Pairs.of(*(
+            [without_waiting(run, of[mode].ranks_of(run)) for run, _ in of[mode].runs] for mode in ("sync", "async")
+        ))  # fmt: skip
     low_high = pairs.interval
     return Comparison(
         runs[0].model,
@@ -243,56 +241,6 @@ def longest_gap_ms(timeline: Timeline) -> float | None:
     return 1e3 * max(float(gaps.max()), 0.0)
 
 
-def request_floor(one: Measurement, wall_s: float, place: Place) -> RequestFloor | None:
-    """A run beside the least time of its requests. None without a GPU, and where not all requests were there from the
-    beginning and answered with at least one token."""
-    facts, served = place.models.get(one.workload.model), one.served
-    if facts is None or facts.flops_per_token is None or place.bandwidth is None or place.matmul is None:
-        return None
-    if one.workload.arrivals != "all" or not served or min(new for _, new in served) < 1:
-        return None
-    least = requests_floor(
-        facts.weight_bytes,
-        facts.kv_bytes_per_token,
-        facts.flops_per_token,
-        served,
-        one.workload.batch_size,
-        place.bandwidth,
-        place.matmul,
-    )
-    return RequestFloor(least.total_s, wall_s / least.total_s, *least)
-
-
-def floor_numbers(steps: Steps, wall_s: float, model: ModelFacts | None, bandwidth: float) -> Floor:
-    """A run beside its floor; all None where the steps do not say their context.
-
-    first_context, last_context: medians over an eighth of the decode steps with the most rows, at most 32 of them:
-    those with the smallest and those with the largest context. kv_bytes_per_s: the keys and values by which these two
-    differ / the time by which they differ; only where the context grew at least eightfold."""
-    decode = steps.kind == "decode"
-    if model is None or not decode.any() or not steps.context[decode].all():
-        return Floor()
-    weights, kv = model.weight_bytes, model.kv_bytes_per_token
-    floor_s = run_floor_s(weights, kv, steps.context.tolist(), bandwidth)
-    rows = int(steps.rows[decode].max())
-    full = np.flatnonzero(decode & (steps.rows == rows))
-    full = full[np.argsort(steps.context[full], kind="stable")]
-    count = max(1, min(32, len(full) // 8))
-
-    def at(part: np.ndarray) -> ContextSteps:
-        context = float(np.median(steps.context[part])) / rows
-        ms = 1e-3 * float(np.median(steps.device_us[part]))
-        floor_ms = 1e3 * step_floor_s(weights, kv, rows * context, bandwidth)
-        return ContextSteps(rows, context, ms, floor_ms, ms / floor_ms)
-
-    first, last, rate = at(full[:count]), at(full[-count:]), None
-    assert first.ms is not None
-    assert last.ms is not None
-    if last.context >= 8 * first.context and last.ms > first.ms:
-        rate = 1e3 * rows * (last.context - first.context) * kv / (last.ms - first.ms)
-    return Floor(floor_s, wall_s / floor_s, first, last, rate)
-
-
 def recorded_runs(recording: Recording, runs: Iterable[Run], even: bool = True) -> tuple[RecordedRun, ...]:
     """For each emulated run what the recording says of the same model, batch size and mode.
 
@@ -337,6 +285,7 @@ def conclusion(runs: Sequence[Run], only: Comparison, same_tokens: bool, over_ti
     return {
         "idleness": idle_line(run),
         "causes": why_line(run),
+        "waits": waits_line(run),
         "first": first,
         "verdict": OVER_TIME if over_time else gain_line(run, only),
         "trust": trust(run, only, same_tokens, over_time),

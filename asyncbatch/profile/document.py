@@ -22,10 +22,11 @@ import numpy as np
 
 from ..measure.attribution import attribute
 from ..measure.text import in_seconds
-from ..pictures import plot
 from ..pictures.timelines import WIDGET
 from ..shown.files import whole_file
 from ..timeline import Timeline
+from .rank_pictures import NOTE, plot_runs
+from .rank_times import RankTimes
 
 MOST_SPANS = 100_000  # in one page: about 11 bytes each, compressed and in base64
 HERE = Path(__file__).parent
@@ -160,13 +161,16 @@ def gap_causes(timeline: Timeline) -> Iterator[tuple[int, str, float]]:
             yield gap.step, gap.cause, gap.host_s[gap.cause] / gap.seconds
 
 
-def timeline_view(timelines: Sequence[Timeline]) -> TimelineView | None:
-    """The view of the timelines; None without any. Of more than MOST_SPANS spans it keeps that many, and says which."""
+def timeline_view(timelines: Sequence[Timeline], ranks: Sequence[Sequence[RankTimes]] = ()) -> TimelineView | None:
+    """The view of the timelines; None without any. Of more than MOST_SPANS spans it keeps that many, and says which.
+    ranks: of each run what its ranks did, where there are several."""
     if not timelines:
         return None
-    figure = plot(*timelines, causes=gap_causes)
+    figure = plot_runs(timelines, ranks, causes=gap_causes)
     about, spans = figure.packed(MOST_SPANS)
     note = "Each run begins at 0." if len(timelines) > 1 else ""
+    if any(one.collective_s for group in ranks for one in group):
+        note = f"{note} {NOTE}"
     if len(spans) // 24 < figure.num_spans:
         note = f"{note} {_left_out(figure.num_spans, len(spans) // 24, about)}"
     # The bytes in columns (all first bytes, then all second ones, ...): they compress to a third.
@@ -183,7 +187,7 @@ def timeline_view(timelines: Sequence[Timeline]) -> TimelineView | None:
 
 def _left_out(total: int, kept: int, about: dict[str, Any]) -> str:
     low, high = about["lanes"][0]["kept"]
-    all_steps = about["lanes"][2]["kept"] is None
+    all_steps = all(lane["kept"] is None for lane in about["lanes"] if lane["lane"] == "compute")
     what = "of the host and of the copies those" if all_steps else "those"
     steps = "every step of the device, so every idle gap, and " if all_steps else ""
     return (

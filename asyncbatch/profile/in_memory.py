@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-from ..models.checks import check_model
+from ..models.checks import check_model, is_sharded
 from ..request import Request, shown
 from .console import silent
 from .options import IN_MEMORY, arguments_of
@@ -40,6 +40,11 @@ def profile_model(
     Raises ModelError for a model that cannot be served, TypeError for an option that does not exist, ValueError for
     anything else that is not allowed, and whatever a run raises.
     """
+    if is_sharded(model):
+        raise ValueError(
+            "the model is shared by several ranks, and each would have to measure along: "
+            "torchrun --nproc-per-node N -m asyncbatch.profile --tp N --model a-folder-with-it"
+        )
     check_model(model)
     if unknown := sorted(set(options) - ALLOWED):
         raise TypeError(f"profile_model has no option {unknown[0]!r}; allowed are {', '.join(sorted(ALLOWED))}")

@@ -22,7 +22,8 @@ def device_name(model, step_ms: float | None, recording: Recording | None = None
     """What the report calls the device that serves `model`."""
     where = next(model.parameters()).device
     if recording is not None:
-        return f"emulated: {recording.gpu['name']}, recording {recording.name}; nothing computed, this machine's host"
+        name = f"{recording.gpu['name']}, recording {recording.name}{recording.of_ranks}"
+        return f"emulated: {name}; nothing computed, this machine's host"
     if step_ms is not None:
         return f"timed: {step_ms:g} ms a step, nothing computed"
     if where.type == "cuda":
@@ -79,13 +80,13 @@ def gpu_facts(place: torch.device) -> Gpu:
     return Gpu(properties.name, memory_gib, driver, f"{properties.major}.{properties.minor}")
 
 
-def model_facts(model) -> ModelFacts:
-    """What the report says of a model on a GPU."""
+def model_facts(model, tp: int = 1) -> ModelFacts:
+    """What the report says of a model on a GPU; of one that `tp` ranks share, this rank's part."""
     config = model.config.get_text_config()
     return ModelFacts(
         dtype=str(model.dtype).removeprefix("torch."),
         weight_bytes=weight_bytes(model),
-        kv_bytes_per_token=kv_bytes_per_token(config, model.dtype),
+        kv_bytes_per_token=kv_bytes_per_token(config, model.dtype, tp),
         vocab_size=config.vocab_size,
         max_positions=max_positions(config),
         flops_per_token=flops_per_token(model),

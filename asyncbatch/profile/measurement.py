@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from ..request import Completion
 from ..timeline import Timeline
 from .explanation import Explanation
+from .rank_times import RankTimes, summary_of
 from .report import Kineto, Overhead
 from .workload import Sizes, Workload
 
@@ -18,7 +20,10 @@ class Measurement:
 
     prompts, limits: the length of each request's prompt, and its limit of new tokens. slots: of the asynchronous
     batcher, also where this is a synchronous one. setting, prefill_tokens: what the batcher says of itself.
-    interrupted: its only run was ended by Ctrl-C: times and steps of what ran, and no completions."""
+    runs: the timeline of each run, on several ranks that of rank 0, and its completions. ranks: for each run what each
+    rank did, of several; nothing of one. profiled: the ranks of the run under torch.profiler.
+    interrupted: its only run was ended by Ctrl-C, or by the loss of a rank: times and steps of what ran, and no
+    completions."""
 
     workload: Workload
     sizes: Sizes
@@ -30,6 +35,8 @@ class Measurement:
     setting: str | None = None
     prefill_tokens: int | str | None = None
     runs: list[tuple[Timeline, list[Completion]]] = field(default_factory=list)
+    ranks: list[tuple[RankTimes, ...]] = field(default_factory=list)
+    profiled: tuple[RankTimes, ...] = ()
     overhead: Overhead | None = None
     kineto: Kineto | None = None
     interrupted: bool = False
@@ -48,6 +55,16 @@ class Measurement:
     @property
     def typical(self) -> Timeline:
         return self.typical_run[0]
+
+    def ranks_of(self, timeline: Timeline) -> tuple[RankTimes, ...]:
+        """What each rank did in the run with this timeline; nothing of one rank."""
+        each = zip(self.runs, self.ranks, strict=False)
+        return next((ranks for (own, _), ranks in each if own is timeline), ())
+
+    @property
+    def middle_summaries(self) -> list[dict[str, Any]]:
+        """Of each run in the middle the `Summary`, as a dict, of all ranks together."""
+        return [summary_of(timeline, self.ranks_of(timeline)) for timeline, _ in self.middle]
 
     @cached_property
     def explanation(self) -> Explanation:

@@ -32,6 +32,8 @@ EPILOG = """examples:
       your model and prompts, arriving over time as from users: look at the latencies
   python -m asyncbatch.profile --emulate h200-llama-8b --new-tokens lognormal:200:0.7
       no GPU: steps take what they took on a recorded one, the host's work is this machine's
+  torchrun --nproc-per-node 2 -m asyncbatch.profile --tp 2 --model random:llama-8b --batch-size 32 --compile
+      two GPUs that share a model; without --tp 2: two that have it whole, and share the requests
   python -m asyncbatch.profile --compare a/report.json b/report.json
       two reports side by side, with ratios
 
@@ -65,6 +67,7 @@ class Arguments:
     host_work_ms: float
     step_ms: float | None
     emulate: str | None
+    tp: int | None
     repeats: int | None
     budget_s: int
     preset: str | None
@@ -246,6 +249,13 @@ def _add_device(add: Callable[..., Any]) -> None:
     add("--host-work-ms", type=milliseconds, default=0.0, metavar="MS", help="burn Python for MS in every step")
     add("--step-ms", type=milliseconds, metavar="MS", help="a timed device: a step takes MS and computes nothing")
     add("--emulate", metavar="NAME", help="a timed device: steps take what this recording's GPU took")
+    add(
+        "--tp",
+        type=whole(1, 4096),
+        metavar="N",
+        help="under torchrun: N processes share the model, each with a part of "
+        "every weight; those beyond the first N are replicas, which share the requests (default 1: replicas only)",
+    )
 
 
 def _add_measurements(add: Callable[..., Any]) -> None:

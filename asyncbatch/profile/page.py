@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from ..measure.points import MEANING
 from ..timeline import Timeline
-from . import side_by_side
+from . import rank_words, side_by_side
 from .document import (
     Cell,
     Column,
@@ -32,6 +32,7 @@ from .document import (
     timeline_view,
     write_html,
 )
+from .rank_times import RankTimes
 from .report import (
     OWN,
     Conditions,
@@ -86,27 +87,31 @@ NamedRun = tuple[str, Run]  # what a run is called on the page, and the run
 MOST_COLUMNS = 6  # of a table with a column for each run; of more runs it has a line each
 
 
-def write_page(path: str | Path, report: Report, timelines: Sequence[Timeline]) -> None:
-    """Write the page of a report and of the timelines of its runs; there may be none.
+def write_page(
+    path: str | Path, report: Report, timelines: Sequence[Timeline], ranks: Sequence[Sequence[RankTimes]] = ()
+) -> None:
+    """Write the page of a report and of the timelines of its runs; there may be none. ranks: of each run what its ranks
+    did, where there are several.
 
     Of more than `document.MOST_SPANS` spans the page keeps that many, and says which (see `TimelineFigure.packed`).
     OSError if the file cannot be written."""
-    write_html(path, page(report, timelines))
+    write_html(path, page(report, timelines, ranks))
 
 
-def page(report: Report, timelines: Sequence[Timeline]) -> str:
+def page(report: Report, timelines: Sequence[Timeline], ranks: Sequence[Sequence[RankTimes]] = ()) -> str:
     """The text of the page, see `write_page`."""
     runs = named_runs(report)
+    explained = [(name + ", rank 0" if run.ranks else name, run) for name, run in runs]
     return render(
         "report.html.j2",
         SECTIONS,
         title=f"Profile of {report.model or 'an unknown model'} on {report.device or 'an unknown device'}",
         header=_header(report),
         summary=_summary(report, runs),
-        timeline=timeline_view(timelines),
-        gaps=_gaps(runs),
-        what_if=_what_if(runs),
-        points=[_points(name, run.points) for name, run in runs if run.points],
+        timeline=timeline_view(timelines, ranks),
+        gaps=_gaps(explained),
+        what_if=_what_if(explained),
+        points=[_points(name, run.points) for name, run in explained if run.points],
         meanings=_meanings(runs),
         facts=_facts(report, runs),
         words=WORDS,
@@ -168,6 +173,9 @@ def _notices(report: Report) -> Iterator[tuple[str, str]]:
     if workload.over_time:
         bounds = "that bounds wall time and tokens per second, so compare the latencies."
         yield "Requests arrive over time", f"({workload.arrivals}): {bounds}"
+    for note in dict.fromkeys(rank_words.clock_note(run.ranks) for run in report.runs if run.ranks):
+        if note:
+            yield "Two clocks.", note
     for failed in report.failed:
         which = (failed.workload, failed.engine, failed.mode, failed.model, failed.batch_size)
         yield "Not measured:", f"{', '.join(str(one) for one in which if one)}: {failed.error}"
@@ -192,7 +200,7 @@ def _summary(report: Report, runs: list[NamedRun]) -> Summary:
     head: list[str] = ["", *(name for name, _ in columns)]
     if len(columns) > MOST_COLUMNS:  # several workloads: a line each
         head, *lines = (list(line) for line in zip(head, *lines, strict=True))
-    others = [_latencies(runs), _contexts(columns)]
+    others = [*_ranks(runs), _latencies(runs), _contexts(columns)]
     if side_by_side.has_names(report):
         others.insert(0, Table.of("Workloads side by side", _named_columns(), side_by_side.lines(report)))
     return Summary(
@@ -236,6 +244,11 @@ def _sentences(report: Report) -> Iterator[str]:
         yield "All runs gave the same tokens."
     if side_by_side.has_names(report):
         yield from side_by_side.sentences(report)
+
+
+def _ranks(runs: list[NamedRun]) -> Iterator[Table]:
+    for name, run in runs:
+        yield Table.of(f"{name}: {rank_words.TITLE}", rank_words.HEAD, rank_words.rows(run.ranks or ()))
 
 
 def _latencies(runs: list[NamedRun]) -> Table:

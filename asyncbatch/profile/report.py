@@ -13,7 +13,9 @@ import statistics
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
+from .conditions import Conditions, Gpu, ModelFacts
 from .old_reports import of_today
+from .rank_records import RankRun, Slowest
 from .record import AnyRecord, Record
 
 SCHEMA = 5
@@ -135,13 +137,17 @@ class Floor(Record):
 
 @dataclass(frozen=True)
 class RequestFloor(Record):
-    """A run beside the least time that its requests need (see `measure.bandwidth.requests_floor`)."""
+    """A run beside the least time that its requests need (see `measure.bandwidth.requests_floor`). collectives_s: the
+    part of it that is sums between ranks; None where the model is not shared."""
+
+    LATER = ("collectives_s",)
 
     floor_s: float | None = None
     time_over_floor: float | None = None
     decode_steps: int | None = None
     decode_s: float | None = None
     prompts_s: float | None = None
+    collectives_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -241,14 +247,19 @@ class Run(Totals):
     """The runs of one engine in one mode on one workload: the one of median wall time; of an even number of runs the
     figures are the means of the two in the middle, and points, gaps, what-if and prediction are of the slower of these.
 
+    Of several ranks, tokens and steps are those of all replicas together, shares and times of a step the means over the
+    ranks; points, gaps, what-if and prediction are rank 0's. `ranks`: each by itself. `slowest`: of each replica whose
+    model is shared, the rank that the others wait for.
+
     measured_steps: how many decode steps active and idle are of. idle_all_steps: idle over all steps but the first.
     interrupted: it was ended by Ctrl-C, so its numbers are about what ran until then. workload: its name, in a preset
     whose workloads have one. longest_gap_ms: the longest that the device was idle between two steps of any kind."""
 
     ORDER = ("engine", "mode", *SUMMARY, "device_ms_per_step", "latency", "wall_s_of_each_run", *SERVED, "setting",
              "prefill_tokens", "interrupted", "overhead", "kineto", "points", "gaps", "what_if", "prediction",
-             "workload", "longest_gap_ms", "request_floor", "measured_steps", "idle_all_steps", "floor")  # fmt: skip
-    LATER = ("workload", "longest_gap_ms", "request_floor", "measured_steps", "idle_all_steps")
+             "workload", "longest_gap_ms", "request_floor", "measured_steps", "idle_all_steps", "ranks", "slowest",
+             "floor")  # fmt: skip
+    LATER = ("workload", "longest_gap_ms", "request_floor", "measured_steps", "idle_all_steps", "ranks", "slowest")
 
     latency: Latency | None = None
     wall_s_of_each_run: tuple[float, ...] = ()
@@ -264,6 +275,12 @@ class Run(Totals):
     request_floor: RequestFloor | None = None
     measured_steps: int | None = None
     idle_all_steps: float | None = None
+    ranks: tuple[RankRun, ...] | None = None
+    slowest: tuple[Slowest, ...] | None = None
+
+    @property
+    def replicas(self) -> int:
+        return len({one.replica for one in self.ranks or ()}) or 1
 
     @property
     def explained_wall_s(self) -> float | None:
@@ -328,67 +345,7 @@ def workload_words(one: Run | Comparison | Failure) -> str:
     return one.workload or f"{one.model}, batch {one.batch_size}"
 
 
-# ---- where and what -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Gpu(Record):
-    """The GPU as torch and its driver describe it."""
-
-    name: str | None = None
-    memory_gib: float | None = None
-    driver: str | None = None
-    compute_capability: str | None = None
-
-
-@dataclass(frozen=True)
-class ModelFacts(Record):
-    """What the floor of a model is computed from, and which requests it takes."""
-
-    LATER = ("flops_per_token",)
-
-    dtype: str | None = None
-    weight_bytes: int = 0
-    kv_bytes_per_token: int = 0
-    vocab_size: int | None = None
-    max_positions: int | None = None
-    flops_per_token: int | None = None
-
-
-@dataclass(frozen=True)
-class Conditions(Record):
-    """The options under which all runs were made, as they were asked for: a distribution is text. None for what a
-    preset leaves to each of its workloads. `workload` in JSON. repeats: runs of each mode; budget_s: where their number
-    followed from how long the first ones took."""
-
-    LATER = ("skipped_lines", "dtype", "budget_s")
-
-    batch_size: int | None = None
-    requests: int | None = None
-    prompt_tokens: int | str | None = None
-    new_tokens: int | str | None = None
-    seed: int | None = None
-    repeats: int | None = None
-    budget_s: int | None = None
-    slots: int | None = None
-    host_work_ms: float | None = None
-    step_ms: float | None = None
-    arrivals: str | None = None
-    prompts: str | None = None
-    prompts_sha256: str | None = None
-    skipped_lines: tuple[int, ...] | None = None
-    dtype: str | None = None
-
-    @property
-    def over_time(self) -> bool:
-        """Whether requests arrive one after another, and are not all there at the beginning."""
-        return self.arrivals not in (None, "all")
-
-    @property
-    def uneven(self) -> list[str]:
-        """Names of the options by which requests differ in length, or are not all there at the beginning."""
-        drawn = [name for name in ("prompt_tokens", "new_tokens") if isinstance(getattr(self, name), str)]
-        return ["prompts"] * (self.prompts is not None) + drawn + ["arrivals"] * self.over_time
+# ---- the whole ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -397,10 +354,10 @@ class Report(Record):
 
     same_tokens: whether all runs of this package on one workload gave the same tokens; peers_same_tokens: the same of
     each other engine. Only where there is one workload: async_speedup, law_idle, and the first sentences. idleness: how
-    idle the device is; causes: why; first: what to eliminate first; verdict: what asynchronous batching brings; trust:
-    what speaks against it."""
+    idle the device is; causes: why; waits: how ranks wait for each other, where there are several; first: what to
+    eliminate first; verdict: what asynchronous batching brings; trust: what speaks against it."""
 
-    LATER = ("matmul_flops_per_s", "idleness", "causes", "trust")
+    LATER = ("matmul_flops_per_s", "idleness", "causes", "waits", "trust")
 
     schema: int | None = None
     model: str | None = None
@@ -429,6 +386,7 @@ class Report(Record):
     verdict: str | None = None
     trust: tuple[str, ...] | None = None
     matmul_flops_per_s: float | None = None
+    waits: str | None = None
 
     @classmethod
     def from_json(cls: type[AnyRecord], data: dict[str, Any]) -> AnyRecord:
@@ -439,5 +397,5 @@ class Report(Record):
         """What is to be read first, in order: first of all, what makes the measurement void."""
         trust = list(self.trust or ())
         void = [one for one in trust if one.startswith(VOID)]
-        found = (*void, self.idleness, self.causes, self.first, self.verdict, *trust[len(void) :])
+        found = (*void, self.idleness, self.causes, self.waits, self.first, self.verdict, *trust[len(void) :])
         return [one for one in found if one]

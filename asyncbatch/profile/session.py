@@ -8,19 +8,24 @@ from typing import Any, NamedTuple
 import torch
 
 from ..measure.bandwidth import copy_bandwidth, matmul_rate
+from ..measure.collectives import step_collectives_s
 from ..measure.recording import Recording
 from ..models.load import load_model
+from ..ranks.local import LocalModels
 from ..request import Request
-from ..timeline import Timeline, save_trace
+from ..timeline import Timeline
 from .console import one_line, tell, waiting
-from .diagnosis import Place, make_report
+from .diagnosis import make_report
 from .machine import device_name, free_memory, gpu_facts, is_on_cuda, model_facts
 from .measurement import Measurement
 from .options import Arguments
 from .outputs import OutError, Output, write_all, write_json
+from .place import Place
 from .prompts import PromptFile
+from .rank_options import words_of_torchrun
 from .report import OWN, Failure, Gpu, ModelFacts, Report
 from .settings import Settings, in_memory, settle
+from .together import ALONE, Alone, in_words
 from .turns import Job, Key, Turns, failure
 from .workload import Workload, make_requests, most_context
 
@@ -38,18 +43,25 @@ class Given(NamedTuple):
 
 class Session:
     """What has been measured so far, workload by workload: `report` works at any time. `given`: measure this, which is
-    in memory already, and load nothing.
+    in memory already, and load nothing. ranks: this process among those that measure together; all of them run the same
+    session, and rank 0 makes the report.
 
     ValueError for options that do not go together, or that need a GPU where there is none."""
 
-    def __init__(self, arguments: Arguments, given: Given | None = None):
+    def __init__(self, arguments: Arguments, given: Given | None = None, ranks: Alone = ALONE):
+        self.ranks = ranks
         self.recording = None if arguments.emulate is None else Recording.load(arguments.emulate)
         self.settings: Settings = settle(arguments, self.recording)
+        if ranks.several:
+            conditions = replace(self.settings.conditions, tp=ranks.tp, replicas=ranks.replicas)
+            self.settings = replace(self.settings, conditions=conditions, processes=words_of_torchrun())
         self.given = given
         if given is not None and given.requests is not None:
             self.settings = in_memory(self.settings, len(given.requests), given.sha256, None)
         elif given is not None and given.prompts is not None:
             self.settings = in_memory(self.settings, len(given.prompts.lines), given.sha256, given.prompts)
+        self.turns: Turns | None = None  # those that are under way, or the last ones
+        self.interrupted = False
         self.measurements: list[Measurement] = []
         self.failed: list[Failure] = []
         self.models: dict[str, ModelFacts] = {}
@@ -80,7 +92,7 @@ class Session:
         job = self._prepare(workload)
         on_cuda, repeats = is_on_cuda(job.model), None
         for group in self._groups(on_cuda):
-            turns = Turns(self.settings, job, repeats)
+            self.turns = turns = Turns(self.settings, job, repeats, self.ranks)
             try:
                 try:
                     turns.run(group)
@@ -113,8 +125,8 @@ class Session:
             with waiting(f"loading {workload.model}"):
                 model, tokenizer = self._load(workload)
         if is_on_cuda(model):
-            self._look_at_gpu(workload.model, model)
-        self.device = device_name(model, self.settings.step_ms, self.recording)
+            self._look_at_gpu(workload, model)
+        self.device = device_name(model, self.settings.step_ms, self.recording) + in_words(self.ranks)
         with waiting("making the requests"):
             requests = given.requests if given and given.requests else make_requests(workload, model, tokenizer)
         if workload.prompt_file is not None:
@@ -152,23 +164,51 @@ class Session:
                 # A timed device is the worker process, even where there is a GPU.
                 where = self.settings.device if self.settings.step_ms is None else "cpu"
                 dtype = None if self.settings.dtype is None else getattr(torch, self.settings.dtype)
-                model, tokenizer = load_model(workload.model, seed=workload.seed, device=where, dtype=dtype)
+                model, tokenizer = load_model(
+                    workload.model,
+                    seed=workload.seed,
+                    device=where,
+                    dtype=dtype,
+                    progress=self.ranks.speaks,
+                    tp=self.ranks.tp,
+                )
             self.loaded = workload.model, model, tokenizer
         return self.loaded[1:]
 
-    def _look_at_gpu(self, name: str, model) -> None:
+    def _look_at_gpu(self, workload: Workload, model) -> None:
         if self.bandwidth is None:
             place = next(model.parameters())
             with waiting("measuring the GPU's copies and matrix products"):
                 self.gpu, self.bandwidth = gpu_facts(place.device), copy_bandwidth(place.device)
                 self.matmul = matmul_rate(place.device, place.dtype)
             tell(f"copy bandwidth: {self.bandwidth / 1e12:.3f} TB/s, matrix products: {self.matmul / 1e12:.0f} TFLOP/s")
-        self.models[name] = model_facts(model)
+        self.models[workload.model] = facts = model_facts(model, self.ranks.tp)
+        if self.ranks.tp > 1:
+            collectives_s = step_collectives_s(LocalModels.of(model)[0], workload.batch_size)
+            self.models[workload.model] = replace(facts, collectives_s=collectives_s)
+            tell(f"the sums of a step between {self.ranks.tp} ranks: {1e3 * collectives_s:.3f} ms")
 
     def _note_failure(self, workload: Workload, engine: str, mode: str, error: BaseException) -> None:
         self.failed.append(failure(workload, engine, mode, error))
         where = f"{workload.words} " if len(self.settings.workloads) > 1 else ""
         tell(f"{where}{engine} {mode} failed: {one_line(error)}")
+
+    def lost(self, error: Exception) -> dict[str, Any]:
+        """A rank is lost, and with it what was under way: what has been measured until now goes into the report. From
+        any thread. Returns the finished completions of the run that was under way, for JSON."""
+        turns, mode = self.turns, ",".join(self.settings.modes)
+        if turns is not None:
+            known = [*self.measurements, *turns.measurements, *turns.so_far()]
+            self.measurements = list({id(one): one for one in known}.values())
+            mode = turns.serving[1] if turns.serving else mode
+        workload = turns.job.workload if turns else self.settings.workloads[0]
+        self.failed.append(failure(workload, OWN, mode, error))
+        finished = [
+            {"request": number, "token_ids": list(one.token_ids), "finish_reason": one.finish_reason}
+            for number, one in enumerate(self.ranks.finished(error))
+            if one is not None
+        ]
+        return {"error": str(error), "mode": mode, "finished": finished}
 
     # ---- what came out ---------------------------------------------------------------------------------------------
 
@@ -190,17 +230,18 @@ class Session:
         record, preset = self.settings.record, self.settings.preset
         data = report.to_json()
         outputs = [Output("report.json", lambda path: write_json(path, data), measured=True)]
+        ranks = [one.ranks_of(one.typical) for one in self.measurements]
         if record and timelines:
-            recording = Recording.from_runs(record, data, timelines)
+            recording = Recording.from_runs(record, data, timelines, [[one.steps for one in group] for group in ranks])
             outputs.append(Output(f"{record}.json", recording.save, measured=True))
         from .page import write_page  # matplotlib is needed for pictures only
 
-        outputs.append(Output("report.html", lambda path: write_page(path, report, [] if preset else timelines)))
+        outputs.append(Output("report.html", lambda path: write_page(path, report, [] if preset else timelines, ranks)))
         if timelines and not preset:
-            from ..pictures import plot
+            from .rank_pictures import plot_runs, write_traces
 
             title = f"{report.model} on {report.device}"
-            outputs.append(Output("timeline.png", lambda path: plot(*timelines, title=title).savefig(path)))
-            outputs.append(Output("trace.json", lambda path: save_trace(path, timelines)))
+            outputs.append(Output("timeline.png", lambda path: plot_runs(timelines, ranks, title=title).savefig(path)))
+            outputs.append(Output("trace.json", lambda path: write_traces(path, timelines, ranks)))
         with waiting(f"writing {folder}"):
             write_all(folder, outputs)

@@ -27,7 +27,7 @@ DEFAULTS: dict[str, Any] = dict(
 
 @dataclass(frozen=True)
 class Settings:
-    """What a session measures, and how.
+    """What a session measures, and how. processes: what torchrun was told of them; None without it.
 
     model: the models of all workloads, with commas. conditions: what the report says of the workloads. engines, modes:
     each engine serves each workload in each mode. prefill_tokens: as in reports, None for the batcher's own default.
@@ -56,13 +56,15 @@ class Settings:
     record: str | None
     out: Path | None
     command: tuple[str, ...]
+    processes: tuple[str, ...] | None = None
 
     @property
     def command_line(self) -> str:
         """What makes this report again."""
         if self.command[:1] == (IN_MEMORY,):
             return f"asyncbatch.profile_model(model, tokenizer, requests, {', '.join(self.command[1:])})"
-        return shlex.join(["python", "-m", "asyncbatch.profile", *self.command])
+        starts = ["python"] if self.processes is None else ["torchrun", *self.processes]
+        return shlex.join([*starts, "-m", "asyncbatch.profile", *self.command])
 
 
 def settle(arguments: Arguments, recording: Recording | None = None) -> Settings:
@@ -119,7 +121,8 @@ def _workload(complete: Arguments, file: PromptFile | None) -> Workload:
 
 
 def _conditions(complete: Arguments, file: PromptFile | None = None) -> Conditions:
-    names = (one.name for one in fields(Conditions) if one.name not in ("prompts_sha256", "skipped_lines"))
+    later = ("prompts_sha256", "skipped_lines", "tp", "replicas")  # known when the file is read, the ranks are joined
+    names = (one.name for one in fields(Conditions) if one.name not in later)
     same = {name: getattr(complete, name) for name in names}
     if complete.repeats is not None:
         same["budget_s"] = None
@@ -127,7 +130,7 @@ def _conditions(complete: Arguments, file: PromptFile | None = None) -> Conditio
 
 
 def _settings(complete: Arguments, conditions: Conditions, workloads: Sequence[Workload]) -> Settings:
-    beside = {"workloads", "conditions", "engines", "modes"}
+    beside = {"workloads", "conditions", "engines", "modes", "processes"}
     same = {one.name: getattr(complete, one.name) for one in fields(Settings) if one.name not in beside}
     engines, modes = tuple(complete.engine or ()), tuple(complete.mode)
     return Settings(**same, workloads=tuple(workloads), conditions=conditions, engines=engines, modes=modes)

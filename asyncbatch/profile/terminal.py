@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TextIO
 
 from ..measure.text import table_lines
+from . import rank_words
 from .report import OWN, IdleTime, Report, Run, WhatIf, workload_key
 from .text import number, table
 from .verdict import who
@@ -26,13 +27,18 @@ class Section(NamedTuple):
 
 
 def sections(report: Report) -> list[Section]:
-    """For each run its idle time by what the host was doing, and its longest gaps; then what each latency point would
-    give back. Nothing of a preset with several workloads."""
+    """The ranks of each run, where there are several; for each run its idle time by what the host was doing, and its
+    longest gaps; then what each latency point would give back. Nothing of a preset with several workloads."""
     if len({workload_key(run) for run in report.runs}) > 1:
         return []
-    made = [section for run in report.runs for section in (_idle(run), _gaps(run))]
+    made = [_ranks(run) for run in report.runs]
+    made += [section for run in report.runs for section in (_idle(run), _gaps(run))]
     made += [_what_if(run) for run in report.runs if not _is_told_by_sync(run, report)]
     return [section for section in made if section.rows]
+
+
+def _ranks(run: Run) -> Section:
+    return Section(f"{_who(run)}: {rank_words.TITLE}", rank_words.HEAD, rank_words.rows(run.ranks or ()))
 
 
 def _idle(run: Run) -> Section:
@@ -45,7 +51,7 @@ def _idle(run: Run) -> Section:
         cells = [f"{1e3 * each:.3f}" for each in (before_decode, seconds)]
         if not is_nothing(cells[-1]):
             rows.append([name, *cells, f"{share:.1%}", "#" * round(BAR * share), who(name)])
-    title = f"{_who(run)}: why the device was idle; before decode steps {1e3 * gaps.idle_s:.3f} ms"
+    title = f"{_explained(run)}: why the device was idle; before decode steps {1e3 * gaps.idle_s:.3f} ms"
     if gaps.all_idle_s is not None:
         title += f", before all steps {1e3 * gaps.all_idle_s:.3f} ms"
     header = ("cause", "ms, decode", "ms, all", "of the run", "", "who could mend it")
@@ -60,7 +66,7 @@ def is_nothing(text: str) -> bool:
 def _gaps(run: Run) -> Section:
     longest = run.gaps.longest[:5] if run.gaps else ()
     rows = [[f"step {gap.step}", f"{gap.at_s:.3f}", f"{gap.ms:.3f}", gap.cause] for gap in longest]
-    return Section(f"{_who(run)}: gaps that stand out", ("before", "at s", "ms", "cause"), rows)
+    return Section(f"{_explained(run)}: gaps that stand out", ("before", "at s", "ms", "cause"), rows)
 
 
 def _is_told_by_sync(run: Run, report: Report) -> bool:
@@ -81,11 +87,17 @@ def _what_if(run: Run) -> Section:
         rows.append([f"{one.point} ({one.where})", number(median.get((one.point, one.where)), "{:.3f}"), *cells])
     rows = rows[:SHOWN]
     header = ("latency point", "ms a step", "sync, gone", "sync, half", "async, gone", "async, half")
-    return Section(f"What if, from the {_who(run)} run: less time in all if it took no time, or half", header, rows)
+    return Section(
+        f"What if, from the {_explained(run)} run: less time in all if it took no time, or half", header, rows
+    )
 
 
 def _who(run: Run) -> str:
     return str(run.mode) if run.engine == OWN else f"{run.engine} {run.mode}"
+
+
+def _explained(run: Run) -> str:
+    return _who(run) + (", rank 0" if run.ranks else "")
 
 
 # ---- printing -----------------------------------------------------------------------------------------------------

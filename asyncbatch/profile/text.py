@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..measure.text import in_seconds, table_line, table_lines
-from . import side_by_side
+from . import rank_words, side_by_side
 from .options import FEWEST, MOST
 from .report import OWN, Latency, Overhead, Report, Run, Totals, workload_key, workload_words
 
@@ -194,7 +194,7 @@ def notes(report: Report) -> list[str]:
     settings = (f"{_who(run)}: {run.setting}" for run in report.runs if run.setting is not None)
     lines = list(dict.fromkeys(settings))
     for run in report.runs:
-        lines += _notes_of(run, _who(run, several))
+        lines += _notes_of(run, _who(run, several), report)
     lines += [f"{_who(one, several)} was not measured: {one.error}" for one in report.failed]
     differing = (engine for engine, same in report.peers_same_tokens.items() if not same)
     lines += [f"{engine}: sync and async gave different tokens" for engine in differing]
@@ -220,9 +220,14 @@ def _within_budget(repeats: int | None, budget_s: int, runs: Sequence[Run]) -> s
     )
 
 
-def _notes_of(run: Run, who: str) -> Iterable[str]:
+def _notes_of(run: Run, who: str, report: Report) -> Iterable[str]:
+    if run.ranks:
+        yield f"{who}: {len(run.ranks)} ranks; idle and times of a step are means over them, tokens and steps of all"
+        if note := rank_words.clock_note(run.ranks):
+            yield note
     if run.interrupted:
-        yield f"{who} was ended by Ctrl-C: the numbers are about what ran until then"
+        ended = "early" if report.workload.tp else "by Ctrl-C"
+        yield f"{who} was ended {ended}: the numbers are about what ran until then"
     if run.overhead:
         yield f"{who}: measuring costs {cost_in_words(run.overhead)}"
     if run.kineto:

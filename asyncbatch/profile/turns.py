@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,14 +21,17 @@ from .draws import arrival_times
 from .machine import is_on_cuda
 from .measurement import Measurement
 from .options import FEWEST, MOST, sizes
+from .rank_times import RankTimes, lasting_until_all_are_done
 from .report import OWN, Failure, Overhead
 from .settings import Settings
+from .together import ALONE, Alone, Follower
 from .workload import Sizes, Workload, serve_over_time
 
 BATCHERS: dict[str, type[BatcherBase]] = {"sync": SyncBatcher, "async": AsyncBatcher}
 WHOLE = 10**9  # steps of a timeline: every figure of the report is of all of them
 PROBE_TOKENS = 32  # another engine first generates so many: would all of it take too long?
 Key = tuple[str, str]  # engine, mode
+Serve = Callable[[], tuple[Timeline, list[Completion]]]
 
 
 @dataclass(frozen=True)
@@ -52,14 +55,16 @@ class Turns:
     `measurements` and `failures` are complete when `run` has ended, and valid also where it ended with an exception. An
     engine that fails leaves the group and is noted in `failures`; a failure of this package itself is raised, but not
     in a preset, whose other results must stay. repeats: runs of each mode; None until the first ones have shown how
-    many the budget allows."""
+    many the budget allows. ranks: all of them do the same, at the same time."""
 
-    def __init__(self, settings: Settings, job: Job, repeats: int | None = None):
-        self.settings, self.job = settings, job
+    def __init__(self, settings: Settings, job: Job, repeats: int | None = None, ranks: Alone = ALONE):
+        self.settings, self.job, self.ranks = settings, job, ranks
         self.repeats = settings.repeats or repeats
         self.measurements: list[Measurement] = []
         self.failures: list[Failure] = []
         self._open: dict[Key, tuple[Any, Measurement]] = {}  # those that have not failed
+        self._followers: dict[Key, Follower] = {}  # on a rank that does not lead
+        self.serving: Key | None = None  # which one runs
         self._where = f"{job.workload.words} " if len(settings.workloads) > 1 else ""
 
     def run(self, group: Sequence[Key]) -> None:
@@ -95,7 +100,7 @@ class Turns:
             return
         keys = len(self.settings.engines) * len(self.settings.modes)  # of them some may be in another group
         budget_s = self.settings.budget_s
-        self.repeats = repeats_within(budget_s, seconds * keys / len(self._open))
+        self.repeats = self.ranks.share(repeats_within(budget_s, seconds * keys / len(self._open)))
         tell(f"{self._where}{self.repeats} runs of each: the first took {seconds:.1f} s, and --budget-s is {budget_s}")
 
     # ---- one batcher -----------------------------------------------------------------------------------------------
@@ -103,7 +108,12 @@ class Turns:
     def _opened(self, stack: contextlib.ExitStack, key: Key) -> tuple[Any, Measurement]:
         engine, mode = key
         with waiting(f"{self._who(key)}: starting the device"):
-            batcher = stack.enter_context(open_batcher(engine, mode, self.settings, self.job))
+            batcher = open_batcher(engine, mode, self.settings, self.job)
+            if engine == OWN and not self.ranks.leads:
+                self._followers[key] = follower = Follower(batcher, self.ranks.fail)
+                stack.push(follower.ended)
+            else:
+                stack.enter_context(batcher)
         measurement = Measurement(self.job.workload, self.job.sizes, engine, mode, self.settings.slots)
         measurement.prompts = tuple(len(request.token_ids) for request in self.job.requests)
         measurement.limits = tuple(request.max_new_tokens for request in self.job.requests)
@@ -117,9 +127,20 @@ class Turns:
         batcher, requests = self._open[key][0], self.job.requests
         few = [Request(r.token_ids, min(2, r.max_new_tokens)) for r in requests[: self.job.workload.batch_size]]
         with waiting(f"{self._who(key)}: warm-up"):
-            run_once(batcher, few)
+            self._together(key, lambda: self._run(batcher, few))
             if key[0] != OWN:
-                check_speed(batcher, requests, self.settings.peer_limit_s)
+                check_speed(batcher, requests, self.settings.peer_limit_s, self.ranks)
+
+    def _run(self, batcher, requests: list[Request], *options: Any) -> tuple[Timeline, list[Completion]]:
+        serve: dict[str, Any] = {"serve": self.ranks.serve} if self.ranks.several else {}
+        return run_once(batcher, requests, *options, **serve)
+
+    def _together(self, key: Key, serve: Serve) -> tuple[Timeline, list[Completion], Sequence[RankTimes]]:
+        """One run of all ranks. serve: serves, on a rank that leads, and on each rank of another engine. Returns this
+        rank's timeline, the completions, and, on rank 0 of several, what each rank did."""
+        if not self.ranks.several:
+            return *serve(), ()
+        return self.ranks.run(serve, self._followers.get(key), self._open[key][0])
 
     def _run_once(self, key: Key, repeat: int) -> None:
         batcher, measurement = self._open[key]
@@ -130,11 +151,16 @@ class Turns:
         count, looked_at = f"run {repeat + 1}{of_all}", is_looked_at()
         if not looked_at:  # else a bar shows that it goes on; no thread may count seconds beside what is measured
             tell(f"{self._who(key)}: {count} ...")
-        with self._keeping_what_ran(batcher, measurement):
-            run = run_once(batcher, requests, arrivals_s, looked_at, points)
-        steps_from(run[0])  # a ValueError now is better than a report that cannot be made
-        measurement.runs.append(run)
-        tell(f"{self._who(key)}: {count}: {run[0].summary().wall_s:.2f} s")
+        self.serving = key
+        with self._keeping_what_ran():
+            timeline, completions, ranks = self._together(
+                key, lambda: self._run(batcher, requests, arrivals_s, looked_at, points and self.ranks.speaks)
+            )
+        lasting_until_all_are_done(timeline, ranks)
+        steps_from(timeline)  # a ValueError now is better than a report that cannot be made
+        measurement.runs.append((timeline, completions))
+        measurement.ranks += [tuple(ranks)] if ranks else []
+        tell(f"{self._who(key)}: {count}: {timeline.summary().wall_s:.2f} s")
 
     def _check(self, key: Key) -> None:
         """What measuring costs, and what another method says, if that was asked for."""
@@ -146,7 +172,20 @@ class Turns:
                 tell(f"{self._who(key)}: too few steps to tell what measuring costs; take more --new-tokens")
         if self.settings.kineto:
             tell(f"{self._who(key)}: once more under torch.profiler ...")
-            measurement.kineto = kineto(batcher, self.job.requests)
+            all_of = self.ranks.all_of
+            ranks: list[RankTimes] = []
+
+            def serve(requests: list[Request]) -> Timeline:
+                timeline, _, found = self._together(key, lambda: self._run(batcher, requests))
+                ranks[:] = found
+                return timeline
+
+            measurement.kineto, in_collectives = kineto(batcher, self.job.requests, serve, all_of)
+            each = self.ranks.gather(in_collectives) or []
+            if all(each):
+                measurement.profiled = tuple(
+                    replace(one, collective_s=of_rank, kernels=True) for one, of_rank in zip(ranks, each, strict=False)
+                )
 
     def _overhead(self, batcher, mode: str) -> Overhead | None:
         """What measuring with `batcher` costs, beside a batcher that measures nothing: on CUDA it records no timing
@@ -164,6 +203,7 @@ class Turns:
         except Exception as error:
             if key[0] == OWN and not self.settings.preset:
                 raise
+            self.ranks.failed(" ".join(key), error)
             _, measurement = self._open.pop(key, (None, None))
             if measurement is not None and measurement.runs:
                 self.measurements.append(measurement)
@@ -171,17 +211,24 @@ class Turns:
             tell(f"{self._where}{' '.join(key)} failed: {one_line(error)}")
 
     @contextlib.contextmanager
-    def _keeping_what_ran(self, batcher, measurement: Measurement) -> Iterator[None]:
-        """After Ctrl-C, keep what has been measured; of an engine that has no whole run yet, the run that was ended."""
+    def _keeping_what_ran(self) -> Iterator[None]:
+        """After Ctrl-C, keep what has been measured."""
         try:
             yield
         except KeyboardInterrupt:
+            self.measurements += self.so_far()
+            raise
+
+    def so_far(self) -> list[Measurement]:
+        """What has been measured in a group that is not complete; of an engine that has no whole run yet, the run that
+        was ended."""
+        if self.serving in self._open:
+            batcher, measurement = self._open[self.serving]
             computed = [span for span in batcher.timeline.spans if span.lane == "compute"]
             if not measurement.runs and len(computed) > 1:
                 measurement.runs.append((batcher.timeline, []))
                 measurement.interrupted = True
-            self.measurements += [other for _, other in self._open.values() if other.runs]
-            raise
+        return [other for _, other in self._open.values() if other.runs]
 
     def _who(self, key: Key) -> str:
         return self._where + (" ".join(key) if len(self.settings.engines) > 1 else key[1])
@@ -233,23 +280,25 @@ def run_once(
     arrivals_s: Sequence[float] | None = None,
     progress: bool = False,
     points: bool = False,
+    serve: Callable[..., list[Completion]] = serve_over_time,
 ) -> tuple[Timeline, list[Completion]]:
-    """One run: its timeline and its completions. `points`: with its latency points. Raises a completion's error."""
+    """One run: its timeline and its completions. `points`: with its latency points. `serve`: in place of
+    `serve_over_time`. Raises a completion's error."""
     with record_points(batcher) if points else contextlib.nullcontext():
-        completions = serve_over_time(batcher, requests, arrivals_s, progress)
+        completions = serve(batcher, requests, arrivals_s, progress)
     for completion in completions:
         if completion.error is not None:
             raise completion.error
     return batcher.timeline, completions
 
 
-def check_speed(batcher, requests: list[Request], limit_s: int) -> None:
+def check_speed(batcher, requests: list[Request], limit_s: int, ranks: Alone = ALONE) -> None:
     """RuntimeError if the requests would take longer than `limit_s` seconds, judged by their first tokens."""
     if max(request.max_new_tokens for request in requests) < 2 * PROBE_TOKENS:
         return
     short = [replace(r, max_new_tokens=min(PROBE_TOKENS, r.max_new_tokens)) for r in requests]
     whole, probed = (sum(r.max_new_tokens for r in each) for each in (requests, short))
-    expected_s = run_once(batcher, short)[0].summary().wall_s * whole / probed
+    expected_s = ranks.share(run_once(batcher, short)[0].summary().wall_s * whole / probed)
     if expected_s > limit_s:
         setting, about_s = getattr(batcher, "setting", None) or "its setting", math.ceil(expected_s)
         raise RuntimeError(f"it would take about {about_s} s, and --peer-limit-s is {limit_s} ({setting})")

@@ -47,11 +47,21 @@ def idle_line(run: Run) -> str:
     loop = LOOPS.get(str(run.mode), str(run.mode))
     if run.idle is None:
         return "No decode step came after another step, so active and idle could not be measured."
-    words = f"The {loop} loop leaves the device idle for {run.idle:.1%} of the time, measured over {steps_counted(run)}"
-    left_out = (run.steps or 0) - 1 - (run.measured_steps or 0)  # besides the first, which has no period
+    words = f"The {loop} loop leaves {_idle_devices(run)}, measured over {steps_counted(run)}"
+    # Besides the first of each replica, which has no period.
+    left_out = (run.steps or 0) - run.replicas - (run.measured_steps or 0)
     if run.idle_all_steps is not None and left_out > 0:
         words += f" ({run.idle_all_steps:.1%} over all steps, prefill and mixed ones too)"
     return words + "."
+
+
+def _idle_devices(run: Run) -> str:
+    known = [one for one in run.ranks or () if one.idle is not None]
+    if len(known) < 2:
+        return f"the device idle for {run.idle:.1%} of the time"
+    worst = max(known, key=lambda one: one.idle or 0.0)
+    mean = f"the devices idle for {run.idle:.1%} of the time, the mean over {len(known)} ranks"
+    return f"{mean}; rank {worst.rank}'s, the most, for {worst.idle:.1%}"
 
 
 def steps_counted(run: Run) -> str:
@@ -73,7 +83,8 @@ def why_line(run: Run) -> str | None:
         for party, seconds in sorted(parties.items(), key=lambda item: -item[1])
         if seconds >= 0.05 * idle_s
     ]
-    return f"Why it is idle, by who could mend it: {'; '.join(words)}."
+    what = "Why rank 0's device is idle" if run.ranks else "Why it is idle"
+    return f"{what}, by who could mend it: {'; '.join(words)}."
 
 
 def _largest(party: str, by: Mapping[str, float], idle_s: float) -> str:
@@ -90,16 +101,16 @@ def first_line(run: Run) -> str | None:
     entirely = [one for one in run.what_if if one.where == "host" and one.factor == 0.0 and who(one.point) == HOST]
     if not entirely:
         return None
-    best = max(entirely, key=saves)
+    best, this = max(entirely, key=saves), "Eliminate this first" + (", on every rank" if run.ranks else "")
     median = next((point.median_ms for point in run.points if point.name == best.point), None)
     what = f"{best.point} ({MEANING.get(best.point, best.point)}), {median or 0:.3f} ms of each step"
     if saves(best) < WORTH_SAYING:
         return (
-            f"Eliminate this first: nothing in the host's code. The largest, {what}, would give back {saves(best):.1%} "
+            f"{this}: nothing in the host's code. The largest, {what}, would give back {saves(best):.1%} "
             f"of the {loop} run."
         )
     other = "" if run.mode == "async" else f", the asynchronous one {max(best.async_saves or 0.0, 0):.1%}"
-    return f"Eliminate this first: {what}. Without it the {loop} run takes {saves(best):.1%} less time{other}."
+    return f"{this}: {what}. Without it the {loop} run takes {saves(best):.1%} less time{other}."
 
 
 # ---- what asynchronous batching brings ----------------------------------------------------------------------------
@@ -109,7 +120,8 @@ def gain_line(run: Run | None, only: Comparison) -> str | None:
     """What asynchronous batching brings: measured, with the interval, and predicted from the synchronous run. None
     where neither is known."""
     guess = run.prediction if run else None
-    predicted = f"predicted from the synchronous run: {guess.gain:.3f}x" if guess and guess.gain else None
+    source = "the synchronous run" + (" of rank 0" if run and run.ranks else "")
+    predicted = f"predicted from {source}: {guess.gain:.3f}x" if guess and guess.gain else None
     measured = _measured(only)
     if measured is None and predicted is None:
         return None

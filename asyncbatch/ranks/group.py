@@ -50,7 +50,7 @@ class Connection:
         server = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if self.rank == 0 else None
         self.host, self.port = host, self.share(server.port if server else None)
         self.store = server or dist.TCPStore(host, self.port, is_master=False)
-        self._models = self._watches = 0
+        self._models = self._watches = self._batchers = 0
 
     def group_of_next_model(self) -> Group:
         """A group for the modules of one more model."""
@@ -59,6 +59,14 @@ class Connection:
         group = Group(name, self.rank, self.size, self.host, self.port)
         group.join(self.process_group)
         return group
+
+    def group_of_next_batcher(self) -> Any:
+        """A gloo process group for one more batcher's messages. Two batchers may be open, each followed by a thread of
+        its own, and in one group the messages of both would have to come in one order on all ranks."""
+        self._batchers += 1
+        return dist.ProcessGroupGloo(
+            dist.PrefixStore(f"batcher/{self._batchers}", self.store), self.rank, self.size, PATIENT
+        )
 
     def gather(self, thing: Any) -> list[Any]:
         """The things of all ranks, in their order, on each of them."""

@@ -17,7 +17,6 @@ from itertools import chain
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from ..scheduler import BatchPlan
 from .errors import RankError
@@ -36,6 +35,7 @@ class Lockstep:
 
     def __init__(self, connection: Connection, watch: Watch):
         self.connection, self.watch, self.leads = connection, watch, connection.rank == 0
+        self._group = connection.group_of_next_batcher()
         self.steps, self.digest = 0, 0
         self._agreed: list[Any] = []  # the leader's: entries that were sent and are not done yet
         self._before = 0  # the digest when the newest message was sent or asked for
@@ -65,8 +65,7 @@ class Lockstep:
     # ---- inside -----------------------------------------------------------------------------------------
 
     def _broadcast(self, tensor: torch.Tensor) -> Any:
-        connection = self.connection
-        return dist.broadcast(tensor, src=connection.ranks[0], group=connection.control, async_op=True)
+        return self._group.broadcast(tensor, 0)
 
     def _send(self, payload: bytes) -> None:
         header = torch.tensor([self.steps, self.digest, len(payload), 0])

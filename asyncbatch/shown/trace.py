@@ -13,16 +13,20 @@ from typing import Any
 from .files import whole_file
 
 
-def write(path: str | Path, timelines: Sequence[Any], lanes: Sequence[str]) -> None:
+def write(
+    path: str | Path, timelines: Sequence[Any], lanes: Sequence[str], origins: Sequence[float] | None = None
+) -> None:
     """Write the timelines into one file, as processes 1, 2, ..., each of which begins at time 0. lanes: what every
-    process shows, from the top; the first is the host's, the others are those of the device.
+    process shows, from the top; the first is the host's, the others are those of the device. origins: of each timeline
+    the moment that is 0 in the file, where that is not its own beginning.
 
     Arrows ("flow events") lead from the copy in of a step to the step, and on to its copy out."""
     events: list[dict[str, Any]] = []
     notes = []
     flows = itertools.count(1)  # numbers of arrows, not used twice in a file: Perfetto would join two runs
-    for pid, timeline in enumerate(timelines, 1):
-        origin, spans = timeline.origin, timeline.spans
+    zeros = [timeline.origin for timeline in timelines] if origins is None else origins
+    for pid, (timeline, origin) in enumerate(zip(timelines, zeros, strict=True), 1):
+        spans = timeline.spans
         notes.append(_note(timeline, pid, origin))
         title = f"{timeline.label or 'timeline'} ({timeline.clock} clock{timeline.cut})"
         events.append({"ph": "M", "pid": pid, "name": "process_name", "args": {"name": title}})

@@ -124,25 +124,32 @@ def test_kineto_compares_both_methods_over_the_same_steps(monkeypatch):
         num_kernels=10,
         step_active=0.7,
         coverage=Coverage(),
+        collectives_in_steps_s=[0.25, 0.5],
     )
     monkeypatch.setattr(torch.profiler, "profile", Profile)
     monkeypatch.setattr(traces_module, "read_trace", lambda path, graphs: trace)
     monkeypatch.setattr(traces_module, "busy_in", asked)
     with SyncBatcher(tiny_model(), max_batch_size=2) as batcher:
         long = [Request([1, 2], KINETO_TOKENS + 20, stop_token_ids=())]
-        found = kineto(batcher, long)
+        found, in_collectives = kineto(batcher, long)
         assert batcher.timeline.summary().tokens == KINETO_TOKENS
         active = batcher.timeline.summary().device_active
         assert found.event_active == pytest.approx(active, abs=0.2)
         assert (found.busy, found.kernels, len(written)) == (0.5, 10, 1)
+        assert in_collectives == {}, "the trace has two steps, and the run has more"
         with pytest.raises(ValueError, match="--kineto needs a run of two steps or more"):
             kineto(batcher, [Request([1, 2], 1)])
         trace.coverage = Coverage(True, {"graph launches": 9}, {"graph launches": 4})
         written.clear()
-        lost = kineto(batcher, long)
+        lost, in_collectives = kineto(batcher, long)
         assert batcher.timeline.summary().tokens == KINETO_TOKENS // 16, "with fewer and fewer steps"
         assert (lost.busy, lost.differs, len(written)) == (None, None, 3)
         assert "4 of 9 graph launches have no event of the device" in lost.note
+        assert in_collectives == {}
+        trace.coverage = Coverage()
+        written.clear()
+        _, in_collectives = kineto(batcher, [Request([1, 2], 2, stop_token_ids=())], all_of=lambda one: False)
+        assert (in_collectives, len(written)) == ({0: 0.25, 1: 0.5}, 3), "another rank's trace is not complete"
 
 
 def test_each_replay_of_a_graph_is_numbered_by_its_kind_and_what_is_launched_eagerly_is_not():

@@ -15,10 +15,12 @@ import pytest
 from support.browser import browse, need_browser, until, wait
 from support.hostile import hostile
 from support.page_browser import answered, canvas_of, look, open_offline, open_page, view
+from support.ranks import measured_by, report_on, shared_model
 from support.reports import EMULATED, measured
 from support.timelines import steady_run as made_run
 
 from asyncbatch.profile import document
+from asyncbatch.profile.page import write_page
 from asyncbatch.profile.report import Report
 from asyncbatch.profile.traces.page import write_trace_page
 from asyncbatch.profile.traces.read import read_trace
@@ -245,4 +247,24 @@ def test_what_is_left_out_is_drawn_and_told_as_left_out(driver, tmp_path, monkey
     assert {"sync, compute: step, step", "async, compute: step, step"} & told[-0.4], "steps are kept everywhere"
     assert not [text for text in told[-0.4] if "host" in text or "copy" in text]
     picture_of(driver, "report-left-out", tmp_path)
+    assert driver.get_log("browser") == []
+
+
+def test_the_page_of_several_ranks_fits_a_wide_and_a_narrow_window(driver, tmp_path):
+    runs = [shared_model("sync"), shared_model("async", begins_ms=(0.0, 1.0))]
+    made = report_on(*(measured_by([ranks], ranks[0].timeline.label) for ranks in runs))
+    write_page(tmp_path / "report.html", made, [ranks[0].timeline for ranks in runs], runs)
+    open_offline(driver, tmp_path / "report.html")
+    tables = driver.find_elements("css selector", "table caption")
+    assert [one.text for one in tables if "in collectives" in one.text] == [
+        f"{mode}: ranks; in collectives and waiting are shares of a decode step on the device"
+        for mode in ("sync", "async")
+    ]
+    assert "added up: the waiting for the slowest rank" in driver.find_element("tag name", "body").text
+    for width in (1280, 390):
+        look(driver, width=width)
+        wait(driver, f"return innerWidth === {width}", "the new width", 30)
+        widest = driver.execute_script("return document.documentElement.scrollWidth")
+        assert widest <= width, "tables scroll by themselves"
+        picture_of(driver, f"ranks-{width}", tmp_path)
     assert driver.get_log("browser") == []

@@ -23,7 +23,7 @@ from asyncbatch.measure.text import in_seconds
 from asyncbatch.models import ModelError
 from asyncbatch.profile import cli, turns
 from asyncbatch.profile import session as profile
-from asyncbatch.profile.diagnosis import floor_numbers
+from asyncbatch.profile.floors import floor_numbers
 from asyncbatch.profile.options import PRESETS
 from asyncbatch.profile.report import Floor, ModelFacts, Report
 from asyncbatch.profile.text import table

@@ -47,6 +47,9 @@ def test_of_ranks_that_wait_for_each_other_the_slowest_waits_least(tmp_path, cal
     assert slowest.rank == 2
     assert "it spends least of it in collectives" in why
     assert [round(1e6 * report.collectives_s) for report in ranks.reports] == [25 * 150, 25 * 400, 25 * 100, 25 * 220]
+    by_step = ranks.reports[1].collectives_in_steps_s
+    assert len(by_step) == len(ranks.reports[1].steps) == 25
+    assert [round(1e6 * seconds) for seconds in by_step] == [400] * 25
     status, out, error = call("--trace", *files)
     assert (status, error) == (0, "")
     lines = out.splitlines()

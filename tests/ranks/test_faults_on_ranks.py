@@ -11,7 +11,6 @@ from asyncbatch.ranks.errors import RankError
 from asyncbatch.ranks.launch import on_ranks
 
 WORDS = {
-    "kill": ["rank 1", "is gone"],
     "stop": ["rank 1"],
     "memory": ["rank 1", "failed", "MemoryError: no 3 GB are left"],
 }

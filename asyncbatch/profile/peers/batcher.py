@@ -38,6 +38,7 @@ from .parts import part, unknown_version
 from .recorder import StepRecorder
 from .stand_in import StandIn, in_place_of_flash_attn
 
+PAUSE_S = 0.05
 CACHED = "_cached_continuous_batching_manager"  # where a model keeps the manager of `persistent_manager=True`
 
 
@@ -54,6 +55,9 @@ class TransformersBatcher:
     block_size: tokens in a block of the KV cache; flash_attn wants multiples of 256.
     prefill_tokens: the most prompt tokens in one step (default: 1024, or 256 with sdpa).
     compile_level: transformers' `default_compile_level`, 0 (no torch.compile, its default) to 3.
+
+    Of a model that transformers has sharded over several ranks, each rank makes a batcher and calls `run` at the same
+    time, with the same requests: rank 0 takes them and gives the answers, the others serve along and give none.
 
     `setting` says in one line what is used, and why nothing faster. `timeline` is that of the last run, with the lanes
     "host" (plan, launch, wait, commit) and "compute" (step).
@@ -112,6 +116,7 @@ class TransformersBatcher:
         if prefill_tokens is None:
             prefill_tokens = 256 if self.attention == "sdpa" else 1024
         heads, _ = kv_heads_and_dim(config)
+        heads //= ranks_of(model)
         self._stand_in = StandIn(max_batch_size, heads, self.device) if self.attention == "stand-in" else None
         with self._borrowed_model():
             self.manager = self._make_manager(block_size, blocks_each, num_blocks, prefill_tokens, compile_level)
@@ -164,6 +169,11 @@ class TransformersBatcher:
             resolved.max_blocks_per_request = blocks_each
         return manager
 
+    @property
+    def leads(self) -> bool:
+        """Whether the requests are given to this rank; true of the only one."""
+        return getattr(self.manager, "is_tp_driver", True)
+
     # ---- for callers -----------------------------------------------------------------------------------------
 
     def run(
@@ -190,6 +200,8 @@ class TransformersBatcher:
                 self._closed = f"the batcher failed: {error}"
             raise
         session.recorder.finish()
+        if not self.leads:
+            return []
         return [session.completion(*each) for each in zip(range(len(requests)), requests, stops, strict=True)]
 
     def close(self) -> None:
@@ -223,6 +235,9 @@ class TransformersBatcher:
             pass  # left over from a run that was interrupted
         with recorder.hooks():
             manager.start()
+            if not self.leads:
+                session.follow()
+                return session
             hard_stop = True
             try:
                 start_s = time.perf_counter()
@@ -299,10 +314,17 @@ class TransformersBatcher:
             names.get(self.attention, self.attention) + (f" ({reason})" if reason else ""),
             "CUDA graphs" if with_graphs else no_graphs,
             *([f"default_compile_level {compile_level}"] if compile_level else []),
+            *([f"{ranks_of(self.model)} ranks"] if ranks_of(self.model) > 1 else []),
             f"blocks of {block_size}",
             self.mode,
         ]
         return ", ".join(parts)
+
+
+def ranks_of(model) -> int:
+    """How many ranks share a model's weights."""
+    meshes = (parameter.device_mesh for parameter in model.parameters() if hasattr(parameter, "device_mesh"))
+    return next((mesh.size() for mesh in meshes), 1)
 
 
 class _Session:
@@ -334,6 +356,13 @@ class _Session:
             self.bar.update(1)
         elif output is None and not self.manager.is_running():
             raise RuntimeError("the loop of transformers ended early; it has logged why")
+
+    def follow(self) -> None:
+        """Serve along, on a rank that takes no requests, until the leader's loop stops."""
+        self.recorder.ready.set()
+        while self.manager.is_running():
+            self.manager.get_result(timeout=PAUSE_S)  # rank 0 has the same, and gives it
+        self.manager.stop(block=True, keep_for_next_session=True)
 
     def serve_until(self, due_s: float) -> None:
         """Until then the loop serves the requests that have arrived."""

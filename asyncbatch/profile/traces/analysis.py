@@ -48,6 +48,7 @@ def report_on(label: str, events: Events, graphs: Sequence[int] | None = None) -
     )
     threads = [_in_order(_rows(host, host["thread"] == one)) for one in launching_threads(device, compute, host)]
     kinds, busy, window = device["kind"], union(device["start"], device["end"]), int(device["end"].max())
+    collectives = union(*_times(device, (kinds == KERNEL) & _matching(COLLECTIVE, names)[device["name"]]))
     gaps = find_gaps(steps.extents, busy, threads, names) if coverage.complete else no_gaps()
     own = threads[0] if threads else _rows(host, np.zeros(0, np.int64))
     main = int(own["thread"][0]) if len(own["thread"]) else -1
@@ -75,7 +76,6 @@ def report_on(label: str, events: Events, graphs: Sequence[int] | None = None) -
         num_events=events.count,
         num_kernels=int((kinds == KERNEL).sum()),
         num_copies=int(np.isin(kinds, COPIES).sum()),
-        collectives_s=_seconds(device, (kinds == KERNEL) & _matching(COLLECTIVE, names)[device["name"]]),
         graph_launches=_graph_launches(device, runtime, names),
         coverage=coverage,
         overlap=overlap,
@@ -84,6 +84,7 @@ def report_on(label: str, events: Events, graphs: Sequence[int] | None = None) -
         busy_ns=busy,
         copies_ns={lane: _times(device, kinds == kind) for lane, kind in (("H2D", H2D), ("D2H", D2H))},
         host_ns=(own["start"], own["end"], (own["kind"] == RUNTIME) & _matching(WAITS, names)[own["name"]]),
+        collectives_ns=collectives,
     )
 
 
@@ -152,12 +153,6 @@ def _kernel_time(device: Columns) -> np.ndarray:
 
 def _times(columns: Columns, rows: np.ndarray) -> Stretches:
     return columns["start"][rows], columns["end"][rows]
-
-
-def _seconds(columns: Columns, rows: np.ndarray) -> float:
-    """How long any of the events ran."""
-    starts, ends = union(*_times(columns, rows))
-    return 1e-9 * int((ends - starts).sum())
 
 
 def _matching(pattern: re.Pattern, names: list[str]) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...measure.percentile import p99
-from ...timeline import Timeline, union
+from ...timeline import Timeline, busy_curve, union
 from .coverage import Coverage
 from .gaps import TraceGap, TraceGaps
 from .intervals import Stretches, close_pauses, intersections, outside
@@ -53,12 +53,11 @@ class TraceReport:
     `coverage`: whether anything is missing; if it is not complete, no idle figure is given: shares are None, and there
     are no gaps. `overlap`: how host and device take turns; None where that is not known. `gaps`: the idle time
     (`gaps.py` says what a gap is); the gaps between steps add up to the idle time behind `step_active`. `rank`: of a
-    process among several, as the trace says. `collectives_s`: seconds in which a kernel of a collective (NCCL and the
-    like) ran. `notes`: what else a reader must know.
+    process among several, as the trace says. `notes`: what else a reader must know.
 
-    `busy_ns`: the stretches in which anything ran on the device. `copies_ns`: (starts, ends) of the copies on the lanes
-    "H2D" and "D2H". `host_ns`: (starts, ends, whether it waits for the device) of the events of the launching
-    thread."""
+    `busy_ns`: the stretches in which anything ran on the device. `collectives_ns`: those in which a kernel of a
+    collective (NCCL and the like) ran. `copies_ns`: (starts, ends) of the copies on the lanes "H2D" and "D2H".
+    `host_ns`: (starts, ends, whether it waits for the device) of the events of the launching thread."""
 
     label: str
     rank: int | None
@@ -75,7 +74,6 @@ class TraceReport:
     num_events: int
     num_kernels: int
     num_copies: int
-    collectives_s: float
     graph_launches: GraphLaunches | None
     coverage: Coverage
     overlap: Overlap | None
@@ -84,9 +82,23 @@ class TraceReport:
     busy_ns: Stretches
     copies_ns: dict[str, tuple[np.ndarray, np.ndarray]]
     host_ns: tuple[np.ndarray, np.ndarray, np.ndarray]
+    collectives_ns: Stretches
 
     def __repr__(self) -> str:
         return f"<TraceReport: {self.label}, {len(self.steps)} steps, {self.num_kernels} kernels>"
+
+    @property
+    def collectives_s(self) -> float:
+        """Seconds in which a kernel of a collective ran."""
+        starts, ends = self.collectives_ns
+        return 1e-9 * int((ends - starts).sum())
+
+    @property
+    def collectives_in_steps_s(self) -> list[float]:
+        """For each step the seconds in which a kernel of a collective ran."""
+        times, busy = busy_curve(*self.collectives_ns)
+        before = np.interp(1e9 * self.steps, times, busy)
+        return (1e-9 * (before[:, 1] - before[:, 0])).tolist()
 
     @cached_property
     def idle_s(self) -> dict[str, float]:
