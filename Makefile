@@ -44,11 +44,11 @@ for-tests:
 run: for-running
 	@$(PY) -m asyncbatch $(ARGS)
 
-# In two processes, a file at a time: first what computes, then what mostly waits, for a browser or a notebook's kernel
-# (the longest files first, not those with most tests).
+# A few processes, a file at a time: first what computes (a third process, since those of ranks often wait for each
+# other), then what mostly waits, for a browser or a notebook's kernel (the longest files first, not those with most tests).
 BROWSED := tests/lessons/test_notebooks_browser.py tests/profile/test_page_browser.py tests/pictures/test_timeline_browser.py
 test: check
-	$(PY) -m pytest tests -n 2 --dist loadfile $(addprefix --ignore=,$(BROWSED))
+	$(PY) -m pytest tests -n 3 --dist loadfile $(addprefix --ignore=,$(BROWSED))
 	$(PY) -m pytest $(BROWSED) notebooks -n 2 --dist loadfile --no-loadscope-reorder
 
 # What takes long, by `pytest --durations=0`: real models and processes, whole runs of commands, kernels that are
@@ -60,11 +60,10 @@ SLOW := $(wildcard $(addsuffix .py,$(addprefix tests/, \
   devices/test_threads_of_the_device devices/test_virtual devices/test_virtual_ranks lessons/test_lessons_* \
   lessons/test_nbval_guard lessons/test_teach measure/test_points* measure/test_recording models/test_* \
   ordering/test_explore ordering/test_faults ordering/test_races ordering/test_ranks profile/test_budget \
-  profile/test_crosscheck profile/test_in_memory \
-  profile/test_outputs profile/test_page profile/test_peers* profile/test_presets profile/test_profile \
+  profile/test_crosscheck profile/test_in_memory profile/test_outputs profile/test_page profile/test_peers* profile/test_presets profile/test_profile \
   profile/test_prompts profile/test_ranks_torchrun profile/test_report_schema profile/test_situations \
-  profile/test_tooltip_browser profile/test_trace_coverage profile/test_workload project/test_bench project/test_house ranks/test_faults_on_ranks \
-  ranks/test_on_ranks ranks/test_replicas ranks/test_torchrun ranks/test_watch tour/test_command tour/test_replay)))
+  profile/test_tooltip_browser profile/test_trace_coverage profile/test_workload project/test_bench project/test_house \
+  ranks/test_faults_on_ranks ranks/test_on_ranks ranks/test_replicas ranks/test_torchrun ranks/test_watch tour/test_command tour/test_replay)))
 quick: check
 	$(PY) -m pytest tests -n 2 --dist loadfile $(addprefix --ignore=,$(BROWSED) $(SLOW))
 

@@ -185,7 +185,7 @@ class StepTable:
     kernels_us: the sum over the groups; where kernels run at the same time, more than `busy_us`, in which anything ran.
     gaps, gaps_us, longest_gap_us: stretches within a step in which nothing ran. step_us: from the first kernel's start
     to the last one's end, busy_us + gaps_us; shortest_us and longest_us of all replays.
-    unmatched: kernels of a step that were told by their names alone."""
+    unmatched: the names of those kernels of a step that were told by nothing else."""
 
     groups: tuple[Group, ...]
     kernels_us: float
@@ -198,7 +198,12 @@ class StepTable:
     longest_us: float
     replays: int
     left_out: int
-    unmatched: int
+    unmatched: tuple[str, ...]
+
+
+def is_copy(one: Ran) -> bool:
+    """A copy or a memset: also one that the driver does by a kernel of its own, as it does small ones of a graph."""
+    return not one.is_kernel or one.name.startswith(("memcpy", "memset"))
 
 
 def group_of(one: Ran, origin: Origin | None) -> str:
@@ -206,7 +211,7 @@ def group_of(one: Ran, origin: Origin | None) -> str:
     known = origin or Origin("")
     if one.name.startswith("nccl"):
         return "collectives"
-    if not one.is_kernel:
+    if is_copy(one):
         return "copies"
     if known.product:
         return str(known.product)
@@ -270,8 +275,10 @@ def step_table(
         longest_us=max(spans),
         replays=number,
         left_out=left_out,
-        unmatched=sum(
-            one.is_kernel and each is None for one, each in zip(whole[0], matched(whole[0], eager), strict=True)
+        unmatched=tuple(
+            one.name
+            for one, each in zip(whole[0], matched(whole[0], eager), strict=True)
+            if one.is_kernel and each is None and not is_copy(one)
         ),
     )
 
@@ -297,5 +304,6 @@ def table_text(table: StepTable, events_us: float | None = None) -> str:
     if table.left_out:
         lines.append(f"{table.left_out} replays are left out: the profiler lost kernels of them")
     if table.unmatched:
-        lines.append(f"{table.unmatched} kernels are told by their names alone: they ran otherwise without the graph")
+        names = ", ".join(sorted({name[:60] for name in table.unmatched}))
+        lines.append(f"{len(table.unmatched)} ran otherwise without the graph, and are told by their names: {names}")
     return "\n".join(lines)

@@ -144,7 +144,8 @@ def recorded_runs() -> list[RecordedRun]:
     """All recorded synchronous runs of both engines that have an asynchronous twin: by engine, the least idle first."""
     twins = []
     for name in Recording.names():
-        runs = {(r["engine"], r["model"], r["batch_size"], r["mode"]): r for r in Recording.load(name).runs}
+        alone = [run for run in Recording.load(name).runs if run.get("tp", 1) * run.get("replicas", 1) == 1]  # one GPU
+        runs = {(r["engine"], r["model"], r["batch_size"], r["mode"]): r for r in alone}
         for (engine, model, rows, mode), run in runs.items():
             twin = runs.get((engine, model, rows, "async"))
             if mode != "sync" or twin is None:

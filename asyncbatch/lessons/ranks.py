@@ -159,13 +159,20 @@ def try_rule(rule: Rule, when_ms: float = 13.0) -> str:
 
 # ---- on GPUs ---------------------------------------------------------------------------------------------------------
 
-# (shape, GPUs, the device's step in ms, what launching its graph takes the host in ms). transformers 5.24 and its
-# tensor parallelism on H200, 32 rows, one token, no cache, November 2026.
-MEASURED = (("1b", 1, 2.57, 0.10), ("1b", 2, 2.82, 0.30), ("8b", 1, 8.09, 0.10), ("8b", 2, 7.16, 0.30))
+# (GPUs, a decode step on the device in ms, idle share of the synchronous and the asynchronous loop in per cent, tokens
+# a second of the asynchronous one). The 8B shape on H200, 2026-11-28: docs/performance.md has the commands.
+MEASURED = (
+    ("one", 5.60, 6.30, 0.05, 5688),
+    ("two share it", 4.20, 9.69, 0.07, 7711),
+    ("two replicas", 5.71, 7.90, 0.05, 11104),
+)
 
 
 def measured() -> str:
     """What was measured on one GPU and on two, as a table."""
-    lines = ["shape   GPUs   step on the device   launching it"]
-    lines += [f"{shape:<5}  {gpus:>5}  {step:>16.2f} ms  {host:>9.2f} ms" for shape, gpus, step, host in MEASURED]
+    lines = ["GPUs            a step     idle, sync   idle, async   tokens/s, async"]
+    lines += [
+        f"{gpus:<12}  {step:>5.2f} ms  {sync:>11.2f} %  {late:>10.2f} %  {tokens:>16,}"
+        for gpus, step, sync, late, tokens in MEASURED
+    ]
     return "\n".join(lines)

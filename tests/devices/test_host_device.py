@@ -226,6 +226,11 @@ class NoStream:
 class NoDevice:
     """What a CudaStream needs of its device."""
 
+    is_timed = (True,)
+
+    def begin(self, slot):
+        self.errors[slot] = None
+
 
 @pytest.fixture
 def cuda_stream(monkeypatch):

@@ -58,5 +58,7 @@ def test_what_came_of_a_rule_is_told_in_the_checker_s_words():
 def test_the_table_of_two_gpus_has_every_measured_row():
     lines = ranks.measured().splitlines()
     assert len(lines) == 1 + len(ranks.MEASURED)
-    for line, (shape, gpus, step, host) in zip(lines[1:], ranks.MEASURED, strict=True):
-        assert line.split() == [shape, str(gpus), f"{step:.2f}", "ms", f"{host:.2f}", "ms"]
+    for line, (gpus, *numbers, tokens) in zip(lines[1:], ranks.MEASURED, strict=True):
+        assert line.startswith(gpus + " ")
+        assert [float(word) for word in line.split() if word.replace(".", "").isdigit()] == numbers
+        assert line.endswith(f"{tokens:,}")

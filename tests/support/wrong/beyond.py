@@ -124,10 +124,6 @@ def at_once(news, planning):
     return True
 
 
-def as_it_is_sent(news, planning):
-    return planning == news.sent
-
-
 def two_steps_later(news, planning):
     return planning >= news.sent + 2
 
@@ -168,7 +164,6 @@ WRONG = {
     },
     "may_apply": {
         at_once: "the message is still on its way to rank 1",
-        as_it_is_sent: "the message is still on its way to rank 1",
         two_steps_later: "later than need be",
         never: "Nobody ever said yes",
         in_even_steps: "the message is still on its way to rank 1",
