@@ -26,7 +26,8 @@ class Connection:
     """The ranks of a process group of torch.distributed, which share a model. Made by all of them at the same time.
 
     rank, size: this one's number among them, and how many they are; number 0 leads. control: a gloo process group, for
-    what batchers agree about. hosts: of each rank, its machine and process. store: where they leave each other word."""
+    what they agree about when something is opened. hosts: of each rank, its machine and process. store: where they
+    leave each other word."""
 
     _of: ClassVar[dict[str, Connection]] = {}
     first: ClassVar[int] = 0  # the number that its rank 0 has in messages

@@ -23,7 +23,7 @@ from .errors import RankError
 from .group import Connection
 from .watch import Watch
 
-HEADER = 4  # int64: the step's number, the digest, how many bytes of entries follow, whether the leader has failed
+HEADER = 3  # int64: the step's number, the digest, how many bytes of entries follow
 MOST_UNDER_WAY = 64  # messages of the leader
 
 
@@ -68,7 +68,7 @@ class Lockstep:
         return self._group.broadcast(tensor, 0)
 
     def _send(self, payload: bytes) -> None:
-        header = torch.tensor([self.steps, self.digest, len(payload), 0])
+        header = torch.tensor([self.steps, self.digest, len(payload)])
         self._under_way.append((self._broadcast(header), header))
         if payload:
             content = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
@@ -82,7 +82,7 @@ class Lockstep:
         if self._under_way:
             work, header = self._under_way.popleft()
             self._wait(work)
-            step, digest, size, _ = header.tolist()
+            step, digest, size = header.tolist()
             self._check(step, digest)
             if size:
                 content = torch.empty(size, dtype=torch.uint8)

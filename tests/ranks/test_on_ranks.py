@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from support.on_ranks import serve, use
+from support.on_ranks import requests, serve, use
 
 from asyncbatch import SyncBatcher, load_model
+from asyncbatch.measure.ranks import serve_on_ranks
+from asyncbatch.pictures.ranks import plot_ranks
 from asyncbatch.ranks.launch import on_ranks
 
 
@@ -61,3 +63,14 @@ def test_only_the_leader_takes_requests(told):
     assert "takes the requests" in told[1]["refusal"]
     assert "call follow()" in told[1]["refusal"]
     assert "refusal" not in told[0]
+
+
+def test_a_notebook_starts_two_ranks_and_shows_both(alone):
+    served = serve_on_ranks(2, requests()[:2], mode="sync", max_batch_size=4)
+    assert [(c.token_ids, c.finish_reason) for c in served[0].completions] == alone["first"][:2]
+    assert served[1].completions == []
+    assert [rank.rank for rank in served] == [0, 1]
+    for rank in served:
+        assert [step.step for step in rank.timeline.steps] == list(rank.collective_s)
+    figure = plot_ranks([rank.timeline for rank in served])
+    assert [track.name for track in figure.tracks] == ["rank 0", "rank 1"]
