@@ -13,13 +13,15 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from .errors import RankError
 
+START_METHOD = "spawn"  # of multiprocessing; tests, which start many, take another
+
 
 def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """Call an importable function in `size` new processes, which are ranks as torchrun makes them. Returns what it
     returned, by rank. RankError if one fails."""
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=size, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1", max_restarts=0, start_method="spawn",
+        rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1", max_restarts=0, start_method=START_METHOD,
     )  # fmt: skip
     try:
         with _quiet():

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import pytest
 from support.on_ranks import requests, serve, use
+from support.workers import forked_ranks
 
 from asyncbatch import SyncBatcher, load_model
 from asyncbatch.measure.ranks import serve_on_ranks
 from asyncbatch.pictures.ranks import plot_ranks
 from asyncbatch.ranks.launch import on_ranks
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forked():
+    with forked_ranks():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -42,3 +42,14 @@ def spawned_workers() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(process.mp, "get_context", multiprocessing.get_context)
         yield
+
+
+@contextlib.contextmanager
+def forked_ranks() -> Iterator[None]:
+    """Until the end of the block, ranks that this process starts are forked from the same server."""
+    from asyncbatch.ranks import launch
+
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "START_METHOD", "forkserver")
+        yield
