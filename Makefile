@@ -61,7 +61,7 @@ SLOW := $(wildcard $(addsuffix .py,$(addprefix tests/, \
   lessons/test_nbval_guard lessons/test_teach measure/test_points* measure/test_recording models/test_* \
   ordering/test_explore ordering/test_faults ordering/test_races ordering/test_ranks profile/test_budget \
   pictures/test_ranks_pictures profile/test_crosscheck profile/test_in_memory profile/test_outputs profile/test_page \
-  profile/test_peers* profile/test_presets profile/test_profile profile/test_prompts profile/test_ranks_session \
+  profile/test_peers* profile/test_presets profile/test_profile profile/test_prompts profile/test_ranks_report profile/test_ranks_session \
   profile/test_ranks_torchrun profile/test_report_schema profile/test_situations \
   profile/test_tooltip_browser profile/test_trace_coverage profile/test_workload project/test_bench project/test_house \
   project/test_schedules project/test_step_kernels ranks/test_collectives ranks/test_dealer ranks/test_faults_on_ranks ranks/test_on_ranks ranks/test_replicas ranks/test_torchrun ranks/test_watch tour/test_command tour/test_replay)))
