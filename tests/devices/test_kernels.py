@@ -40,7 +40,7 @@ for capability, kib, name, dim, value_dim, asked, splits in json.loads(sys.argv[
     queries = kernels.query_tile(4, wide, shared)
     for kernel, constants, tiling in (
         (kernels._decode, dict(GROUP=4, M=16, **kernels.splitting(splits)), kernels.tiling(wide, dtype, shared)),
-        (kernels._prefill, dict(TILES=16, TILE_Q=queries, GROUP=4, M=kernels.power_of_2(4 * queries, 16)),
+        (kernels._prefill, dict(ROWS_2=32, TILE_Q=queries, GROUP=4, M=kernels.power_of_2(4 * queries, 16)),
          kernels.tiling(wide, dtype, shared // 2)),
     ):
         options = {key: tiling.pop(key) for key in ("num_warps", "num_stages")}

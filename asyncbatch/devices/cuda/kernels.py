@@ -58,28 +58,48 @@ def _of_values(where, DIM: tl.constexpr, V_DIM: tl.constexpr):
 
 
 @triton.jit
+def _read(pool, where, there, SIZE: tl.constexpr, SIZE_2: tl.constexpr, WHOLE: tl.constexpr):
+    """[keys, SIZE_2] of a pool; zeros beyond SIZE and, unless all keys are there (WHOLE), for those that are not."""
+    d = tl.arange(0, SIZE_2)
+    at = pool + (where[:, None] + d[None, :])
+    if WHOLE and SIZE == SIZE_2:
+        return tl.load(at)
+    elif WHOLE:
+        return tl.load(at, mask=(d < SIZE)[None, :], other=0.0)
+    else:
+        return tl.load(at, mask=there[:, None] & (d < SIZE)[None, :], other=0.0)
+
+
+@triton.jit
 def _attend_to(
     k_pool, v_pool, p_block, p_token, table, keys, end, queries, limit, scale, top, total, sums,
     DIM: tl.constexpr, DIM_2: tl.constexpr, V_DIM: tl.constexpr, V_DIM_2: tl.constexpr, BLOCK: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Add the keys number `keys` (those before `end`, not beyond each query's `limit`, and not before its window) to
-    the running softmax of `queries`: its highest score `top`, the weights' sum `total`, the weighted values `sums`."""
-    d, e = tl.arange(0, DIM_2), tl.arange(0, V_DIM_2)
-    block = tl.load(table + keys // BLOCK, mask=keys < end, other=0).to(tl.int64)
+    the running softmax of `queries`: its highest score `top`, the weights' sum `total`, the weighted values `sums`.
+    WHOLE: every query sees all of them, so nothing has to be masked."""
+    if WHOLE:
+        block = tl.load(table + keys // BLOCK).to(tl.int64)
+    else:
+        block = tl.load(table + keys // BLOCK, mask=keys < end, other=0).to(tl.int64)
     where = block * p_block + (keys % BLOCK) * p_token
-    where_k, where_v = where[:, None] + d[None, :], _of_values(where, DIM, V_DIM)[:, None] + e[None, :]
-    k = tl.load(k_pool + where_k, mask=(keys < end)[:, None] & (d < DIM)[None, :], other=0.0)
-    v = tl.load(v_pool + where_v, mask=(keys < end)[:, None] & (e < V_DIM)[None, :], other=0.0)
-    scores = _bent(tl.dot(queries, tl.trans(k), input_precision=PRECISION) * scale, SOFTCAP)
-    seen = (keys[None, :] <= limit[:, None]) & (keys < end)[None, :]
-    if WINDOW:
-        seen = seen & (keys[None, :] > limit[:, None] - WINDOW)
-    scores = tl.where(seen, scores, -float("inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1))
+    k = _read(k_pool, where, keys < end, DIM, DIM_2, WHOLE)
+    v = _read(v_pool, _of_values(where, DIM, V_DIM), keys < end, V_DIM, V_DIM_2, WHOLE)
+    scores = tl.dot(queries, tl.trans(k), input_precision=PRECISION)
+    if SOFTCAP != 0.0:
+        scores = _bent(scores * scale, SOFTCAP)
+        scale = 1.0
+    if not WHOLE:
+        seen = (keys[None, :] <= limit[:, None]) & (keys < end)[None, :]
+        if WINDOW:
+            seen = seen & (keys[None, :] > limit[:, None] - WINDOW)
+        scores = tl.where(seen, scores, -float("inf"))
+    # Scaled here, and below within the subtraction: one instruction for both. (A scale is positive.)
+    new_top = tl.maximum(top, tl.max(scores, 1) * scale)
     # A query that has seen nothing yet has -inf everywhere; a 0 in its place keeps nan out.
     base = tl.where(new_top == -float("inf"), 0.0, new_top)
-    weights = tl.exp2(scores - base[:, None])
+    weights = tl.exp2(scores * scale - base[:, None])
     kept = tl.exp2(top - base)
     sums = sums * kept[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
     return new_top, total * kept + tl.sum(weights, 1), sums
@@ -120,17 +140,27 @@ def _decode(
     # The new token, loaded here by the first split and used after the loop: meanwhile it arrives.
     new_k = tl.load(new_k + row * new_k_token + kv_head * new_k_head + d, mask=d + split * DIM_2 < DIM, other=0.0)
     new_v = tl.load(new_v + row * new_v_token + kv_head * new_v_head + e, mask=e + split * V_DIM_2 < V_DIM, other=0.0)
-    new_block = tl.load(tables + row * t_row + place // BLOCK).to(tl.int64)
+    tables += row * t_row
+    new_block = tl.load(tables + place // BLOCK).to(tl.int64)
     k_pool += kv_head * p_head
     v_pool += _of_values(kv_head * p_head, DIM, V_DIM)
     top, total, sums = _first_sums(sinks, head, m < tl.where(split == 0, GROUP, 0), M, V_DIM_2)
     start = begin + split * size
     end = tl.minimum(place, start + size)
     limit = tl.zeros([M], tl.int32) + place
-    for n in range(start, end, TILE):
+    # Without a window, the new token sees all of every tile but the last.
+    whole = start
+    if not WINDOW:
+        whole += tl.maximum(end - start, 0) // TILE * TILE
+        for n in range(start, whole, TILE):
+            top, total, sums = _attend_to(
+                k_pool, v_pool, p_block, p_token, tables, n + tl.arange(0, TILE), end, queries, limit, scale,
+                top, total, sums, DIM, DIM_2, V_DIM, V_DIM_2, BLOCK, WINDOW, SOFTCAP, PRECISION, True,
+            )  # fmt: skip
+    for n in range(whole, end, TILE):
         top, total, sums = _attend_to(
-            k_pool, v_pool, p_block, p_token, tables + row * t_row, n + tl.arange(0, TILE), end, queries, limit, scale,
-            top, total, sums, DIM, DIM_2, V_DIM, V_DIM_2, BLOCK, WINDOW, SOFTCAP, PRECISION,
+            k_pool, v_pool, p_block, p_token, tables, n + tl.arange(0, TILE), end, queries, limit, scale,
+            top, total, sums, DIM, DIM_2, V_DIM, V_DIM_2, BLOCK, WINDOW, SOFTCAP, PRECISION, False,
         )  # fmt: skip
     if split == 0:
         where = new_block * p_block + (place % BLOCK) * p_token
@@ -199,34 +229,59 @@ def _store(
 
 @triton.jit
 def _prefill(
-    q, q_token, q_head, k_pool, v_pool, p_block, p_head, p_token, tables, t_row, first, count, position,
+    q, q_token, q_head, k_pool, v_pool, p_block, p_head, p_token, tables, t_row, first, count, position, rows, tokens,
     out, out_token, out_head, sinks, scale,
-    TILES: tl.constexpr, TILE_Q: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, DIM: tl.constexpr,
+    ROWS_2: tl.constexpr, TILE_Q: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, DIM: tl.constexpr,
     DIM_2: tl.constexpr, V_DIM: tl.constexpr, V_DIM_2: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row, tile, kv_head = tl.program_id(0) // TILES, tl.program_id(0) % TILES, tl.program_id(1)
-    num_tokens = tl.load(count + row)
-    if tile * TILE_Q >= num_tokens:
+    """One tile of TILE_Q tokens of one row, for one key-value head. The tiles of all rows are counted through, and each
+    program finds its own; the last of them, which have the most keys, begin first. What is left of the programs writes
+    zeros for the tokens of no row."""
+    kv_head, number = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
+    each = tl.arange(0, ROWS_2)
+    counts = tl.load(count + each, mask=each < rows, other=0)
+    tiles = tl.cdiv(counts, TILE_Q)
+    ends = tl.cumsum(tiles, 0)
+    row = tl.sum((ends <= number).to(tl.int32), 0)
+    m, d, e = tl.arange(0, M), tl.arange(0, DIM_2), tl.arange(0, V_DIM_2)
+    head, in_k, in_v = kv_head * GROUP + m % GROUP, d < DIM, e < V_DIM
+    if row >= rows:
+        token = tl.sum(counts, 0) + (number - tl.sum(tiles, 0)) * TILE_Q + m // GROUP
+        there = ((m < TILE_Q * GROUP) & (token < tokens))[:, None] & in_v[None, :]
+        nothing = tl.zeros([M, V_DIM_2], tl.float32)
+        tl.store(out + token[:, None] * out_token + head[:, None] * out_head + e[None, :], nothing, there)
         return
     # The tile's queries: its tokens times the query heads that share this key-value head.
-    m, d, e = tl.arange(0, M), tl.arange(0, DIM_2), tl.arange(0, V_DIM_2)
-    token, head, in_k, in_v = tile * TILE_Q + m // GROUP, kv_head * GROUP + m % GROUP, d < DIM, e < V_DIM
+    begin_q = (number - tl.sum(tl.where(each == row, ends - tiles, 0), 0)) * TILE_Q
+    num_tokens, before = tl.load(count + row), tl.load(position + row)
+    token = begin_q + m // GROUP
     inside = (m < TILE_Q * GROUP) & (token < num_tokens)
     there = inside[:, None] & in_k[None, :]
-    limit = tl.load(position + row) + token  # a query sees the keys at places up to its own
-    begin = 0
-    if WINDOW:
-        begin = tl.maximum(tl.load(position + row) + tile * TILE_Q + 1 - WINDOW, 0) // TILE * TILE
-    end = tl.load(position + row) + tl.minimum(num_tokens, (tile + 1) * TILE_Q)
+    limit = before + token  # a query sees the keys at places up to its own
+    end = before + tl.minimum(num_tokens, begin_q + TILE_Q)
     token += tl.load(first + row)
     queries = tl.load(q + token[:, None] * q_token + head[:, None] * q_head + d[None, :], mask=there, other=0.0)
     top, total, sums = _first_sums(sinks, head, inside, M, V_DIM_2)
+    k_pool += kv_head * p_head
+    v_pool += _of_values(kv_head * p_head, DIM, V_DIM)
+    tables += row * t_row
+    # Without a window, all queries see all of the tiles before the first query's own.
+    begin = 0
+    if WINDOW:
+        begin = tl.maximum(before + begin_q + 1 - WINDOW, 0) // TILE * TILE
+    else:
+        whole = (before + begin_q + 1) // TILE * TILE
+        for n in range(0, whole, TILE):
+            top, total, sums = _attend_to(
+                k_pool, v_pool, p_block, p_token, tables, n + tl.arange(0, TILE), end, queries, limit, scale,
+                top, total, sums, DIM, DIM_2, V_DIM, V_DIM_2, BLOCK, WINDOW, SOFTCAP, PRECISION, True,
+            )  # fmt: skip
+        begin = whole
     for n in range(begin, end, TILE):
         top, total, sums = _attend_to(
-            k_pool + kv_head * p_head, v_pool + _of_values(kv_head * p_head, DIM, V_DIM), p_block, p_token,
-            tables + row * t_row, n + tl.arange(0, TILE), end, queries, limit, scale, top, total, sums,
-            DIM, DIM_2, V_DIM, V_DIM_2, BLOCK, WINDOW, SOFTCAP, PRECISION,
+            k_pool, v_pool, p_block, p_token, tables, n + tl.arange(0, TILE), end, queries, limit, scale,
+            top, total, sums, DIM, DIM_2, V_DIM, V_DIM_2, BLOCK, WINDOW, SOFTCAP, PRECISION, False,
         )  # fmt: skip
     there = inside[:, None] & in_v[None, :]
     tl.store(out + token[:, None] * out_token + head[:, None] * out_head + e[None, :], sums / total[:, None], there)
@@ -278,17 +333,19 @@ def prefill(
     sizes, wide = sizes_of(key, value)
     shared = shared_memory(query.device)
     tile_q = query_tile(group, wide, shared)
-    tiles = -(-tokens // tile_q)
-    out = torch.zeros((tokens, heads, value.shape[2]), dtype=query.dtype, device=query.device)
+    rows = tables.shape[0]
+    programs = -(-tokens // tile_q) + rows  # as many tiles as there can be: each row's last one may be in part empty
+    out = torch.empty((tokens, heads, value.shape[2]), dtype=query.dtype, device=query.device)
     _store[(tokens,)](
         key, *key.stride()[:2], value, *value.stride()[:2], k_pool, v_pool, *k_pool.stride()[:3], places,
         KV_HEADS=kv_heads, HEADS_2=power_of_2(kv_heads), **sizes, BLOCK=block,
     )  # fmt: skip
-    _prefill[(tables.shape[0] * tiles, kv_heads)](
+    _prefill[(kv_heads, programs)](
         query, *query.stride()[:2], k_pool, v_pool, *k_pool.stride()[:3], tables, tables.stride(0),
-        first, count, position, out, *out.stride()[:2], sinks, scale / softcap if softcap else scale * LOG2_E,
-        TILES=tiles, TILE_Q=tile_q, GROUP=group, M=power_of_2(tile_q * group, 16), **sizes, BLOCK=block,
-        WINDOW=window, SOFTCAP=softcap * LOG2_E, **tiling(wide, query.dtype, shared // 2),
+        first, count, position, rows, tokens, out, *out.stride()[:2],
+        sinks, scale / softcap if softcap else scale * LOG2_E, ROWS_2=power_of_2(rows), TILE_Q=tile_q, GROUP=group,
+        M=power_of_2(tile_q * group, 16), **sizes, BLOCK=block, WINDOW=window, SOFTCAP=softcap * LOG2_E,
+        **tiling(wide, query.dtype, shared // 2),
     )  # fmt: skip
     return out
 
@@ -321,9 +378,9 @@ def least_split(splits: int) -> int:
 
 
 def query_tile(group: int, dim_2: int, shared_bytes: int) -> int:
-    """Tokens of a chunk in one program: up to 32, so that their float32 sums take a third of the shared memory. With 32
-    instead of 16, a chunk of 2048 tokens after 2048 others took 389 us a layer instead of 460 (H200, 8B shape)."""
-    tile = 32
+    """Tokens of a chunk in one program: as many as make 64 queries, so that their float32 sums stay in registers, but
+    their size in bytes at most a third of the shared memory."""
+    tile = max(1, 64 // power_of_2(group))
     while tile > 1 and power_of_2(tile * group) * dim_2 * 4 > shared_bytes // 3:
         tile //= 2
     return tile
@@ -332,10 +389,12 @@ def query_tile(group: int, dim_2: int, shared_bytes: int) -> int:
 def tiling(dim_2: int, dtype: torch.dtype, shared_bytes: int) -> dict:
     """Keys in a tile, warps, and stages of the pipeline that loads tiles ahead.
 
-    64 keys, 4 warps and 3 stages were the best of 20 combinations on an H200 (4.2 TB/s at context 8192, heads of 128
-    in bfloat16). A GPU with less shared memory gets fewer stages, then smaller tiles."""
+    64 keys, 4 warps and 2 stages, on an H200 with heads of 128 in bfloat16. Of 39 combinations with 16, 32 or 64 tokens
+    of a chunk they took the least for most chunks, and of 52 for decoding, with splits of equal and unequal sizes,
+    nearly the least for rows of equal length and for mixed ones (4.1 TB/s at context 8191). A GPU with less shared
+    memory gets fewer stages, then smaller tiles."""
     size = dtype.itemsize
-    tile, stages = 64, 3
+    tile, stages = 64, 2
     left = shared_bytes - 16 * 1024  # queries, and what Triton needs to change layouts
     while tile > 16 and 2 * tile * dim_2 * size > left:
         tile //= 2
