@@ -50,6 +50,7 @@ def _on_cuda(model, config: Config, buffers, runner) -> Any:
     )
     device = CudaDevice(program, config.num_slots, next(model.parameters()).device)
     device.shape, device.host_work_s, device.timed = program.shape, config.host_work_s, config.timeline != 0
+    device.records_follow = True
     return device
 
 

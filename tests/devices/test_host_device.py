@@ -226,7 +226,7 @@ class NoStream:
 class NoDevice:
     """What a CudaStream needs of its device."""
 
-    is_timed = (True,)
+    is_timed, records_follow = (True,), True
 
     def begin(self, slot):
         self.errors[slot] = None
@@ -289,7 +289,8 @@ def test_on_cuda_streams_do_not_keep_their_device(cuda_stream):
 def test_on_cuda_a_lost_context_is_a_device_error_that_says_what_to_do(cuda_stream, call):
     (_, compute, _), device = cuda_stream
     NoStream.broken = True
-    arguments = {"launch": ("decode", 0), "synchronize": ()}.get(call, (None,))
+    event = types.SimpleNamespace(own=NoStream(), newest=NoStream())
+    arguments = {"launch": ("decode", 0), "synchronize": ()}.get(call, (event,))
     with pytest.raises(DeviceError, match="device-side assert triggered.*Start Python") as caught:
         getattr(compute, call)(*arguments)
     assert "Compile with" not in str(caught.value)

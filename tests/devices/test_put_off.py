@@ -59,7 +59,8 @@ def test_between_two_synchronous_steps_no_event_is_read(slots, points):
             batcher.run(REQUESTS)
         did = [Counter(each) for each in between_steps(gpu.journal)]
         assert len(did) == batcher.timeline.summary().steps  # (the first wait is that of opening the device)
-        # The three events that are recorded before a step's launch are all that there is.
+        # Three events are recorded before a step's launch, and that is all. What the streams wait for are those that
+        # tell the ends, so that measuring records three more in a step, and not six.
         assert set(map(str, did)) == {str(Counter(timed=3))}
         assert Counter(gpu.journal)["read"] == (8 if points else 6) * len(batcher.timeline.steps)
 
@@ -68,7 +69,7 @@ def test_without_a_timeline_no_event_has_a_time_until_points_are_recorded():
     with opened(SyncBatcher, 1, timeline=False) as (gpu, batcher):
         del gpu.journal[:]
         batcher.run(REQUESTS)
-        assert set(gpu.journal) == {"waited", "launched"}
+        assert set(gpu.journal) == {"waited", "launched", "marked"}
         batcher.submit(REQUESTS[0])
         batcher.turn()
         del gpu.truth[:]
@@ -77,7 +78,7 @@ def test_without_a_timeline_no_event_has_a_time_until_points_are_recorded():
             assert as_it_was(batcher.timeline, gpu.truth[len(gpu.truth) - 3 * len(batcher.timeline.steps) :])
         del gpu.journal[:]
         batcher.run(REQUESTS)
-        assert set(gpu.journal) == {"waited", "launched"}
+        assert set(gpu.journal) == {"waited", "launched", "marked"}
 
 
 def test_points_that_begin_while_untimed_steps_are_under_way_say_nothing_of_those():
@@ -117,6 +118,30 @@ def test_every_command_is_told_as_it_ran(loop, slots, parts, monkeypatch):
                     shares = (MOMENTS[0], MOMENTS[1] - MOMENTS[0], 1 - MOMENTS[1])
                     expected = [share * (end - start) for share in shares]
                     assert [found[part, step] for part in PARTS] == pytest.approx(expected, abs=1e-7)
+
+
+@pytest.mark.parametrize("records_follow", [True, False])
+def test_a_command_ends_where_it_ended_whatever_its_stream_is_told_next(records_follow):
+    with stand_in(records_follow=records_follow) as gpu, AsyncBatcher(tiny_model(), **OPTIONS) as batcher:
+        device, shape = batcher.device, batcher.device.shape
+        later, event = device.event(), device.event()
+        for slot, told in enumerate(["wait", "record"]):
+            del gpu.truth[:]
+            h2d, compute, d2h = device.streams
+            h2d.launch("copy_in", slot)
+            h2d.launch("copy_in", slot)  # the first one's end is nobody's any more
+            if told == "record":
+                h2d.record_event(event)
+            compute.launch(shape.kinds[0], slot)
+            compute.record_event(later)
+            h2d.wait_event(later)  # what comes next on this stream, comes later
+            h2d.record_event(event)
+            d2h.launch("copy_out", slot)
+            for stream in device.streams:
+                stream.synchronize()
+            assert event.query()
+            found = [moment for span in device.spans(slot)() for moment in span]
+            assert found == pytest.approx([moment for ran in gpu.truth[1:] for moment in ran[2:]], abs=1e-7)
 
 
 @LOOPS

@@ -41,7 +41,8 @@ class Gpu:
     """The device, its host's clock, and what happened. real: the host's time is real, and commands take none of it.
 
     journal: in order, "waited" (the host has waited for a step), "launched" (a step), "read" (the time of one event was
-    asked for) and "timed" (a timing event was recorded). lost: from now on every call fails, as after an error of CUDA.
+    asked for), "timed" and "marked" (an event was recorded: one that has a time, one that has none). lost: from now on
+    every call fails, as after an error of CUDA.
     between: called at the end of each wait, before it is noted. host_s: the host's processor seconds from each wait to
     the next launch of a step."""
 
@@ -62,8 +63,7 @@ class Gpu:
             def record(self, stream):
                 gpu.check()
                 self.time = max(stream.time, gpu.time)
-                if self.timing:
-                    gpu.journal.append("timed")
+                gpu.journal.append("timed" if self.timing else "marked")
 
             def synchronize(self):
                 gpu.check()
@@ -112,17 +112,6 @@ class Gpu:
 
         cuda = SimpleNamespace(Event=Event, Stream=Stream, synchronize=self.finish)
         self.torch = SimpleNamespace(cuda=cuda, AcceleratorError=torch.AcceleratorError, device=torch.device)
-        # As in the module: an event whose wait raises DeviceError.
-        self.event = type("CudaEvent", (Event,), {"synchronize": cuda_device.CudaEvent.synchronize})
-        self.event.synchronize = self._wait(Event)
-
-    @staticmethod
-    def _wait(event_class) -> Callable:
-        def synchronize(self) -> None:
-            with cuda_device._cuda_errors:
-                event_class.synchronize(self)
-
-        return synchronize
 
     def check(self) -> None:
         if self.lost:
@@ -156,7 +145,7 @@ class Gpu:
 
 
 @contextlib.contextmanager
-def stand_in(*, real: bool = False, computes: bool = False) -> Iterator[Gpu]:
+def stand_in(*, real: bool = False, computes: bool = False, records_follow: bool = True) -> Iterator[Gpu]:
     """Within it, batchers of a model on the CPU are opened on the stand-in: with the option `parts` too.
 
     computes: the program is the model; otherwise one that computes next to nothing."""
@@ -181,12 +170,12 @@ def stand_in(*, real: bool = False, computes: bool = False) -> Iterator[Gpu]:
             device.clock = "virtual"
         if hasattr(device, "timed"):
             device.timed = config.timeline != 0
+        device.records_follow = records_follow
         return device
 
     clock = SimpleNamespace(perf_counter=gpu.now)
     with (
         mock.patch.object(cuda_device, "torch", gpu.torch),
-        mock.patch.object(cuda_device, "CudaEvent", gpu.event),
         mock.patch.object(cuda_device, "time", clock),
         mock.patch.object(base, "open_device", open_device),
     ):

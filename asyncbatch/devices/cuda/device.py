@@ -45,12 +45,21 @@ def never_free(thing: Any) -> None:
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
-class CudaEvent(torch.cuda.Event):
-    """A torch.cuda.Event whose wait raises DeviceError where work before it has failed."""
+class CudaEvent:
+    """An event whose wait raises DeviceError where work before it has failed. `newest`: what was last recorded for it.
+    Right after a command that is the command's own timing event, which so needs no recording of its own."""
+
+    __slots__ = ("own", "newest")
+
+    def __init__(self) -> None:
+        self.own = self.newest = torch.cuda.Event()
+
+    def query(self) -> bool:
+        return self.newest.query()
 
     def synchronize(self) -> None:
         with _cuda_errors:
-            super().synchronize()
+            self.newest.synchronize()
 
 
 class EventClock:
@@ -129,18 +138,28 @@ class CudaStream:
         self.number, self.name = number, STREAMS[number]
         self.stream = torch.cuda.Stream(device.where)
         self.query = self.stream.query
+        self.end: Any = None  # the timing event that the newest command's end still waits for
 
     def wait_event(self, event: CudaEvent) -> None:
         with _cuda_errors:
-            self.stream.wait_event(event)
+            self._mark_end()
+            self.stream.wait_event(event.newest)
 
     def record_event(self, event: CudaEvent) -> None:
         with _cuda_errors:
-            self.stream.record_event(event)
+            event.newest = self.end or event.own
+            self.end = None
+            event.newest.record(self.stream)
 
     def synchronize(self) -> None:
         with _cuda_errors:
+            self._mark_end()
             self.stream.synchronize()
+
+    def _mark_end(self) -> None:
+        if self.end is not None:
+            end, self.end = self.end, None
+            end.record(self.stream)
 
     def launch(self, command: Any, slot: int) -> None:
         device, number = self.device, self.number
@@ -151,6 +170,7 @@ class CudaStream:
         timed, (start, end) = device.is_timed[slot], device.timing[slot][number]
         with _cuda_errors:
             if timed:
+                self._mark_end()
                 start.record(self.stream)
             try:
                 with self.stream:  # (2 us; torch.cuda.stream(...) takes 18)
@@ -162,19 +182,23 @@ class CudaStream:
                     torch.cuda.synchronize(device.where)
                 device.errors[slot] = f"{command} failed on the device:\n{traceback.format_exc()}"
             if timed:
-                end.record(self.stream)
+                self.end = end
+                if not device.records_follow:
+                    self._mark_end()
 
 
 class CudaDevice(RealTime):
     """`timed`: whether commands are launched between timing events; without them a step has no spans. `timing`: by slot
     and stream the pair of events of the newest command. There are two sets of a slot, for while a step is launched the
-    last one of its slot may still be `Unread`."""
+    last one of its slot may still be `Unread`. `records_follow`: an event is recorded after every command, as
+    `streams.launch_step` does, and tells its end too: three recordings less in a step."""
 
     clock = "cuda"
 
     def __init__(self, program: Any, num_slots: int, where: torch.device):
         self.program, self.where = program, where
         self.errors: list[str | None] = [None] * num_slots
+        self.records_follow = False
         self.timed, self.is_timed = True, [True] * num_slots  # the second: of each slot's newest step
         self.newest = 0  # slot of the newest step
         self.unread: list[Unread | None] = [None] * num_slots  # the times of each slot's last committed step
