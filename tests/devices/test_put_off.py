@@ -137,6 +137,8 @@ def test_a_command_ends_where_it_ended_whatever_its_stream_is_told_next(records_
             h2d.wait_event(later)  # what comes next on this stream, comes later
             h2d.record_event(event)
             d2h.launch("copy_out", slot)
+            if records_follow:
+                d2h.record_event(device.event())
             for stream in device.streams:
                 stream.synchronize()
             assert event.query()
