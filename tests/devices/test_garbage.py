@@ -8,6 +8,7 @@ import sys
 import weakref
 
 import pytest
+from support.collecting import collections_of_everything
 from support.tiny import tiny_model
 
 from asyncbatch import AsyncBatcher, Request, SyncBatcher
@@ -28,9 +29,9 @@ def quiet_host(monkeypatch):
 
     monkeypatch.setattr(HostDevice, "__init__", init)
     monkeypatch.setattr(HostDevice, "close", lambda self: (self._quiet(), close(self)))
-    yield
-    gc.enable()
-    gc.unfreeze()
+    with collections_of_everything():
+        yield
+        gc.enable()
 
 
 class Knot:

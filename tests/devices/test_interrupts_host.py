@@ -34,15 +34,6 @@ def quick_workers(monkeypatch):
     monkeypatch.setattr("asyncbatch.base.check_model", lambda *_: None)
 
 
-@pytest.fixture
-def quick_collections():
-    """Of what comes from now on: the modules of torch and transformers are many objects, and stay anyway."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 def opened(model):
     return AsyncBatcher(model, step_s=0.0, **OPTIONS)
 
@@ -102,7 +93,7 @@ def test_while_the_worker_runs(quick_workers, request):
     assert len(process.free_events) == MAX_EVENTS
 
 
-def test_while_a_worker_is_started_and_ended(quick_workers, quick_collections, request):
+def test_while_a_worker_is_started_and_ended(quick_workers, request):
     before = len(workers())
 
     def start_and_stop(model):
