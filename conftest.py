@@ -89,9 +89,10 @@ def _nothing_is_left_behind():
     """After the last test (with xdist, of each of its processes) no child of this process is left, and in /dev/shm
     nothing of theirs: what they make there bears their numbers, semaphores because of the first line."""
     multiprocessing.current_process()._config["semprefix"] = f"/mp-{os.getpid()}"
+    from support.collecting import collections_of_what_is_new
     from support.workers import forked_workers
 
-    with forked_workers():
+    with forked_workers(), collections_of_what_is_new():
         yield
     pids = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
     device = sys.modules.get("asyncbatch.devices.process")

@@ -87,6 +87,7 @@ class _Worker:
     def __init__(self, done: np.ndarray, wake):
         self.done, self.wake = done, wake
         self.reached = threading.Condition()
+        self._model: torch.nn.Module | None = None
         self._programs: dict[int, tuple[Any, np.ndarray, np.ndarray, dict[int, str]]] = {}
         torch.set_num_threads(device_threads())
 
@@ -94,9 +95,11 @@ class _Worker:
 
     def model(self, description: bytes, tensors: bytes) -> None:
         """From now on programs are opened with this model; those that are open keep theirs."""
-        self._model = unpack(description, tensors)
-        gc.unfreeze()  # an older model may go
-        gc.collect()
+        older, self._model = self._model, unpack(description, tensors)
+        if older is not None:  # it may go. (Before the first there is little to collect, and all modules to look at.)
+            del older
+            gc.unfreeze()
+            gc.collect()
         gc.freeze()  # the model's many objects never become garbage: no collection has to look at them
 
     def open(self, session: int, program: Callable, arguments: dict, times, failed, moments) -> dict[int, int]:

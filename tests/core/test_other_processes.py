@@ -124,8 +124,10 @@ def open_one() -> list[int]:
 
 
 def test_a_worker_of_a_pool_says_what_to_do_and_one_of_an_executor_serves():
-    spawn = multiprocessing.get_context("spawn")
-    with spawn.Pool(1) as pool, pytest.raises(DeviceError, match="ProcessPoolExecutor"):
+    """Both are forked from the server that has imported everything (support/workers.py): they are daemonic or not
+    however they start. What computes for the executor's worker is spawned, as ever."""
+    server = multiprocessing.get_context("forkserver")
+    with server.Pool(1) as pool, pytest.raises(DeviceError, match="ProcessPoolExecutor"):
         pool.apply(open_one)
-    with ProcessPoolExecutor(1, mp_context=spawn) as executor:
+    with ProcessPoolExecutor(1, mp_context=server) as executor:
         assert executor.submit(open_one).result() == open_one()

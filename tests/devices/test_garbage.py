@@ -7,11 +7,13 @@ import subprocess
 import sys
 import weakref
 
+import numpy as np
 import pytest
+from support.collecting import collections_of_everything
 from support.tiny import tiny_model
 
 from asyncbatch import AsyncBatcher, Request, SyncBatcher
-from asyncbatch.devices import garbage
+from asyncbatch.devices import garbage, worker
 from asyncbatch.devices.host import HostDevice
 
 OPTIONS = {"max_batch_size": 4, "block_size": 4, "max_length": 64, "prefill_tokens": 16, "step_s": 0.0}
@@ -28,9 +30,9 @@ def quiet_host(monkeypatch):
 
     monkeypatch.setattr(HostDevice, "__init__", init)
     monkeypatch.setattr(HostDevice, "close", lambda self: (self._quiet(), close(self)))
-    yield
-    gc.enable()
-    gc.unfreeze()
+    with collections_of_everything():
+        yield
+        gc.enable()
 
 
 class Knot:
@@ -154,6 +156,17 @@ def test_what_a_caller_builds_later_is_frozen_once_it_makes_collections_long(mon
                 large += [[number] for number in range(400)]
             assert len(large) < 200_000, "nothing is ever frozen"
     assert gc.get_freeze_count() == 0
+
+
+def test_the_worker_looks_at_all_objects_only_for_an_older_model_which_goes(monkeypatch):
+    monkeypatch.setattr(worker, "unpack", lambda *_: Knot())
+    monkeypatch.setattr(worker.torch, "set_num_threads", lambda _: None)
+    served = worker._Worker(np.zeros(1, np.int64), None)
+    gc.disable()
+    for expected in ([], [2]):
+        assert collections_of(lambda: served.model(b"", b"")) == expected
+        assert gc.get_freeze_count() > 1000
+        assert Knot.alive == 1
 
 
 def test_a_process_ends_in_the_ordinary_way_with_a_batcher_open():

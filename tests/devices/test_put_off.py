@@ -357,7 +357,6 @@ def test_a_timeline_that_stays_keeps_no_device_and_a_device_that_is_dropped_goes
         assert kept.summary().steps == len(of_device(kept)) // 3 > 10
     finally:
         gc.enable()
-        gc.unfreeze()
 
 
 @pytest.mark.parametrize(("loop", "slots"), [(SyncBatcher, 1), (AsyncBatcher, 2)])
