@@ -24,7 +24,7 @@ LIMIT_S = 240  # so that a fault of the watch is a failed test and no test that 
 def server():
     """Forks the ranks: one that is spawned imports torch again, which is seconds of work each time."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOADED, "asyncbatch.ranks.watch"])  # (one server for all tests)
+    context.set_forkserver_preload(PRELOADED)  # (one server for all tests)
     return context
 
 
