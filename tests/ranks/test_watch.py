@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from support.rank_processes import LIMIT_S, LONG_S, Group, check_end
+from support.rank_processes import LIMIT_S, LONG_S, Group, check_end, server
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/ns/pid").exists(), reason="asks /proc for processes")
 
@@ -129,21 +127,21 @@ def test_sigterm_after_a_kill_names_the_one_that_was_killed(group):
     check_end(ranks, "rank 1 (host-1, pid 4001) is gone", by=0, alive=[0, 2])
 
 
-HOST = """
-import sys, time, torch.distributed as dist
-store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-print(store.port, flush=True)
-time.sleep(600)
-"""
+def host(pipe) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    pipe.send(store.port)
+    time.sleep(600)
 
 
 @pytest.fixture
 def agent():
     """A process that hosts the store, as torchrun's agent does."""
-    with subprocess.Popen([sys.executable, "-c", HOST], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        yield process, int(process.stdout.readline())
-        process.kill()
+    here, there = server().Pipe()
+    process = server().Process(target=host, args=(there,), daemon=True)
+    process.start()
+    yield process, here.recv()
+    process.kill()
+    process.join()
 
 
 def connected(port: int) -> dist.TCPStore:
@@ -165,7 +163,7 @@ def test_the_store_is_gone_or_silent(group, agent, sign, timeouts, told):
     process, port = agent
     ranks = group(["blocked", "blocked"], timeouts, port=port, options={"grace_s": 0.5}, allowance_s=LONG_S)
     ranks.ready(connected(port))
-    process.send_signal(sign)
+    os.kill(process.pid, sign)
     assert ranks.ended() == [1, 1]
     check_end(ranks, told, by=0, alive=[0, 1])
 
