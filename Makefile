@@ -64,7 +64,7 @@ SLOW := $(wildcard $(addsuffix .py,$(addprefix tests/, \
   profile/test_peers* profile/test_presets profile/test_profile profile/test_prompts profile/test_ranks_report profile/test_ranks_session \
   profile/test_ranks_torchrun profile/test_report_schema profile/test_situations \
   profile/test_tooltip_browser profile/test_trace_coverage profile/test_workload project/test_bench project/test_house \
-  project/test_schedules project/test_step_kernels ranks/test_collectives ranks/test_dealer ranks/test_faults_on_ranks ranks/test_on_ranks ranks/test_replicas ranks/test_torchrun ranks/test_watch tour/test_command tour/test_replay)))
+  project/test_schedules project/test_step_kernels ranks/test_collectives ranks/test_dealer ranks/test_faults_on_ranks ranks/test_on_ranks ranks/test_replicas ranks/test_replicas_on_ranks ranks/test_watch tour/test_command tour/test_replay)))
 quick: check
 	$(PY) -m pytest tests -n 2 --dist loadfile $(addprefix --ignore=,$(BROWSED) $(SLOW))
 

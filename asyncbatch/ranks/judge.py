@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from .neighbour import ENDED, STOPPED, Neighbour, this_place
@@ -100,11 +100,12 @@ class Judge:
         self.beats.update(beats)
         return self._silent() or self._hanging(passed_s)
 
-    def ended(self) -> Verdict | None:
-        """A rank of this machine whose process has ended, though it did not say that it leaves."""
+    def ended(self, left: Collection[int] = ()) -> Verdict | None:
+        """A rank of this machine whose process has ended, though it did not say that it leaves. left: those who said
+        so on another way."""
         for rank, beat in sorted(self.beats.items()):
             neighbour = beat.neighbour()
-            if not beat.left and neighbour is not None and neighbour.state() == ENDED:
+            if not beat.left and rank not in left and neighbour is not None and neighbour.state() == ENDED:
                 why = "its process has ended without a word: it was killed, or it crashed"
                 return Verdict(f"{self.who(rank)} is gone: {why}", rank, gone=True)
         return None

@@ -14,6 +14,11 @@ that all ranks give: what follows from it, such as a connection that is closed, 
 process, if the main thread has not done so within `grace_s`: it may be stuck in a collective that nobody answers.
 It also hears SIGTERM, which `torchrun` sends to the ranks that are left, and notices where the store does not answer.
 
+Who tells: the lowest rank that is alive, which users look at; another one if that has not done so for `timeout_s`.
+While the store is there, exactly one of all ranks tells. Once it is gone, exactly one on each machine, however slow a
+rank is: they decide on a page of memory that they share (`page.py`), where the first verdict stands, too. (A rank that
+is killed at the very moment takes the message with it; without /proc there is no page, and a slow one may tell again.)
+
 The end is `os._exit(1)`: an ordinary one would wait for threads and devices that wait for a rank that is gone.
 """
 
@@ -21,6 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import select
 import signal
@@ -37,7 +43,8 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from .errors import RankError
 from .judge import Beat, Judge, Verdict
-from .neighbour import Neighbour, this_place
+from .neighbour import RUNS, Neighbour, this_place
+from .page import Page
 
 KEEP_S = 15.0  # for `on_lost`: torchrun's agent kills what is left 30 s after its SIGTERM
 TERMINATED_S = 3.0  # after SIGTERM so long a better cause is waited for
@@ -45,6 +52,7 @@ STORE_LOST = (
     "the store that connects the ranks is gone: the process that hosts it has ended (torchrun's agent, if that started "
     "the ranks)"
 )
+STORE_SILENT = "the store that connects the ranks has not answered for {:g} s"
 # In texts of errors that follow from another rank's end: until `timeout_s` the cause itself is waited for.
 FOLLOWS = (
     "closed by peer", "connection closed", "connection reset", "broken pipe", "nccl", "gloo", "socket", "timed out",
@@ -95,9 +103,11 @@ class Watch:
         self._beat = Beat(0, group) if me is None else Beat(0, group, place=this_place(), pid=me.pid, begun=me.begun)
         self._own: tuple[Verdict, float] | None = None  # why this rank ends, and how long a better cause is waited for
         self._terminated = self._recorded = False
-        self._turns_untold = 0
+        self._store_lost, self._turns_untold = False, 0
         self._leaving, self._left, self._told, self._news = (threading.Event() for _ in range(4))
-        self._wake, self._ending = threading.Event(), threading.Lock()
+        self._wake, self._ending, self._speaking = threading.Event(), threading.Lock(), threading.Lock()
+        self._page = Page.shared(self._store, f"{self._name}/page/{this_place()}")
+        self._page.put("here", [rank, self._beat.pid, self._beat.begun])
         self._ears, self._unlisten = _ears(self._note_sigterm)
         self._say(left=False)
         self._talker = threading.Thread(target=self._talk, name="asyncbatch-watch", daemon=True)
@@ -150,6 +160,8 @@ class Watch:
             if self.error is not None:
                 self.end(self.error)
         self._talker.join(self.timeout_s)  # found in the store's own code by the interpreter's end it would abort
+        self._page.put("left", self.rank)
+        self._page.close()
         self._unlisten()
 
     def end(self, error: BaseException) -> NoReturn:
@@ -184,15 +196,17 @@ class Watch:
                 self._wake.wait(self._every_s)
                 self._wake.clear()
         except Exception:  # of the store's: whatever it is, nobody can be heard any more
-            if self._leaving.is_set():
+            if self._leaving.is_set() and self.error is None:
                 self._left.set()
                 return
             for _ in range(20):  # a rank that hosts the store closes its connections a little before it has ended
-                if self._judge.ended() is not None:
+                if self._ended() is not None:
                     break
                 time.sleep(0.1)
-            self._accept(self._judge.ended() or Verdict(STORE_LOST))
-            self._print(self._is_lowest())
+            self._lose_store(self._ended() or Verdict(STORE_LOST))
+            while not self._told.is_set():
+                self._tell()
+                self._told.wait(self._every_s)
 
     def _turn(self, passed_s: float) -> None:
         leaving = self._leaving.is_set()
@@ -206,13 +220,15 @@ class Watch:
             return
         if self.error is None:
             # (Read again: it may have left between what was heard and its end.)
-            if self._judge.ended() is not None:
+            if self._ended() is not None:
                 self._judge.look(self._hear(), 0.0)
-            verdict = self._judge.ended() or verdict or self._reason(passed_s)
+            verdict = self._ended() or verdict or self._reason(passed_s)
             if verdict is not None:
                 first = self._store.compare_set(f"{self._name}/verdict", "", verdict.packed())
                 self._accept(Verdict.unpacked(first))
-        if self.error is not None and not self._told.is_set():
+        if self._verdict is not None and not self._told.is_set():
+            if self._store_lost:  # to another rank of this machine: those of other machines may hear of it
+                self._store.compare_set(f"{self._name}/verdict", "", self._verdict.packed())
             self._tell()
 
     def _say(self, left: bool) -> None:
@@ -262,34 +278,58 @@ class Watch:
         self._own = self._own or (why, patience_s)
         self._wake.set()
 
+    def _ended(self) -> Verdict | None:
+        return self._judge.ended(left=self._page.all("left"))
+
+    def _lose_store(self, verdict: Verdict) -> None:
+        """From now on the ranks of this machine are on their own."""
+        self._accept(verdict)
+        self._store_lost = True
+        self._page.put("lost", self.rank)
+
     def _accept(self, verdict: Verdict) -> None:
-        if self.error is None:
-            self._verdict, self.error = verdict, RankError(verdict.text, verdict.rank)
-            self._news.set()
+        """Give this verdict; or the one that a rank of this machine gave before, which may have ended because of it."""
+        verdict = Verdict(**self._page.put("verdict", dataclasses.asdict(verdict)))
+        with self._speaking:
+            if self.error is None:
+                self._verdict, self.error = verdict, RankError(verdict.text, verdict.rank)
+                self._news.set()
 
     # ---- the one message ------------------------------------------------------------------------------------------
 
     def _tell(self) -> None:
-        """Print the message, if no rank has. It is for the lowest one that is alive, which users look at; another
-        prints it if that one has not done so for a while."""
+        """Print the message, if no rank has, and if it is not for another one."""
         self._turns_untold += 1
-        if self._store.add(f"{self._name}/told", 0) > 0:
+        key = f"{self._name}/told"
+        if not self._store_lost and self._store.add(key, 0) > 0:
+            self._page.put("told", -1)  # on another machine, if nobody here has said that it tells
             self._told.set()
-        elif self._is_lowest() or self._turns_untold > 4:
-            self._print(self._store.add(f"{self._name}/told", 1) == 1)
+        elif self._store_lost and not self._page.is_shared:
+            self._print(not self._is_for_another())
+        elif not self._is_for_another() or self._turns_untold * self._every_s > self.timeout_s:
+            mine = self._page.put("told", self.rank) == self.rank
+            self._print(mine and (self._store_lost or self._store.add(key, 1) == 1))
 
-    def _is_lowest(self) -> bool:
+    def _is_for_another(self) -> bool:
+        """Whether a lower rank is alive. One of this machine is until its process ends, however slow it is."""
         gone = self._verdict.rank if self._verdict is not None and self._verdict.gone else None
-        return not any(
-            self._judge.speaks(rank, 4 * self._every_s) for rank in range(self.rank) if rank != gone
-        )  # fmt: skip
+        here, left = {rank: its for rank, *its in self._page.all("here")}, self._page.all("left")
+        unheard = self._store_lost and self._page.is_shared  # those of other machines
+        return any(
+            Neighbour(*here[rank]).state() == RUNS
+            if rank in here
+            else not unheard and self._judge.speaks(rank, 4 * self._every_s)
+            for rank in range(self.rank)
+            if rank != gone and rank not in left
+        )
 
     def _print(self, mine: bool) -> None:
-        if mine and not self._told.is_set():
-            # Not through sys.stderr: the main thread may have been stopped while it holds its lock.
-            with contextlib.suppress(OSError):
-                os.write(2, f"asyncbatch: {self.error}. All ranks end.\n".encode())
-        self._told.set()
+        with self._speaking:  # of several threads
+            if mine and not self._told.is_set():
+                # Not through sys.stderr: the main thread may have been stopped while it holds its lock.
+                with contextlib.suppress(OSError):
+                    os.write(2, f"asyncbatch: {self.error}. All ranks end.\n".encode())
+            self._told.set()
 
     # ---- the thread that ends the process -------------------------------------------------------------------------
 
@@ -306,10 +346,17 @@ class Watch:
             silent_s = silent_s + min(now - last, 2 * self._every_s) if turn == self._beat.count else 0.0
             last, turn = now, self._beat.count
             if silent_s >= self.timeout_s:
-                self._accept(Verdict(f"the store that connects the ranks has not answered for {self.timeout_s:g} s"))
-                self._print(self.rank == 0)
-        if self.error is not None and not self._left.wait(self.grace_s):
-            self._end(self.error)
+                self._lose_store(Verdict(STORE_SILENT.format(self.timeout_s)))
+            elif self._page.first("lost") is not None:  # another rank found it out
+                self._lose_store(Verdict(**self._page.first("verdict")))
+        patience_s = self.grace_s
+        while self.error is not None and not self._left.is_set():
+            if self._store_lost and not self._told.is_set():
+                self._tell()
+            if patience_s <= 0 and not self._left.is_set():
+                self._end(self.error)
+            self._left.wait(min(patience_s, self._every_s))
+            patience_s -= self._every_s
 
     def _listen(self, seconds: float) -> None:
         if self._ears is None:
@@ -327,7 +374,13 @@ class Watch:
             while True:
                 time.sleep(60)
         verdict = self.error or RankError(str(error))
-        self._told.wait(6 * self._every_s + 1)
+        for turn in itertools.count():
+            if turn * self._every_s > self.timeout_s + 2.0:  # the store is of no use, either
+                self._lose_store(Verdict(str(verdict), verdict.rank))
+            if self._store_lost:
+                self._tell()
+            if self._told.wait(self._every_s):
+                break
         keeper = threading.Thread(target=self._keep, args=(verdict,), daemon=True)
         keeper.start()
         keeper.join(KEEP_S)

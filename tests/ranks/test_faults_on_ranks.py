@@ -6,6 +6,7 @@ import json
 
 import pytest
 from support.on_ranks import fail
+from support.workers import forked_ranks
 
 from asyncbatch.ranks.errors import RankError
 from asyncbatch.ranks.launch import on_ranks
@@ -16,11 +17,17 @@ WORDS = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forked():
+    with forked_ranks():
+        yield
+
+
 @pytest.mark.parametrize("how", sorted(WORDS))
-def test_a_rank_that_fails_ends_all(how, tmp_path, capfd):
+def test_a_rank_that_fails_ends_all(how, tmp_path):
     with pytest.raises(RankError):
         on_ranks(2, fail, how, str(tmp_path))
-    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("asyncbatch: ")]
+    told = [line for text in stderr(tmp_path) for line in text.splitlines() if line.startswith("asyncbatch: ")]
     assert len(told) == 1
     assert all(word in told[0] for word in WORDS[how]), told
     cause, finished = json.loads((tmp_path / "kept-0").read_text())
@@ -29,6 +36,11 @@ def test_a_rank_that_fails_ends_all(how, tmp_path, capfd):
     assert cause in told[0]
     if (tmp_path / "served").exists():
         assert (tmp_path / "served").read_text().startswith("error: ")
+
+
+def stderr(folder):
+    """Of both ranks."""
+    return [(folder / f"stderr-{rank}").read_text() for rank in (0, 1)]
 
 
 def test_other_versions_are_refused(tmp_path):

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from support.rank_processes import LIMIT_S, LONG_S, Group, check_end
+from support.rank_processes import LIMIT_S, LONG_S, Group, check_end, server
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/ns/pid").exists(), reason="asks /proc for processes")
 
@@ -129,32 +127,73 @@ def test_sigterm_after_a_kill_names_the_one_that_was_killed(group):
     check_end(ranks, "rank 1 (host-1, pid 4001) is gone", by=0, alive=[0, 2])
 
 
-HOST = """
-import sys, time, torch.distributed as dist
-store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-print(store.port, flush=True)
-time.sleep(600)
-"""
+def host(pipe) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    pipe.send(store.port)
+    time.sleep(600)
 
 
 @pytest.fixture
 def agent():
     """A process that hosts the store, as torchrun's agent does."""
-    with subprocess.Popen([sys.executable, "-c", HOST], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        yield process, int(process.stdout.readline())
-        process.kill()
+    here, there = server().Pipe()
+    process = server().Process(target=host, args=(there,), daemon=True)
+    process.start()
+    yield process, here.recv()
+    process.kill()
+    process.join()
 
 
-@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGSTOP])
-def test_the_store_is_gone_or_silent(group, agent, sign):
+def connected(port: int) -> dist.TCPStore:
+    return dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=LIMIT_S))
+
+
+GONE = "the store that connects the ranks is gone"
+
+
+@pytest.mark.parametrize(
+    ("sign", "timeouts", "told"),
+    [
+        (signal.SIGKILL, [LONG_S, LONG_S], GONE),
+        # (Rank 1 finds it out, and rank 0, which would not for long, is told by it and tells the user.)
+        (signal.SIGSTOP, [LONG_S, 6.0], "the store that connects the ranks has not answered for 6 s"),
+    ],
+)
+def test_the_store_is_gone_or_silent(group, agent, sign, timeouts, told):
     process, port = agent
-    ranks = group(["blocked", "blocked"], [6.0, 6.0], port=port, options={"grace_s": 0.5})
-    ranks.ready(dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=LIMIT_S)))
-    process.send_signal(sign)
+    ranks = group(["blocked", "blocked"], timeouts, port=port, options={"grace_s": 0.5}, allowance_s=LONG_S)
+    ranks.ready(connected(port))
+    os.kill(process.pid, sign)
     assert ranks.ended() == [1, 1]
-    told = "is gone" if sign == signal.SIGKILL else "has not answered for 6 s"
-    check_end(ranks, f"the store that connects the ranks {told}", by=0, alive=[0, 1])
+    check_end(ranks, told, by=0, alive=[0, 1])
+
+
+@pytest.mark.parametrize("slow", [0, 1, 2])
+def test_the_store_is_gone_and_a_rank_is_slow(group, agent, slow):
+    """It finds out when the others have told and ended. It is not for it to tell again, nor to call them lost."""
+    process, port = agent
+    ranks = group(["blocked"] * 3, port=port, child=False, options={"grace_s": 0.5})
+    ranks.ready(connected(port))
+    ranks.stop(slow)
+    process.kill()
+    for other in {0, 1, 2} - {slow}:
+        ranks.ranks[other].join(LIMIT_S)
+    os.kill(ranks.ranks[slow].pid, signal.SIGCONT)
+    assert ranks.ended() == [1, 1, 1]
+    check_end(ranks, GONE, by=0 if slow else 1, alive=[0, 1, 2])
+
+
+def test_the_rank_that_hosts_the_store_has_ended_when_a_slow_one_looks(group):
+    """The store ends with rank 0: what that one has said is known all the same, and is the cause."""
+    ranks = group(["when", "blocked"], host=0, child=False, options={"grace_s": 0.5})
+    store = connected(ranks.port())
+    ranks.ready(store)
+    ranks.stop(1)
+    store.add("raise", 1)
+    ranks.ranks[0].join(LIMIT_S)
+    os.kill(ranks.ranks[1].pid, signal.SIGCONT)
+    assert ranks.ended() == [1, 1]
+    check_end(ranks, "rank 0 (host-0, pid 4000) failed: ValueError: planted when asked to", by=0, alive=[0, 1])
 
 
 @pytest.mark.parametrize("first", [0, 1, 2])

@@ -3,7 +3,8 @@
 It opens its watch, says so in the store and waits until all have; it notes a "completion" whenever it goes on, and then
 does what its settings say: "raise", "memory", "closed" (an error that follows from another's end), "stuck" (waits for a
 lock), "blocked" (so do the others, as in a collective), "exit" (ends without a word), "leave" (ends as it should),
-"until" (leaves when asked to) or "wait" (for ever, and asks the watch). What was kept is in FOLDER/kept-RANK.
+"until" (leaves when asked to), "when" (fails when asked to) or "wait" (for ever, and asks the watch). What was kept is
+in FOLDER/kept-RANK.
 """
 
 from __future__ import annotations
@@ -30,12 +31,10 @@ def main(settings: dict) -> None:
     with (folder / f"stderr-{rank}").open("w") as stderr:
         os.dup2(stderr.fileno(), 2)
     os.environ.pop("TORCHELASTIC_ERROR_FILE", None)
-    if settings["port"] is not None:
-        store = dist.TCPStore("127.0.0.1", settings["port"], is_master=False, timeout=timedelta(seconds=120))
-    else:
-        store = dist.FileStore(str(folder / "store"))
+    store = store_of(settings)
     names = [f"host-{number}, pid {4000 + number}" for number in range(size)]
-    watch = Watch(store, rank, size, names, settings["timeout_s"], **settings.get("options", {}))
+    options = {"hosts_store": settings.get("host") == rank, **settings.get("options", {})}
+    watch = Watch(store, rank, size, names, settings["timeout_s"], **options)
     finished: list[int] = []
     child = None
     if settings.get("child"):  # stands for a device process
@@ -63,6 +62,25 @@ def main(settings: dict) -> None:
             child.kill()
 
 
+def store_of(settings: dict) -> dist.Store:
+    """In a file; or at a port, of another process or of the rank that hosts it."""
+    patience, folder, port = timedelta(seconds=120), Path(settings["folder"]), settings["port"]
+    if "host" not in settings and port is None:
+        return dist.FileStore(str(folder / "store"))
+    if settings.get("host") == settings["rank"]:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=patience)
+        (folder / "port.new").write_text(str(store.port))
+        (folder / "port.new").rename(folder / "port")
+        return store
+    return dist.TCPStore("127.0.0.1", port or wait_for_port(folder), is_master=False, timeout=patience)
+
+
+def wait_for_port(folder: Path) -> int:
+    while not (folder / "port").exists():
+        time.sleep(0.01)
+    return int((folder / "port").read_text())
+
+
 def act(fault: str, watch: Watch, store: dist.Store) -> None:
     if fault == "raise":
         raise ValueError("planted in step 3")
@@ -86,6 +104,10 @@ def act(fault: str, watch: Watch, store: dist.Store) -> None:
         store.add("turns", 1)
         watch.progress += 1
         watch.check()
+        time.sleep(0.02)
+    while fault == "when":
+        if store.add("raise", 0):
+            raise ValueError("planted when asked to")
         time.sleep(0.02)
     while fault == "wait":
         watch.check()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from .rank_process import STEPS, main
+from .rank_process import STEPS, main, wait_for_port
 from .workers import PRELOADED
 
 LONG_S = 600.0  # a time-out that no test lives to see: whoever has it never calls another one silent
@@ -24,7 +24,7 @@ LIMIT_S = 240  # so that a fault of the watch is a failed test and no test that 
 def server():
     """Forks the ranks: one that is spawned imports torch again, which is seconds of work each time."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOADED, "asyncbatch.ranks.watch"])  # (one server for all tests)
+    context.set_forkserver_preload(PRELOADED)  # (one server for all tests)
     return context
 
 
@@ -40,7 +40,7 @@ class Group:
             (folder / f"stderr-{rank}").touch()
             self.ranks.append(server().Process(target=main, args=(settings,)))
             self.ranks[-1].start()
-        self.store = dist.FileStore(str(folder / "store")) if port is None else None
+        self.store = dist.FileStore(str(folder / "store")) if port is None and "host" not in more else None
 
     def ready(self, store=None) -> None:
         """Until all have come to where the fault is planted, and those that wait have said so."""
@@ -53,6 +53,17 @@ class Group:
         ):
             assert time.monotonic() < end, self.texts()
             time.sleep(0.02)
+
+    def port(self) -> int:
+        """Of the store that one of them hosts."""
+        return wait_for_port(self.folder)
+
+    def stop(self, rank: int) -> None:
+        """Like a machine that is so busy that the rank does not get to anything; until SIGCONT."""
+        pid = self.ranks[rank].pid
+        os.kill(pid, signal.SIGSTOP)
+        while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+            time.sleep(0.01)
 
     def ended(self) -> list[int]:
         """The exit codes, once all have ended."""

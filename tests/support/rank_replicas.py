@@ -1,21 +1,20 @@
-"""One replica for tests, started by torchrun: a tiny model on a CPU, requests of uneven lengths, and a watch. Rank 0
-writes what it got, of both batchers, to FOLDER/answers.json, or, where a rank was lost, what is finished.
-
-    torchrun --nproc-per-node 2 rank_replicas.py FOLDER {serve,kill,raise}
-"""
+"""One replica for tests, on each rank: a tiny model on a CPU, requests of uneven lengths, and a watch. Rank 0 writes
+what it got, of both batchers, to FOLDER/answers.json, or, where a rank was lost, what is finished. Standard error goes
+to FOLDER/stderr-RANK, and the processes of a rank are noted in FOLDER/processes-RANK."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import sys
 from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
 
 from asyncbatch import AsyncBatcher, Request, SyncBatcher
+from asyncbatch.devices.process import DeviceProcess
+from asyncbatch.ranks.neighbour import _fields
 from asyncbatch.ranks.replicas import Replicas
 from asyncbatch.ranks.watch import Watch
 
@@ -30,9 +29,13 @@ def write(path: Path, answers) -> None:
 
 
 def main(folder: Path, fault: str) -> None:
+    """fault: "serve" (none), "kill" or "raise"."""
     from support.tiny import tiny_model
 
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    with (folder / f"stderr-{rank}").open("w") as stderr:
+        os.dup2(stderr.fileno(), 2)
+    note(folder, rank, os.getpid())
     port = int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(os.environ["MASTER_ADDR"], port, is_master=False, timeout=timedelta(seconds=240))
     store.set(f"pid/{rank}", str(os.getpid()))
@@ -48,11 +51,18 @@ def main(folder: Path, fault: str) -> None:
         answers = []
         for kind in (SyncBatcher, AsyncBatcher):
             with kind(tiny_model(), **OPTIONS) as batcher:
+                note(folder, rank, *[worker.process.pid for worker in DeviceProcess._of.values()])
                 if rank == FAULTY and fault != "serve":
                     break_after(batcher, fault)
                 answers += replicas.serve(batcher, requests)
         if rank == 0:
             write(folder / "answers.json", answers)
+
+
+def note(folder: Path, rank: int, *pids: int) -> None:
+    """That these processes belong to the rank, with when they began: a number may be given to another later."""
+    with (folder / f"processes-{rank}").open("a", encoding="utf-8") as file:
+        file.writelines(f"{pid} {_fields(pid)[-1]}\n" for pid in pids)
 
 
 def break_after(batcher, fault: str, steps: int = 100) -> None:
@@ -66,7 +76,3 @@ def break_after(batcher, fault: str, steps: int = 100) -> None:
         return step()
 
     batcher.step = broken
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
