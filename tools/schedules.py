@@ -65,7 +65,7 @@ class StepCosts:
     chunk_ms: a prefill pass by its size, measured on empty chunks by a script that is not kept.
     loaded: how much longer it takes with real numbers in it, at which a GPU has to slow down. Chosen.
     pair_ms: attention, for each token of a chunk and each key that it sees: 389 us a layer for a chunk of 2048 after
-        2048 others (`kernels.query_tile`)."""
+        2048 others, as it was before it took 282 (docs/performance.md)."""
 
     decode_ms: float = 4.615
     token_ms: float = 3.284e-5
