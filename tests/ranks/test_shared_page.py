@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from support.rank_processes import server
 
 from asyncbatch.ranks.neighbour import Neighbour
 from asyncbatch.ranks.page import Page
@@ -22,36 +22,35 @@ def store(tmp_path):
     return dist.FileStore(str(tmp_path / "store"))
 
 
-def in_another_process(function) -> None:
-    process = multiprocessing.get_context("fork").Process(target=function)
-    process.start()
-    process.join(240)
-    assert process.exitcode == 0
-
-
-def test_many_processes_see_the_same_first_word(store, tmp_path):
-    page = Page.shared(store, "page")
-    fork = multiprocessing.get_context("fork")
-
-    def one(number: int) -> None:
-        mine = Page.shared(dist.FileStore(str(tmp_path / "store")), "page")
-        found = [mine.put(f"word {word}", [number, LONG])[0] for word in range(WORDS)]
-        (tmp_path / f"found-{number}").write_text(json.dumps(found))
-
-    processes = [fork.Process(target=one, args=(number,)) for number in range(3)]
+def ended(processes) -> None:
     for process in processes:
         process.start()
     for process in processes:
         process.join(240)
         assert process.exitcode == 0
+
+
+def say_all_words(folder: Path, number: int) -> None:
+    page = Page.shared(dist.FileStore(str(folder / "store")), "page")
+    found = [page.put(f"word {word}", [number, LONG])[0] for word in range(WORDS)]
+    (folder / f"found-{number}").write_text(json.dumps(found))
+
+
+def test_many_processes_see_the_same_first_word(store, tmp_path):
+    page = Page.shared(store, "page")
+    ended([server().Process(target=say_all_words, args=(tmp_path, number)) for number in range(3)])
     found = [json.loads((tmp_path / f"found-{number}").read_text()) for number in range(3)]
     assert found[0] == found[1] == found[2] == [page.first(f"word {word}")[0] for word in range(WORDS)]
     # What ended processes have said is still there, all of it.
     assert all(sorted(number for number, _ in page.all(f"word {word}")) == [0, 1, 2] for word in range(WORDS))
 
 
-def test_a_maker_that_has_ended_before_anybody_came_is_followed_by_another(store):
-    in_another_process(lambda: Page.shared(store, "page").put("told", 7))
+def make_and_end(folder: Path) -> None:
+    Page.shared(dist.FileStore(str(folder / "store")), "page").put("told", 7)
+
+
+def test_a_maker_that_has_ended_before_anybody_came_is_followed_by_another(store, tmp_path):
+    ended([server().Process(target=make_and_end, args=(tmp_path,))])
     page = Page.shared(store, "page")
     assert page.is_shared
     assert page.first("told") is None
