@@ -54,17 +54,20 @@ test: check
 # What takes long, by `pytest --durations=0`: real models and processes, whole runs of commands, kernels that are
 # interpreted, every order of events, browsers.
 SLOW := $(wildcard $(addsuffix .py,$(addprefix tests/, \
-  core/test_batcher core/test_bounded_timeline core/test_interrupts core/test_other_processes core/test_steps_of_the_device \
-  core/test_stress_host core/test_threads devices/test_compile devices/test_garbage devices/test_host_device devices/test_interrupts_host \
-  devices/test_kernels devices/test_model_now devices/test_padding devices/test_put_off devices/test_shared_memory \
+  core/test_batcher core/test_bounded_timeline core/test_interrupts core/test_other_processes \
+  core/test_steps_of_the_device core/test_stress core/test_stress_host core/test_threads devices/test_compile \
+  devices/test_garbage devices/test_host_device devices/test_interrupts_host devices/test_kernels \
+  devices/test_model_now devices/test_padding devices/test_put_off devices/test_shared_memory \
   devices/test_threads_of_the_device devices/test_virtual devices/test_virtual_ranks lessons/test_lessons_* \
   lessons/test_nbval_guard lessons/test_teach measure/test_points* measure/test_recording models/test_* \
-  ordering/test_explore ordering/test_faults ordering/test_races ordering/test_ranks profile/test_budget \
-  pictures/test_ranks_pictures profile/test_crosscheck profile/test_in_memory profile/test_outputs profile/test_page \
-  profile/test_peers* profile/test_presets profile/test_profile profile/test_prompts profile/test_ranks_report profile/test_ranks_session \
-  profile/test_ranks_torchrun profile/test_report_schema profile/test_situations \
-  profile/test_tooltip_browser profile/test_trace_coverage profile/test_workload project/test_bench project/test_house \
-  project/test_schedules project/test_step_kernels ranks/test_collectives ranks/test_dealer ranks/test_faults_on_ranks ranks/test_on_ranks ranks/test_replicas ranks/test_replicas_on_ranks ranks/test_watch tour/test_command tour/test_replay)))
+  ordering/test_explore ordering/test_faults ordering/test_races ordering/test_ranks \
+  pictures/test_ranks_pictures profile/test_budget profile/test_crosscheck profile/test_in_memory \
+  profile/test_outputs profile/test_page profile/test_peers* profile/test_presets profile/test_profile \
+  profile/test_prompts profile/test_ranks_report profile/test_ranks_session profile/test_ranks_torchrun \
+  profile/test_report_schema profile/test_situations profile/test_tooltip_browser profile/test_trace_coverage \
+  profile/test_workload project/test_bench project/test_house project/test_schedules project/test_step_kernels \
+  ranks/test_collectives ranks/test_dealer ranks/test_faults_on_ranks ranks/test_on_ranks ranks/test_replicas \
+  ranks/test_replicas_on_ranks ranks/test_shared_page ranks/test_watch tour/test_command tour/test_replay)))
 quick: check
 	$(PY) -m pytest tests -n 2 --dist loadfile $(addprefix --ignore=,$(BROWSED) $(SLOW))
 

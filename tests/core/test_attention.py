@@ -142,13 +142,13 @@ def test_on_a_cpu_each_row_attends_to_its_own_tokens(rows, seed, padding, asked)
 
 @contextlib.contextmanager
 def small_tiles():
-    """Tiles of 16 keys and 2 tokens, and no least size of a split, so that short rows have several of each."""
+    """Tiles of 16 keys and 4 tokens, and no least size of a split, so that short rows have several of each."""
     from asyncbatch.devices.cuda import kernels
 
     tiling = kernels.tiling
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "tiling", lambda *given: {**tiling(*given), "TILE": 16})
-        patch.setattr(kernels, "query_tile", lambda *given: 2)
+        patch.setattr(kernels, "query_tile", lambda *given: 4)
         patch.setattr(kernels, "least_split", lambda splits: 1)
         yield
 
