@@ -5,8 +5,9 @@ one could not know what a quick one has said before it ended. What was put on th
 machine has ended, and the kernel puts one word after the other: of those who say the same kind of thing, one is first,
 and all of them see who.
 
-The page has no name in any folder, so nothing is left behind. Where there is no /proc (macOS, Windows), and where one
-rank may not look into another (of another user), each has a page to itself, which holds nothing.
+The page has no name in any folder, so nothing is left behind. Where there is no /proc (macOS, Windows), where the
+kernel refuses, and where one rank may not look into another (of another user), a rank has a page to itself, which
+holds nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ class Page:
             return cls(-1)
         import fcntl  # (not on Windows)
 
-        file = os.memfd_create("asyncbatch-ranks")
+        try:
+            file = os.memfd_create("asyncbatch-ranks")
+        except OSError:  # too many open files, or a kernel that is told to refuse it
+            return cls(-1)
         fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) | os.O_APPEND)
         mine = json.dumps([me.pid, me.begun, file, os.fstat(file).st_ino])
         found = store.compare_set(key, "", mine).decode()

@@ -14,7 +14,7 @@ that all ranks give: what follows from it, such as a connection that is closed, 
 process, if the main thread has not done so within `grace_s`: it may be stuck in a collective that nobody answers.
 It also hears SIGTERM, which `torchrun` sends to the ranks that are left, and notices where the store does not answer.
 
-Who tells: the lowest rank that is alive, which users look at; another one if that has not done so for `timeout_s`.
+Who tells: the lowest rank that is alive, which users look at; another one if that has not done so for `TELLER_S`.
 While the store is there, exactly one of all ranks tells. Once it is gone, exactly one on each machine, however slow a
 rank is: they decide on a page of memory that they share (`page.py`), where the first verdict stands, too. (A rank that
 is killed at the very moment takes the message with it; without /proc there is no page, and a slow one may tell again.)
@@ -47,6 +47,7 @@ from .neighbour import RUNS, Neighbour, this_place
 from .page import Page
 
 KEEP_S = 15.0  # for `on_lost`: torchrun's agent kills what is left 30 s after its SIGTERM
+TELLER_S = 10.0  # with it and KEEP_S a rank has ended by itself before torchrun's agent kills it
 TERMINATED_S = 3.0  # after SIGTERM so long a better cause is waited for
 STORE_LOST = (
     "the store that connects the ranks is gone: the process that hosts it has ended (torchrun's agent, if that started "
@@ -306,7 +307,7 @@ class Watch:
             self._told.set()
         elif self._store_lost and not self._page.is_shared:
             self._print(not self._is_for_another())
-        elif not self._is_for_another() or self._turns_untold * self._every_s > self.timeout_s:
+        elif not self._is_for_another() or self._turns_untold * self._every_s > min(self.timeout_s, TELLER_S):
             mine = self._page.put("told", self.rank) == self.rank
             self._print(mine and (self._store_lost or self._store.add(key, 1) == 1))
 
@@ -347,8 +348,8 @@ class Watch:
             last, turn = now, self._beat.count
             if silent_s >= self.timeout_s:
                 self._lose_store(Verdict(STORE_SILENT.format(self.timeout_s)))
-            elif self._page.first("lost") is not None:  # another rank found it out
-                self._lose_store(Verdict(**self._page.first("verdict")))
+            elif self._page.first("lost") is not None and (found := self._page.first("verdict")) is not None:
+                self._lose_store(Verdict(**found))  # another rank found it out
         patience_s = self.grace_s
         while self.error is not None and not self._left.is_set():
             if self._store_lost and not self._told.is_set():
@@ -375,7 +376,7 @@ class Watch:
                 time.sleep(60)
         verdict = self.error or RankError(str(error))
         for turn in itertools.count():
-            if turn * self._every_s > self.timeout_s + 2.0:  # the store is of no use, either
+            if turn * self._every_s > min(self.timeout_s, TELLER_S) + 2.0:  # the store is of no use, either
                 self._lose_store(Verdict(str(verdict), verdict.rank))
             if self._store_lost:
                 self._tell()

@@ -325,7 +325,8 @@ def prefill(
 
     query, key, value: as for `decode`, with N tokens in place of rows. places: int64 [N], where in a pool (block *
         block_size + place in it) each goes. first, count, position: int32 [rows]; row r has the tokens first[r] to
-        first[r] + count[r] - 1, and the first of them is its token number position[r]. The others: as for `decode`.
+        first[r] + count[r] - 1, and the first of them is its token number position[r]. Rows lie one after the other
+        from token 0 on, without gaps; a count may be 0. The others: as for `decode`.
     Returns [N, heads, value_size]; zeros for a token of no row.
     """
     tokens, heads, _ = query.shape
