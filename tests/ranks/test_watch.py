@@ -196,6 +196,22 @@ def test_the_rank_that_hosts_the_store_has_ended_when_a_slow_one_looks(group):
     check_end(ranks, "rank 0 (host-0, pid 4000) failed: ValueError: planted when asked to", by=0, alive=[0, 1])
 
 
+def test_a_rank_that_runs_and_does_not_tell_is_not_waited_for_until_the_agent_kills(group):
+    """It is the lowest one, its process is there, and none of its threads gets to anything."""
+    ranks = group(["frozen", "when"], child=False)
+    ranks.ready()
+    end = time.monotonic() + LIMIT_S
+    while not ((ranks.folder / "frozen").exists() and (ranks.folder / "frozen").read_bytes()):
+        assert time.monotonic() < end, ranks.texts()
+        time.sleep(0.02)
+    ranks.store.add("raise", 1)
+    ranks.ranks[1].join(LIMIT_S)
+    assert ranks.ranks[1].exitcode == 1
+    os.kill(ranks.ranks[0].pid, signal.SIGTERM)
+    assert ranks.ended() == [1, 1]
+    check_end(ranks, "rank 1 (host-1, pid 4001) failed: ValueError: planted when asked to", by=1, alive=[0, 1])
+
+
 @pytest.mark.parametrize("first", [0, 1, 2])
 def test_ranks_leave_in_any_order(group, first):
     """The first one leaves; the others go on until they are asked to leave as well."""

@@ -3,12 +3,14 @@
 It opens its watch, says so in the store and waits until all have; it notes a "completion" whenever it goes on, and then
 does what its settings say: "raise", "memory", "closed" (an error that follows from another's end), "stuck" (waits for a
 lock), "blocked" (so do the others, as in a collective), "exit" (ends without a word), "leave" (ends as it should),
-"until" (leaves when asked to), "when" (fails when asked to) or "wait" (for ever, and asks the watch). What was kept is
-in FOLDER/kept-RANK.
+"until" (leaves when asked to), "when" (fails when asked to), "frozen" (no thread of it runs until a signal comes, as in
+a library that keeps the interpreter; then as "wait") or "wait" (for ever, and asks the watch). What was kept is in
+FOLDER/kept-RANK.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -23,6 +25,7 @@ import torch.distributed as dist
 from asyncbatch.ranks.watch import Watch
 
 STEPS = 3  # until the fault
+LIMIT_S = 240  # so that a fault of the watch is a failed test and no test that hangs
 
 
 def main(settings: dict) -> None:
@@ -57,7 +60,7 @@ def main(settings: dict) -> None:
             store.add("ready", 1)
             while store.add("ready", 0) < size:
                 time.sleep(0.01)
-            act(settings["fault"], watch, store)
+            act(settings["fault"], watch, store, folder)
         if child is not None:
             child.kill()
 
@@ -81,7 +84,7 @@ def wait_for_port(folder: Path) -> int:
     return int((folder / "port").read_text())
 
 
-def act(fault: str, watch: Watch, store: dist.Store) -> None:
+def act(fault: str, watch: Watch, store: dist.Store, folder: Path) -> None:
     if fault == "raise":
         raise ValueError("planted in step 3")
     if fault == "memory":
@@ -109,6 +112,14 @@ def act(fault: str, watch: Watch, store: dist.Store) -> None:
         if store.add("raise", 0):
             raise ValueError("planted when asked to")
         time.sleep(0.02)
-    while fault == "wait":
+    if fault == "frozen":
+        sys.setswitchinterval(LIMIT_S)
+        time.sleep(0.1)  # until then a thread may have waited with the interval before
+        with (folder / "frozen").open("wb") as file:
+            c = ctypes.PyDLL(None)  # its functions keep the interpreter's lock
+            c.write(file.fileno(), b"frozen", 6)
+            c.pause()
+        sys.setswitchinterval(0.005)
+    while fault in ("wait", "frozen"):
         watch.check()
         time.sleep(0.02)

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from .rank_process import STEPS, main, wait_for_port
+from .rank_process import LIMIT_S, STEPS, main, wait_for_port
 from .workers import PRELOADED
 
 LONG_S = 600.0  # a time-out that no test lives to see: whoever has it never calls another one silent
-LIMIT_S = 240  # so that a fault of the watch is a failed test and no test that hangs
 
 
 @functools.cache
