@@ -86,9 +86,8 @@ def serve(tp: int) -> dict[str, Any]:
 def fail(how: str, folder: str) -> None:
     """Rank 1 fails in the middle of a run; rank 0 keeps what is finished."""
     rank = int(os.environ["RANK"])
-    with Path(folder, f"stderr-{rank}").open(
-        "w"
-    ) as stderr:  # (that of the process that it was forked from is anybody's)
+    # That of the process that it was forked from is anybody's.
+    with Path(folder, f"stderr-{rank}").open("w") as stderr:
         os.dup2(stderr.fileno(), 2)
     if how == "version" and rank == 1:
         right = world_module.versions

@@ -390,10 +390,11 @@ def query_tile(group: int, dim_2: int, shared_bytes: int) -> int:
 def tiling(dim_2: int, dtype: torch.dtype, shared_bytes: int) -> dict:
     """Keys in a tile, warps, and stages of the pipeline that loads tiles ahead.
 
-    64 keys, 4 warps and 2 stages, on an H200 with heads of 128 in bfloat16. Of 39 combinations with 16, 32 or 64 tokens
-    of a chunk they took the least for most chunks, and of 52 for decoding, with splits of equal and unequal sizes,
-    nearly the least for rows of equal length and for mixed ones (4.1 TB/s at context 8191). A GPU with less shared
-    memory gets fewer stages, then smaller tiles."""
+    64 keys, 4 warps and 2 stages, on an H200 with heads of 128 in bfloat16. Of 47 combinations for chunks, with 16, 32
+    or 64 tokens, they took the least for most chunks. Of some 50 for decoding, with splits of equal and unequal sizes,
+    they were among the best for rows of equal length (4.1 TB/s at context 8191); with mixed lengths 16 splits took 7 %
+    less, and 4 % more with equal ones. (By scripts that are not kept.) A GPU with less shared memory gets fewer stages,
+    then smaller tiles."""
     size = dtype.itemsize
     tile, stages = 64, 2
     left = shared_bytes - 16 * 1024  # queries, and what Triton needs to change layouts
