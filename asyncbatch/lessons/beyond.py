@@ -74,7 +74,7 @@ def _on_cuda(mode: str, attention: str = "auto") -> str:
 
 
 class RecordedRun(NamedTuple):
-    """A recorded run of transformers 5.23 on an H200. host_ms, device_ms: what a decode step took, medians. idle: the
+    """A recorded run of transformers 5.24 on an H200. host_ms, device_ms: what a decode step took, medians. idle: the
     share of the decode steps' time in which the device waited. wasted: tokens that were computed for nothing."""
 
     shape: str

@@ -28,6 +28,7 @@ from ..timeline import busy_curve
 from .idle import Law
 from .lab import spend_on_gpu
 from .replay import (
+    PAUSED,
     compared,
     intervals,
     on_your_host,
@@ -115,8 +116,8 @@ def seen_share(starts, ends, window_s: float) -> float:
 class RecordedRun(NamedTuple):
     """A recorded synchronous run, and the asynchronous run that is its twin.
 
-    host_ms, device_ms: milliseconds of a synchronous decode step, medians. idle, idle_async: idle shares of the decode
-    steps. saved: the share of the wall time that the asynchronous run saved.
+    host_ms, device_ms: milliseconds of a synchronous decode step, medians; host_ms_async: of an asynchronous one. idle,
+    idle_async: idle shares of the decode steps. saved: the share of the wall time that the asynchronous run saved.
     """
 
     recording: str
@@ -126,6 +127,7 @@ class RecordedRun(NamedTuple):
     host_ms: float
     device_ms: float
     idle: float
+    host_ms_async: float
     idle_async: float
     saved: float
 
@@ -136,7 +138,7 @@ class RecordedRun(NamedTuple):
 
     @property
     def label(self) -> str:
-        texts = "long texts" if self.recording == "h200-llama-8b" else "short texts"
+        texts = {"h200-llama-8b": "long texts", PAUSED: "older code"}.get(self.recording, "short texts")
         return f"{self.model}, {self.rows} row{'s' if self.rows > 1 else ''}, {texts}"
 
 
@@ -153,7 +155,7 @@ def recorded_runs() -> list[RecordedRun]:
             steps, other = steps_of(run), steps_of(twin).totals()
             totals, size = steps.totals(), model.removeprefix("random:llama-").upper()
             device_ms = 1e-3 * float(np.median(steps.device_us[steps.kind == "decode"]))
-            times = totals["host_ms_per_step"], device_ms, totals["idle"], other["idle"]
+            times = totals["host_ms_per_step"], device_ms, totals["idle"], other["host_ms_per_step"], other["idle"]
             twins.append(RecordedRun(name, engine, size, rows, *times, 1 - other["wall_s"] / totals["wall_s"]))
     return sorted(twins, key=lambda run: (run.engine, run.idle))
 
@@ -255,7 +257,7 @@ def draw_law(runs: Sequence[RecordedRun]) -> Picture:
         twins = [100 * run.idle_async for run in mine]
         axes.scatter(law, twins, 34, color="white", marker="D", label="" if number else "asynchronous twin", **look)
     far, slow = max(runs, key=lambda run: abs(run.law - run.idle)), max(runs, key=lambda run: run.idle_async)
-    for run, y, where in ((far, far.idle, (-20, 62)), (slow, slow.idle_async, (-150, 22))):
+    for run, y, where in ((far, far.idle, (-20, 62)), (slow, slow.idle_async, (-130, -72))):
         axes.annotate(
             f"{run.engine}, {run.label}", (100 * run.law, 100 * y), where, textcoords="offset points", fontsize=8.5,
             arrowprops={"arrowstyle": "-", "color": TEXT, "shrinkB": 5},

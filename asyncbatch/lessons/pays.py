@@ -144,7 +144,7 @@ def race(model: Any, requests: Sequence[Request], step: Any = None, count: int =
 
 RECORDED = {
     "8B, 32 rows": ("h200-sweep-8b", "random:llama-8b", 32),
-    "1B, 128 rows": ("h200-sweep-128", "random:llama-1b", 128),
+    "1B, 128 rows": ("h200-sweep-1b", "random:llama-1b", 128),
 }
 
 

@@ -120,6 +120,11 @@ def sizes(text: str) -> int | str:
     return numbers[0] if len(numbers) == 1 else ",".join(map(str, numbers))
 
 
+def each_of(sizes: int | str) -> list[int]:
+    """The numbers that `sizes` made one value of, which reports and recordings keep."""
+    return [int(size) for size in str(sizes).split(",")]
+
+
 def some_of(allowed: Sequence[str]):
     def parse(text: str) -> list[str]:
         names = [name.strip() for name in text.split(",")]

@@ -20,7 +20,7 @@ from .crosscheck import kineto, overhead
 from .draws import arrival_times
 from .machine import is_on_cuda
 from .measurement import Measurement
-from .options import FEWEST, MOST, sizes
+from .options import FEWEST, MOST, each_of, sizes
 from .rank_times import RankTimes, lasting_until_all_are_done
 from .report import OWN, Failure, Overhead
 from .settings import Settings
@@ -258,7 +258,7 @@ def open_batcher(engine: str, mode: str, settings: Settings, job: Job, measured:
     parts = not (settings.preset or settings.record)
     limits["parts"] = parts and measured
     if settings.prefill_tokens is not None:
-        limits["prefill_tokens"] = [int(size) for size in str(settings.prefill_tokens).split(",")]
+        limits["prefill_tokens"] = each_of(settings.prefill_tokens)
     # The events of a step's parts belong to its slot's graphs. With two slots those of one step can still be read while
     # the next one runs; with a single slot they would have to be read before, while the device waits.
     slots = settings.slots if mode == "async" else 2 if parts and is_on_cuda(job.model) else 1

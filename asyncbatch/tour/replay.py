@@ -12,11 +12,12 @@ from typing import Any
 from ..batcher import AsyncBatcher, SyncBatcher
 from ..devices.virtual import HOST_PHASES, Costs
 from ..measure.recording import Recording
+from ..profile.options import each_of
 from ..profile.report import OWN
 from ..request import Request
 from ..timeline import Timeline
 
-RECORDING, MODEL, ROWS = "h200-sweep-128", "random:llama-1b", 128  # short steps beside much of the host's work
+RECORDING, MODEL, ROWS = "h200-sweep-1b", "random:llama-1b", 128  # short steps beside much of the host's work
 WORDS = f"a 1B model, {ROWS} requests at a time"
 
 
@@ -41,7 +42,7 @@ def replay(new_tokens: int) -> tuple[Timeline, Timeline]:
     options = {
         "max_batch_size": ROWS,
         "max_length": run["prompt_tokens"] + new_tokens,
-        "prefill_tokens": run["prefill_tokens"],
+        "prefill_tokens": each_of(run["prefill_tokens"]),
         "step_s": 0.0,
     }
     timelines = []

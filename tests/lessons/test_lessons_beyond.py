@@ -137,8 +137,8 @@ def test_what_is_told_on_a_gpu_comes_from_the_peer_s_timeline(monkeypatch):
 def test_recorded_runs_are_those_of_the_recordings():
     run = beyond.recorded("1b", 128, "async")
     assert (run.shape, run.rows, run.mode, run.wasted) == ("1b", 128, "async", 128)
-    assert run.idle == pytest.approx(0.0778, abs=1e-4)  # docs/performance.md says 7.8 %
-    assert beyond.recorded("1b", 128, "sync").host_ms == pytest.approx(4.15, abs=0.01)
+    assert run.idle == pytest.approx(0.3960, abs=1e-4)  # docs/performance.md says 39.6 %
+    assert beyond.recorded("1b", 128, "sync").host_ms == pytest.approx(3.44, abs=0.01)
     with pytest.raises(ValueError, match="1b, 64 rows, 'sync' was not recorded"):
         beyond.recorded("1b", 64, "sync")
 
