@@ -28,19 +28,18 @@ def host_span(method):
 
     @functools.wraps(method)
     def timed(self, *args):
-        device, name = self.device, method.__name__
+        device, timeline, name = self.device, self.timeline, method.__name__
         plan = getattr(args[0], "plan", args[0]) if args else None
-        measured = self.timeline.most_steps != 0
+        measured = timeline.most_steps != 0
         start = device.now() if measured else 0.0
         device.host_begins(name, plan, self.kv)
         if name == "wait":
-            self.timeline.settle()
+            timeline.settle()
         result = method(self, *args)
-        if not args:
-            plan = result
+        plan = plan if args else result
         device.host_ends(name, plan)
         if measured and plan is not None:
-            self.timeline.add("host", name, plan.step, start, device.now())
+            timeline.add("host", name, plan.step, start, device.now())
         return result
 
     return timed

@@ -213,7 +213,8 @@ class Scheduler:
         num_decode = len(rows)
         if not alone and not rows:
             self.prefill_left = self.prefill_budget  # nobody decodes, so nobody waits
-        chunks, tokens = self._prefill_rows(free_rows=self.max_batch_size - num_decode)
+        everybody = num_decode == len(self.running) and not self.waiting  # decodes
+        chunks, tokens = ([], 0) if everybody else self._prefill_rows(free_rows=self.max_batch_size - num_decode)
         if alone and not chunks:  # there was no room for them
             rows = self._decode_rows()
             num_decode = len(rows)
