@@ -190,7 +190,7 @@ class Timeline:
     def __init__(self, label: str = "", clock: str = "host", most_steps: int | None = None):
         self.label, self.clock, self.most_steps = label, clock, most_steps
         # Plain tuples: `Span` and `Step` would stay on the garbage collector's list, and each of its looks take longer.
-        self._notes: deque[tuple] = deque()  # what was added and is not settled yet, in order
+        self.notes: deque[tuple] = deque()  # what was added and is not settled yet, in order
         self._spans: deque[tuple] = deque()
         self._steps: deque[tuple] = deque()
         self._dropped, self._totals = 0, Totals()
@@ -237,18 +237,18 @@ class Timeline:
 
     def add(self, lane: str, name: str, step: int, start: float, end: float) -> None:
         """Note a span; `start` and `end` are seconds. The hot loop calls this, so it is one append and nothing else."""
-        self._notes.append((lane, name, step, start, end))
+        self.notes.append((lane, name, step, start, end))
 
     def add_step(self, step: int, kind: str, tokens: int, wasted: int, rows=0, context=0, device: Any = ()) -> None:
         """Note what a step did (as `Step` says), once it is committed. device: [start, end] of its spans on the lanes
         of the device, if they were not added; or a function that gives them, at any time from now on."""
-        self._notes.append((step, kind, tokens, wasted, rows, context, device))
-        if len(self._notes) > MOST_NOTES:
+        self.notes.append((step, kind, tokens, wasted, rows, context, device))
+        if len(self.notes) > MOST_NOTES:
             self.settle()
 
     def settle(self) -> None:
         """Put all that was noted where it belongs, in the order in which it was noted. Any thread may call it."""
-        notes = self._notes
+        notes = self.notes
         with _settling:
             while notes:
                 *note, last = notes[0]

@@ -88,13 +88,20 @@ def _median_s(launch: Callable[[], object]) -> float:
 
 
 def weight_bytes(model) -> int:
-    """Bytes of the weights that a decode step reads: those of all parameters, tied ones once. The input embedding is
-    left out unless it is the output layer too: a step reads only one row of it for each of its tokens. Of a model that
-    ranks share, this rank's part."""
-    embedding = model.get_input_embeddings().weight
+    """Bytes of the weights that a decode step reads: those of all parameters, tied ones once. Embeddings, also those of
+    positions or of each layer, are left out unless one is the output layer too: a step reads only one row of them for
+    each of its tokens. Of a model that ranks share, this rank's part."""
     output = model.get_output_embeddings()
-    tied = output is not None and output.weight is embedding
-    return sum(_own(p).nbytes for p in model.parameters() if tied or p is not embedding)
+    rows = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    if output is not None:
+        rows.discard(id(output.weight))
+    return sum(_own(p).nbytes for p in model.parameters() if id(p) not in rows)
+
+
+def has_experts(model) -> bool:
+    """Whether each token goes through some experts of a layer only, so that a step may read fewer weights than all.
+    (By the name that transformers gives them, since the settings call their number differently in each model.)"""
+    return any(name.rpartition(".")[2] == "experts" for name, _ in model.named_modules())
 
 
 def _own(parameter):
@@ -109,9 +116,9 @@ def kv_heads_and_dim(config) -> tuple[int, int]:
 
 
 def kv_bytes_per_token(config, dtype: torch.dtype, tp: int = 1) -> int:
-    """Bytes that the keys and values of one token take in the cache. config: a transformers config, of a text model or
-    of one with a text part. dtype: that of the cache. tp: how many ranks share the heads, of which this is one's
-    part."""
+    """Bytes that the keys and values of one token take in the cache, by the settings; where they can be seen by running
+    the model, `models.probe.attention_layers` knows better. config: a transformers config, of a text model or of one
+    with a text part. dtype: that of the cache. tp: how many ranks share the heads, of which this is one's part."""
     config = config.get_text_config(decoder=True)
     heads, size = kv_heads_and_dim(config)
     return kv_bytes(config.num_hidden_layers, heads // tp, size, dtype.itemsize)

@@ -20,9 +20,10 @@ class Gpu(Record):
 @dataclass(frozen=True)
 class ModelFacts(Record):
     """What the floor of a model is computed from, and which requests it takes. Of a model that ranks share, bytes and
-    operations are one rank's part, and collectives_s are the seconds that the sums of a decode step take, alone."""
+    operations are one rank's part, and collectives_s are the seconds that the sums of a decode step take, alone.
+    window: of the layer that sees the fewest tokens; experts: whether a token goes through some of them only."""
 
-    LATER = ("flops_per_token", "collectives_s")
+    LATER = ("flops_per_token", "collectives_s", "window", "experts")
 
     dtype: str | None = None
     weight_bytes: int = 0
@@ -31,6 +32,17 @@ class ModelFacts(Record):
     max_positions: int | None = None
     flops_per_token: int | None = None
     collectives_s: float | None = None
+    window: int | None = None
+    experts: bool | None = None
+
+    def no_floor(self, longest: int) -> str | None:
+        """Why a step may read less than all weights and all keys and values, so that what is computed from them is no
+        floor; None where it reads them all. longest: tokens of the longest request."""
+        if self.experts:
+            return "each token goes through some experts only, so that a step may read fewer weights than all"
+        if self.window and self.window < longest:
+            return f"some layers see the newest {self.window} tokens only, and requests have up to {longest}"
+        return None
 
 
 @dataclass(frozen=True)

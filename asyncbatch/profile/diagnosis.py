@@ -267,7 +267,7 @@ def _recorded_run(recording: Recording, recorded: dict[str, Any], run: Run, even
         **totals,
         setting=setting,
         device_ms_per_step=1e-3 * float(np.median(steps.device_us[decode])) if decode.any() else None,
-        floor=floor_numbers(steps, totals["wall_s"], facts, recording.data["copy_bandwidth_bytes_per_s"]),
+        floor=floor_numbers(steps, totals["wall_s"], facts, recording.data["copy_bandwidth_bytes_per_s"], run.longest),
     )
 
 

@@ -25,6 +25,8 @@ def request_floor(one: Measurement, wall_s: float, place: Place) -> RequestFloor
     facts, served = place.models.get(one.workload.model), one.served
     if facts is None or facts.flops_per_token is None or place.bandwidth is None or place.matmul is None:
         return None
+    if facts.no_floor(one.sizes.max_length):
+        return None
     if one.workload.arrivals != "all" or not served or min(new for _, new in served) < 1:
         return None
     times = len(replicas(one.ranks_of(one.typical))) or 1  # replicas share the requests, and work at the same time
@@ -47,19 +49,20 @@ def run_floor(one: Measurement, wall_s: float, timelines: Sequence[Timeline], pl
     with the most to do says the floor."""
     if place.bandwidth is None:
         return None
-    facts = place.models.get(one.workload.model)
-    each = [floor_numbers(steps_from(timeline), wall_s, facts, place.bandwidth) for timeline in timelines]
+    facts, longest = place.models.get(one.workload.model), one.sizes.max_length
+    each = [floor_numbers(steps_from(timeline), wall_s, facts, place.bandwidth, longest) for timeline in timelines]
     return max(each, key=lambda floor: floor.floor_s or 0.0)
 
 
-def floor_numbers(steps: Steps, wall_s: float, model: ModelFacts | None, bandwidth: float) -> Floor:
-    """A run beside its floor; all None where the steps do not say their context.
+def floor_numbers(steps: Steps, wall_s: float, model: ModelFacts | None, bandwidth: float, longest: int = 0) -> Floor:
+    """A run beside its floor; all None where the steps do not say their context, or the model may read less than that
+    for requests of up to `longest` tokens (`ModelFacts.no_floor`).
 
     first_context, last_context: medians over an eighth of the decode steps with the most rows, at most 32 of them:
     those with the smallest and those with the largest context. kv_bytes_per_s: the keys and values by which these two
     differ / the time by which they differ; only where the context grew at least eightfold."""
     decode = steps.kind == "decode"
-    if model is None or not decode.any() or not steps.context[decode].all():
+    if model is None or model.no_floor(longest) or not decode.any() or not steps.context[decode].all():
         return Floor()
     weights, kv, collectives_s = model.weight_bytes, model.kv_bytes_per_token, model.collectives_s or 0.0
     floor_s = run_floor_s(weights, kv, steps.context.tolist(), bandwidth, collectives_s)

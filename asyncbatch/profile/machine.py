@@ -12,8 +12,9 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from ..devices.worker import device_threads
-from ..measure.bandwidth import flops_per_token, kv_bytes_per_token, weight_bytes
+from ..measure.bandwidth import flops_per_token, has_experts, kv_bytes_per_token, weight_bytes
 from ..measure.recording import Recording
+from ..models.probe import ALL, AttentionLayer, attention_layers
 from .report import Gpu, ModelFacts
 from .workload import max_positions
 
@@ -83,11 +84,18 @@ def gpu_facts(place: torch.device) -> Gpu:
 def model_facts(model, tp: int = 1) -> ModelFacts:
     """What the report says of a model on a GPU; of one that `tp` ranks share, this rank's part."""
     config = model.config.get_text_config()
+    layers: list[AttentionLayer] = []
+    if tp == 1:
+        with contextlib.suppress(Exception):  # another engine may serve what cannot be looked at so
+            layers = attention_layers(model, max_positions(config))
+    kv_bytes = sum(layer.token_bytes for layer in layers) or kv_bytes_per_token(config, model.dtype, tp)
     return ModelFacts(
         dtype=str(model.dtype).removeprefix("torch."),
         weight_bytes=weight_bytes(model),
-        kv_bytes_per_token=kv_bytes_per_token(config, model.dtype, tp),
+        kv_bytes_per_token=kv_bytes,
         vocab_size=config.vocab_size,
         max_positions=max_positions(config),
         flops_per_token=flops_per_token(model),
+        window=min((layer.window for layer in layers if layer.window != ALL), default=None),
+        experts=has_experts(model) or None,
     )

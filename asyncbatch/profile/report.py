@@ -219,6 +219,11 @@ class Totals(Record):
         return made | (made.pop("floor") or {})
 
     @property
+    def longest(self) -> int:
+        """Tokens that no request is longer than."""
+        return (self.prompt_tokens or 0) + (self.new_tokens or 0)
+
+    @property
     def floor_s(self) -> float | None:
         return self.floor.floor_s if self.floor else None
 

@@ -196,6 +196,7 @@ def notes(report: Report) -> list[str]:
     for run in report.runs:
         lines += _notes_of(run, _who(run, several), report)
     lines += [f"{_who(one, several)} was not measured: {one.error}" for one in report.failed]
+    lines += _without_floor(report)
     differing = (engine for engine, same in report.peers_same_tokens.items() if not same)
     lines += [f"{engine}: sync and async gave different tokens" for engine in differing]
     if report.workload.budget_s and report.runs:
@@ -210,6 +211,13 @@ def notes(report: Report) -> list[str]:
         lines.append(f"emulated: the device's times come from the recording {report.emulated}, the host's work is")
         lines.append(f"this machine's. recorded: what that session itself measured ({counted}).")
     return ["", *lines] if lines else []
+
+
+def _without_floor(report: Report) -> Iterable[str]:
+    """Of each model whose runs are not shown beside a floor, why; once."""
+    without = [run for run in report.runs if run.floor_s is None and run.model in report.models]
+    why = {run.model: report.models[run.model].no_floor(run.longest) for run in without if run.model}
+    return [f"{model}: no floor is told, since {reason}" for model, reason in why.items() if reason]
 
 
 def _within_budget(repeats: int | None, budget_s: int, runs: Sequence[Run]) -> str:

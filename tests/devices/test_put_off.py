@@ -203,7 +203,7 @@ def test_an_abandoned_stream_a_cancelled_request_and_close_lose_no_step_that_was
 def test_a_bounded_timeline_keeps_its_newest_steps_and_notes_do_not_pile_up(loop, slots):
     with opened(loop, slots, timeline=4) as (gpu, batcher):
         most = []
-        gpu.between = lambda: most.append(len(batcher.timeline._notes) + len(batcher.timeline._spans))
+        gpu.between = lambda: most.append(len(batcher.timeline.notes) + len(batcher.timeline._spans))
         for _ in range(30):
             batcher.run(REQUESTS[:2])
             batcher.submit(REQUESTS[0]).result()
@@ -225,7 +225,7 @@ def test_notes_that_nobody_settles_are_settled_by_their_number(monkeypatch):
     for step in range(100):
         made.add("host", "plan", step, step, step + 0.5)
         made.add_step(step, "decode", 1, 0, device=[(step, step + 1)] * 3)
-        assert len(made._notes) + len(made._spans) + len(made._steps) < 70
+        assert len(made.notes) + len(made._spans) + len(made._steps) < 70
     assert made.totals.tokens == 100
 
 
