@@ -297,8 +297,6 @@ class Scheduler:
         """Move the first waiting request to the running ones, with blocks for all tokens that it has so far. False if
         the pool has too few. One block is kept free for each running request that may still grow: without it, the
         newcomer would often be preempted at once."""
-        if state in self.running:
-            return True
         kv, growing = self.kv, len(self.running)
         if kv.num_free < blocks_for(state.num_known, kv.block_size) + growing:  # then it matters how many do grow
             growing = sum(self._may_grow(other) for other in self.running)

@@ -32,11 +32,13 @@ TESTS = {  # of each module, the fastest first; together under three minutes
     "streams": "core/test_streams.py",
     "slot": "core/test_filled_slots.py core/test_slot.py",
     "runner": "core/test_steps_of_the_device.py",
-    "scheduler": "core/test_order_of_requests.py core/test_wasted_tokens.py core/test_scheduler.py",
+    "scheduler": "core/test_prefill_steps.py core/test_order_of_requests.py core/test_wasted_tokens.py "
+    "core/test_scheduler.py",
     "kv_cache": "core/test_kv_cache.py core/test_order_of_requests.py",
     "sampling": "core/test_random_numbers.py core/test_request.py core/test_runner.py",
     "request": "core/test_stop_strings.py core/test_request.py",
-    "timeline": "measure/test_summary_apart.py core/test_lanes_in_a_trace.py core/test_timeline.py",
+    "timeline": "measure/test_summary_apart.py core/test_lanes_in_a_trace.py core/test_timeline.py "
+    "core/test_bounded_timeline.py",
     "measure/points": "measure/test_points_apart.py measure/test_what_is_recorded.py",
     "measure/point_recorder": "measure/test_what_is_recorded.py measure/test_points.py",
     "measure/attribution": "measure/test_points_apart.py",

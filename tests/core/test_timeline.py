@@ -47,6 +47,27 @@ def worked_example() -> Timeline:
     return timeline
 
 
+@pytest.mark.parametrize("later", [False, True])
+def test_the_times_of_a_step_become_spans_on_the_lanes_of_the_device(later):
+    """Also where they are told later, by a function."""
+    timeline, times = Timeline(), [(1.0, 2.0), (3.0, 5.0), (6.0, 7.0)]
+    timeline.add_step(4, "decode", 2, 0, 2, 9, (lambda: times) if later else times)
+    assert timeline.spans == [
+        ("H2D", "copy_in", 4, 1.0, 2.0), ("compute", "step", 4, 3.0, 5.0), ("D2H", "copy_out", 4, 6.0, 7.0),
+    ]  # fmt: skip
+    assert timeline.steps == [(4, "decode", 2, 0, 2, 9)]
+
+
+def test_a_step_that_has_no_span_adds_nothing_to_the_totals_of_the_device():
+    """Decode steps of 2 s with 1 s before each; one in between, without times, had failed."""
+    timeline = Timeline()
+    for number, kind, first in ((0, "prefill", 0.0), (1, "decode", 3.0), (2, "decode", None), (3, "decode", 6.0)):
+        times = [] if first is None else [(first, first), (first, first + 2), (first + 2, first + 2)]
+        timeline.add_step(number, kind, 1, 0, 1, 1, times)
+    totals = timeline.totals
+    assert (totals.steps, totals.decode_steps, totals.active_s, totals.period_s) == (4, 3, 4.0, 6.0)
+
+
 def test_a_worked_example():
     timeline = worked_example()
     summary = timeline.summary()

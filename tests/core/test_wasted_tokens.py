@@ -12,10 +12,11 @@ from support.scheduling import endless_tokens, requests_of, serve, served
 
 from asyncbatch import AsyncBatcher, Request, SyncBatcher
 from asyncbatch.devices.virtual import Costs
+from asyncbatch.kv_cache import KVCache
 from asyncbatch.models.toy import toy_llama
 from asyncbatch.ordering.toy import toy_tokens, use_toy_model
-from asyncbatch.request import RequestError
-from asyncbatch.scheduler import RunState
+from asyncbatch.request import NO_TOKEN, RequestError
+from asyncbatch.scheduler import RunState, Scheduler
 
 MANY = settings(max_examples=100, deadline=None)
 MODEL = toy_llama()
@@ -166,3 +167,16 @@ def test_a_request_whose_text_or_logits_cannot_be_judged_ends_with_that_error():
     assert reason == "error"
     assert isinstance(error, FloatingPointError)
     assert "after 4 tokens" in str(error)
+
+
+def test_what_is_no_token_is_not_given_to_anybody():
+    kv = KVCache(4, 4, 4, 4)
+    scheduler = Scheduler(kv, 2, (8,))
+    for number in range(2):
+        scheduler.add(RunState(number, Request([1, 2, 3], 5, stop_token_ids=()), frozenset()))
+    plan = scheduler.plan()
+    first, second = (row.state for row in plan.rows)
+    new, ended, wasted = scheduler.commit(plan, [NO_TOKEN, 7])
+    assert (new, ended, wasted) == ([(second, 7)], [first], 0)
+    assert (first.generated, first.finish_reason, second.generated) == ([], "error", [7])
+    assert scheduler.running == [second]

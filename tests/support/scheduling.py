@@ -70,13 +70,16 @@ def books(scheduler: Scheduler, states: list[RunState]) -> Books:
     )
 
 
-def serve(requests, depth: int, *, batch=4, pool=None, prefill=8, arrivals=None, cancel=None, watch=None) -> Served:
-    """Serve the requests with `depth` steps in flight (1 is the synchronous loop). arrivals: the turn in which each one
-    comes, all at once unless told. cancel: request number -> turn. watch: called with each plan and the blocks' books
-    when the plan has been made."""
+def serve(
+    requests, depth: int, *, batch=4, pool=None, prefill=8, budget=0, arrivals=None, cancel=None, watch=None
+) -> Served:
+    """Serve the requests with `depth` steps in flight (1 is the synchronous loop). prefill: the size of a step's
+    prefill, or several; budget: as the scheduler's. arrivals: the turn in which each one comes, all at once unless
+    told. cancel: request number -> turn. watch: called with each plan and the blocks' books when the plan has been
+    made."""
     enough = sum(blocks_for(len(r.token_ids) + r.max_new_tokens, BLOCK) for r in requests)
     kv = KVCache(enough if pool is None else pool, BLOCK, 40, batch * (depth + 1))
-    scheduler = Scheduler(kv, batch, [prefill])
+    scheduler = Scheduler(kv, batch, [prefill] if isinstance(prefill, int) else prefill, budget)
     states = [RunState(i, request, frozenset(request.stop_token_ids or ())) for i, request in enumerate(requests)]
     tokens = [endless_tokens(request, request.max_new_tokens) for request in requests]
     arrivals, turns, in_flight = arrivals or [0] * len(states), [], deque()
