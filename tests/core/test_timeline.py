@@ -68,6 +68,13 @@ def test_a_step_that_has_no_span_adds_nothing_to_the_totals_of_the_device():
     assert (totals.steps, totals.decode_steps, totals.active_s, totals.period_s) == (4, 3, 4.0, 6.0)
 
 
+def test_the_first_step_has_no_period():
+    timeline = Timeline()
+    for number in range(2):
+        timeline.add_step(number, "decode", 1, 0, 1, 1, [(0.0, 0.0), (3.0 * number, 3.0 * number + 2), (0.0, 0.0)])
+    assert (timeline.totals.active_s, timeline.totals.period_s) == (2.0, 3.0)
+
+
 def test_a_worked_example():
     timeline = worked_example()
     summary = timeline.summary()
