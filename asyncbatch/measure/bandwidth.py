@@ -124,6 +124,15 @@ def kv_bytes_per_token(config, dtype: torch.dtype, tp: int = 1) -> int:
     return kv_bytes(config.num_hidden_layers, heads // tp, size, dtype.itemsize)
 
 
+def sliding_window(config) -> int | None:
+    """Of how many tokens, its own included, the layer that sees the fewest sees the keys, by the settings; None where
+    all layers see all tokens."""
+    config = config.get_text_config(decoder=True)
+    types = getattr(config, "layer_types", None) or ["sliding_attention"]
+    sliding = getattr(config, "use_sliding_window", True) and "sliding_attention" in types
+    return (getattr(config, "sliding_window", None) or None) if sliding else None
+
+
 def flops_per_token(model) -> int:
     """Arithmetic operations by which one token of a prompt goes through the matrices of a dense model: two for each of
     their numbers. Left out are embeddings, the output layer, which only the last token of a prompt needs, and attention

@@ -257,9 +257,10 @@ def recorded_runs(recording: Recording, runs: Iterable[Run], even: bool = True) 
 
 def _recorded_run(recording: Recording, recorded: dict[str, Any], run: Run, even: bool) -> RecordedRun:
     steps, setting = steps_of(recorded), "the whole run"
+    longest = recorded["prompt_tokens"] + recorded["new_tokens"]
     begins_so = all(recorded[key] == getattr(run, key) for key in ("requests", "prompt_tokens", "prefill_tokens"))
     if even and begins_so and run.steps is not None and run.steps < len(steps.kind):
-        steps, setting = steps.first(run.steps), f"the first {run.steps} steps"
+        steps, setting, longest = steps.first(run.steps), f"the first {run.steps} steps", run.longest
     totals, decode = steps.totals(), steps.kind == "decode"
     facts = ModelFacts.from_json(recording.models[recorded["model"]])
     return RecordedRun(
@@ -267,7 +268,7 @@ def _recorded_run(recording: Recording, recorded: dict[str, Any], run: Run, even
         **totals,
         setting=setting,
         device_ms_per_step=1e-3 * float(np.median(steps.device_us[decode])) if decode.any() else None,
-        floor=floor_numbers(steps, totals["wall_s"], facts, recording.data["copy_bandwidth_bytes_per_s"], run.longest),
+        floor=floor_numbers(steps, totals["wall_s"], facts, recording.data["copy_bandwidth_bytes_per_s"], longest),
     )
 
 

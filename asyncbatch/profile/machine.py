@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from ..devices.worker import device_threads
-from ..measure.bandwidth import flops_per_token, has_experts, kv_bytes_per_token, weight_bytes
+from ..measure.bandwidth import flops_per_token, has_experts, kv_bytes_per_token, sliding_window, weight_bytes
 from ..measure.recording import Recording
 from ..models.probe import ALL, AttentionLayer, attention_layers
 from .report import Gpu, ModelFacts
@@ -88,7 +88,11 @@ def model_facts(model, tp: int = 1) -> ModelFacts:
     if tp == 1:
         with contextlib.suppress(Exception):  # another engine may serve what cannot be looked at so
             layers = attention_layers(model, max_positions(config))
-    kv_bytes = sum(layer.token_bytes for layer in layers) or kv_bytes_per_token(config, model.dtype, tp)
+    if layers:
+        kv_bytes = sum(layer.token_bytes for layer in layers)
+        window = min((layer.window for layer in layers if layer.window != ALL), default=None)
+    else:
+        kv_bytes, window = kv_bytes_per_token(config, model.dtype, tp), sliding_window(config)
     return ModelFacts(
         dtype=str(model.dtype).removeprefix("torch."),
         weight_bytes=weight_bytes(model),
@@ -96,6 +100,6 @@ def model_facts(model, tp: int = 1) -> ModelFacts:
         vocab_size=config.vocab_size,
         max_positions=max_positions(config),
         flops_per_token=flops_per_token(model),
-        window=min((layer.window for layer in layers if layer.window != ALL), default=None),
+        window=window,
         experts=has_experts(model) or None,
     )

@@ -216,7 +216,8 @@ def notes(report: Report) -> list[str]:
 def _without_floor(report: Report) -> Iterable[str]:
     """Of each model whose runs are not shown beside a floor, why; once."""
     without = [run for run in report.runs if run.floor_s is None and run.model in report.models]
-    why = {run.model: report.models[run.model].no_floor(run.longest) for run in without if run.model}
+    longest = {one.model: max(run.longest for run in without if run.model == one.model) for one in without}
+    why = {model: report.models[str(model)].no_floor(tokens) for model, tokens in longest.items()}
     return [f"{model}: no floor is told, since {reason}" for model, reason in why.items() if reason]
 
 

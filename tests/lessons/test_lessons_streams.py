@@ -29,6 +29,7 @@ from asyncbatch.ordering import races
 from asyncbatch.ordering.explore import explore
 from asyncbatch.ordering.faults import launching
 from asyncbatch.streams import launch_step, order
+from asyncbatch.timeline import Timeline
 
 # ---- exercises -------------------------------------------------------------------------------------------------------
 
@@ -220,7 +221,7 @@ def test_the_launch_of_the_batchers_makes_the_calls_that_the_faults_take_away():
     batcher = SimpleNamespace(kv=None)
     nothing = lambda *_: None  # noqa: E731
     batcher.device = SimpleNamespace(streams=lanes, now=lambda: 0.0, host_begins=nothing, host_ends=nothing)
-    batcher.timeline = SimpleNamespace(add=lambda *_: None, most_steps=None)
+    batcher.timeline = Timeline()
     slot.plan, slot.step = SimpleNamespace(step=0), 0
     launching(lambda *_: None)(batcher)
     batcher.launch(slot)

@@ -42,6 +42,17 @@ def test_what_a_model_reads_is_seen_by_running_it(kind, elements, window, expert
     assert (facts.window, facts.experts) == (window, experts)
 
 
+@pytest.mark.parametrize(
+    ("kind", "sees"),
+    [("llama", None), ("mistral", WINDOW), ("qwen2", WINDOW), ("gemma2", WINDOW), ("gpt2", None),
+     ("phimoe", WINDOW), ("granitemoe", None)],
+)  # fmt: skip
+def test_where_a_model_cannot_be_run_to_see_it_its_settings_tell_the_window(kind, sees):
+    """Such as one that ranks share."""
+    model = tiny_model(kind)
+    assert model_facts(model).window == model_facts(model, tp=2).window == sees
+
+
 def test_every_embedding_gives_rows_only():
     """GPT-2 has one of positions, gemma3n one of each layer."""
     for kind, tables in (("gpt2", ("wpe",)), ("gemma3n_text", ("embed_tokens_per_layer",))):
@@ -82,8 +93,7 @@ def test_where_less_may_be_read_no_floor_is_told_and_why_is_said(facts, longest,
     if reason is None:
         assert floor.floor_s == pytest.approx(16 * (100 + 40 * 2) / 1e6)
     run = Run(engine="asyncbatch", mode="sync", model="m", prompt_tokens=longest - 1, new_tokens=1, floor=floor)
-    said = [
-        line for line in notes(Report(runs=(run, replace(run, mode="async")), models={"m": facts})) if "floor" in line
-    ]
+    runs = (run, replace(run, mode="async"), replace(run, prompt_tokens=1, floor=None))
+    said = [line for line in notes(Report(runs=runs, models={"m": facts})) if "floor" in line]
     assert len(said) == (reason is not None)
     assert all(line.startswith("m: no floor is told, since ") and str(reason) in line for line in said)
