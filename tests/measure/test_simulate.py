@@ -148,3 +148,16 @@ def test_the_command_prints_a_line_for_each_pair_of_runs(capsys):
         pairs += sum((*key[:3], "async") in keys for key in keys if key[3] == "sync")
     assert len(lines) == 1 + pairs
     assert all(line.endswith("%") for line in lines[1:])
+
+
+@pytest.mark.parametrize(("copy_in", "copy_out"), [(9.0, 0.1), (0.1, 9.0)])
+def test_a_copy_that_waits_for_the_one_before_it_takes_no_longer_for_that(copy_in, copy_out):
+    """Beside steps of 2 s copies of 9 s stand in line, with a third slot on either side of the step."""
+    costs = Costs(plan=0.1, fill=0.1, launch=0.1, commit=0.1, copy_in=copy_in, step=2.0, copy_out=copy_out)
+    slots = 3
+    with AsyncBatcher(toy_llama(), clock=costs, step_s=0.0, num_slots=slots, max_batch_size=1) as batcher:
+        batcher.run([Request([1, 2], 8, stop_token_ids=())])
+    found = costs_of(batcher.timeline)
+    assert [cost.copy_out for cost in found] == pytest.approx([copy_out] * 8)
+    assert [cost.copy_in for cost in found] == pytest.approx([copy_in] * 8)
+    assert simulate(found, slots).total_s == pytest.approx(batcher.timeline.summary().wall_s)
