@@ -105,7 +105,6 @@ def host_segments(timeline: Timeline) -> list[Segment]:
 
     for start, negative_end, is_point, name, step in spans:
         advance_to(start)
-        at = max(at, start)
         after = name in AFTER
         if is_point and stack:
             after = stack[-1][3]
