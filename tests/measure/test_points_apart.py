@@ -101,6 +101,16 @@ def test_host_work_for_the_step_before_is_told_from_that_for_the_step_itself():
     assert device == {}
 
 
+def test_a_point_is_cut_where_the_span_around_it_ends():
+    timeline = Timeline()
+    timeline.add("host", "commit", 4, 0, 10)
+    timeline.add(LANE, "garbage collection", 0, 8, 12)
+    timeline.add("host", "plan", 5, 14, 15)
+    assert seconds_by_step(timeline)[0] == {
+        ("commit", True): {4: 8}, ("garbage collection", True): {4: 2}, ("schedule", False): {5: 1},
+    }  # fmt: skip
+
+
 def test_a_step_on_the_device_is_its_parts_and_what_they_leave_is_the_models():
     timeline = Timeline()
     for step, start in ((0, 0), (1, 100)):
