@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from unittest import mock
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.scheduling import serve
+from support.scheduling import BLOCK, serve
 
 from asyncbatch import Request
+from asyncbatch.kv_cache import blocks_for
+from asyncbatch.scheduler import Scheduler
 
 SIZES = st.sets(st.integers(1, 16), min_size=1, max_size=4).map(sorted)
 LENGTHS = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 6)), min_size=1, max_size=9)
@@ -111,6 +114,25 @@ def test_between_two_decode_rows_of_a_request_come_no_more_prompt_tokens_than_th
         for before, after in pairwise(steps):
             between = [plan.tokens for plan in plans[before + 1 : after]]
             assert sum(between) <= max(budget, sizes[-1]), state
+
+
+@settings(max_examples=300, deadline=None)
+@given(LENGTHS, st.integers(1, 3), st.integers(2, 5), st.integers(0, 9), st.integers(1, 6))
+def test_after_a_step_that_decodes_the_budget_is_whole_also_where_the_pool_had_no_room(
+    lengths, depth, batch, spare, size
+):
+    requests = [Request([1] * prompt, new, stop_token_ids=()) for prompt, new in lengths]
+    pool = max(blocks_for(prompt + new, BLOCK) for prompt, new in lengths) + spare
+    plan, left = Scheduler.plan, []
+
+    def noted(scheduler):
+        made = plan(scheduler)
+        left.append((made, scheduler.prefill_left))
+        return made
+
+    with mock.patch.object(Scheduler, "plan", noted):
+        serve(requests, depth, batch=batch, pool=pool, prefill=size, budget=6 * size)
+    assert {tokens for made, tokens in left if made and made.num_decode} <= {6 * size}
 
 
 def test_who_does_not_fit_into_the_pool_is_not_overtaken_by_a_smaller_one():
