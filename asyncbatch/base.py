@@ -39,7 +39,7 @@ def host_span(method):
         plan = plan if args else result
         device.host_ends(name, plan)
         if measured and plan is not None:
-            timeline.notes.append(("host", name, plan.step, start, device.now()))  # (`add`, without a call)
+            timeline.notes.append(("host", name, plan.step, start, device.now()))
         return result
 
     return timed

@@ -190,7 +190,8 @@ class Timeline:
     def __init__(self, label: str = "", clock: str = "host", most_steps: int | None = None):
         self.label, self.clock, self.most_steps = label, clock, most_steps
         # Plain tuples: `Span` and `Step` would stay on the garbage collector's list, and each of its looks take longer.
-        self.notes: deque[tuple] = deque()  # what was added and is not settled yet, in order
+        # What was added and is not settled yet, in order. A batcher's host spans come here without `add`: one call less.
+        self.notes: deque[tuple] = deque()
         self._spans: deque[tuple] = deque()
         self._steps: deque[tuple] = deque()
         self._dropped, self._totals = 0, Totals()
@@ -236,7 +237,7 @@ class Timeline:
         self._settled()._steps = deque(map(tuple, steps))
 
     def add(self, lane: str, name: str, step: int, start: float, end: float) -> None:
-        """Note a span; `start` and `end` are seconds. The hot loop calls this, so it is one append and nothing else."""
+        """Note a span; `start` and `end` are seconds. One append and nothing else: a device may be waiting."""
         self.notes.append((lane, name, step, start, end))
 
     def add_step(self, step: int, kind: str, tokens: int, wasted: int, rows=0, context=0, device: Any = ()) -> None:
