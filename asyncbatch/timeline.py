@@ -190,7 +190,7 @@ class Timeline:
     def __init__(self, label: str = "", clock: str = "host", most_steps: int | None = None):
         self.label, self.clock, self.most_steps = label, clock, most_steps
         # Plain tuples: `Span` and `Step` would stay on the garbage collector's list, and each of its looks take longer.
-        # What was added and is not settled yet, in order. A batcher's host spans come here without `add`: one call less.
+        # What was added and is not settled yet, in order. A batcher's host spans come here without `add`, a call less.
         self.notes: deque[tuple] = deque()
         self._spans: deque[tuple] = deque()
         self._steps: deque[tuple] = deque()

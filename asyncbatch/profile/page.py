@@ -59,6 +59,7 @@ from .text import (
     cost_in_words,
     number,
     with_hundredths,
+    without_floor,
 )
 from .verdict import who
 
@@ -242,6 +243,7 @@ def _sentences(report: Report) -> Iterator[str]:
         yield " ".join(by_the_law(report.law_idle))
     if any(run.engine == OWN for run in report.runs) and report.same_tokens:
         yield "All runs gave the same tokens."
+    yield from (f"{line}." for line in without_floor(report))
     if side_by_side.has_names(report):
         yield from side_by_side.sentences(report)
 

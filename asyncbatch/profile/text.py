@@ -196,7 +196,7 @@ def notes(report: Report) -> list[str]:
     for run in report.runs:
         lines += _notes_of(run, _who(run, several), report)
     lines += [f"{_who(one, several)} was not measured: {one.error}" for one in report.failed]
-    lines += _without_floor(report)
+    lines += without_floor(report)
     differing = (engine for engine, same in report.peers_same_tokens.items() if not same)
     lines += [f"{engine}: sync and async gave different tokens" for engine in differing]
     if report.workload.budget_s and report.runs:
@@ -213,7 +213,7 @@ def notes(report: Report) -> list[str]:
     return ["", *lines] if lines else []
 
 
-def _without_floor(report: Report) -> Iterable[str]:
+def without_floor(report: Report) -> Iterable[str]:
     """Of each model whose runs are not shown beside a floor, why; once."""
     without = [run for run in report.runs if run.floor_s is None and run.model in report.models]
     longest = {one.model: max(run.longest for run in without if run.model == one.model) for one in without}

@@ -13,8 +13,10 @@ from asyncbatch.measure.steps import Steps
 from asyncbatch.profile.conditions import ModelFacts
 from asyncbatch.profile.floors import floor_numbers
 from asyncbatch.profile.machine import model_facts
+from asyncbatch.profile.page import page
 from asyncbatch.profile.report import Floor, Report, Run
 from asyncbatch.profile.text import notes
+from asyncbatch.timeline import Timeline
 from tools.served import WINDOW, tiny_model
 
 LAYERS = dict(num_hidden_layers=2)
@@ -94,6 +96,10 @@ def test_where_less_may_be_read_no_floor_is_told_and_why_is_said(facts, longest,
         assert floor.floor_s == pytest.approx(16 * (100 + 40 * 2) / 1e6)
     run = Run(engine="asyncbatch", mode="sync", model="m", prompt_tokens=longest - 1, new_tokens=1, floor=floor)
     runs = (run, replace(run, mode="async"), replace(run, prompt_tokens=1, floor=None))
-    said = [line for line in notes(Report(runs=runs, models={"m": facts})) if "floor" in line]
+    report = Report(runs=runs, models={"m": facts})
+    said = [line for line in notes(report) if "floor" in line]
     assert len(said) == (reason is not None)
     assert all(line.startswith("m: no floor is told, since ") and str(reason) in line for line in said)
+    html = page(report, [Timeline()] * len(runs))
+    assert html.count("no floor is told, since") == len(said)
+    assert all(f"{line}." in html for line in said), "the page says it, too"
